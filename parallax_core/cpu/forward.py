@@ -1,0 +1,99 @@
+"""Softmax and Parallax on the CPU: whole sequences, caches, and the family between them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .. import exchange
+from ..problem import Problem
+from ..state import ParallaxState, SoftmaxState
+from . import threads, tile_loop, work
+from .tiles import Tensors, tensors
+
+_NO_PAGES = np.zeros((0, 0), np.int64)
+_KERNELS = {"dot": tile_loop.DOT, "gaussian": tile_loop.GAUSSIAN}
+
+
+class Plan(NamedTuple):
+    """A problem as the kernels take it."""
+
+    sequences: np.ndarray
+    items: np.ndarray
+    splits: int
+    rows: int
+    page_table: np.ndarray
+    page_size: int
+
+
+def plan(problem: Problem, most_rows: int, split: bool) -> Plan:
+    """Cut a problem into pieces; with ``split`` the keys of a single tile of rows are cut too."""
+    sequences = work.sequence_table(problem)
+    rows = work.tile_rows(problem, sequences, most_rows)
+    splits = 1
+    if split and rows >= problem.q_len * problem.group_size:
+        splits = max(1, -(-int(sequences[:, 4].max(initial=0)) // work.SPLIT_KEYS))
+    return Plan(
+        sequences,
+        work.items(problem, sequences, rows, splits),
+        splits,
+        rows,
+        _NO_PAGES if problem.page_table is None else problem.page_table,
+        problem.page_size or 0,
+    )
+
+
+def attend(
+    problem: Problem,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    r: np.ndarray | None = None,
+    *,
+    split: bool = False,
+    return_state: bool = False,
+    kernel: str = "dot",
+    intercept: bool = True,
+    amplification: bool = False,
+    dtype: np.dtype | None = None,
+):
+    """The reduction over the keys that every estimator shares.
+
+    q, k, v, r: NumPy arrays of any strides, as ``problem`` describes them. ``split`` cuts long caches over
+    the threads. ``dtype``: what to compute in, the problem's compute dtype unless given.
+    Returns ``(out, state)``: ``(B, Lq, Hq, Dv)`` in the compute dtype and a SoftmaxState, a ParallaxState or
+    None.
+    """
+    dtype = problem.compute_dtype if dtype is None else np.dtype(dtype)
+    shape, rows_shape = problem.output_shape, problem.row_shape
+    out = exchange.empty(shape, dtype)
+    cut = plan(problem, work.ROW_TILE, split)
+    stored = return_state or cut.splits > 1
+    none = np.zeros((0,) * 4, dtype), np.zeros((0,) * 5, dtype)
+
+    def rows(want: bool) -> np.ndarray:
+        return np.empty((cut.splits, *rows_shape), dtype) if want else none[0]
+
+    def channels(want: bool) -> np.ndarray:
+        return np.empty((cut.splits, *shape), dtype) if want else none[1]
+
+    probed = r is not None
+    m, d1, O1 = rows(stored), rows(stored), channels(stored)
+    d2, t0, O2 = rows(stored and probed), rows(stored and probed), channels(stored and probed)
+    if len(cut.items):
+        described: Tensors = tensors(q, k, v, r)
+        threads.run(
+            tile_loop.attend, len(cut.items),
+            cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
+            problem.head_dim, problem.value_dim, problem.group_size, problem.causal, problem.window_size or 0,
+            _KERNELS[kernel], dtype.type(problem.scale), intercept, amplification,
+            out if cut.splits == 1 else np.zeros((0,) * 4, dtype), m, d1, d2, t0, O1, O2,
+        )  # fmt: skip
+        if cut.splits > 1:
+            tile_loop.merge_splits(m, d1, d2, t0, O1, O2, out)
+    if not return_state:
+        return out, None
+    if probed:
+        return out, ParallaxState(m[0], d1[0], d2[0], O1[0], O2[0], t0[0])
+    return out, SoftmaxState(m[0], d1[0], O1[0])

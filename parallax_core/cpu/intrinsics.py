@@ -1,0 +1,145 @@
+"""LLVM instructions that Numba has no spelling for: raw loads, an atomic counter, a vectorisable exponential."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, overload
+
+F64, F32, BF16, F16 = range(4)
+"""Codes of the storage types in memory."""
+
+
+@intrinsic
+def fetch_add(typingctx, counter):
+    """Take the next value of an int64 counter that several threads share."""
+
+    def codegen(context, builder, signature, args):
+        data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+        return builder.atomic_rmw("add", data, ir.Constant(ir.IntType(64), 1), "monotonic")
+
+    return types.int64(counter), codegen
+
+
+def _element(builder, address, index, llvm_type):
+    # Indexing the pointer, not the integer, is what lets the vectoriser see consecutive loads.
+    return builder.gep(builder.inttoptr(address, llvm_type.as_pointer()), [index])
+
+
+@intrinsic
+def load_f64(typingctx, address, index):
+    """Element ``index`` of the float64 array at ``address``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_element(builder, *args, ir.DoubleType()))
+
+    return types.float64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_f32(typingctx, address, index):
+    """Element ``index`` of the float32 array at ``address``."""
+
+    def codegen(context, builder, signature, args):
+        return builder.load(_element(builder, *args, ir.FloatType()))
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_bf16(typingctx, address, index):
+    """Element ``index`` of the bfloat16 array at ``address``, as float32."""
+
+    def codegen(context, builder, signature, args):
+        i32 = ir.IntType(32)
+        bits = builder.zext(builder.load(_element(builder, *args, ir.IntType(16))), i32)
+        return builder.bitcast(builder.shl(bits, i32(16)), ir.FloatType())
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_f16(typingctx, address, index):
+    """Element ``index`` of the float16 array at ``address``, as float32.
+
+    By integer operations: LLVM's conversion becomes a call that is not there on processors without F16C.
+    """
+
+    def codegen(context, builder, signature, args):
+        i32, f32 = ir.IntType(32), ir.FloatType()
+        bits = builder.zext(builder.load(_element(builder, *args, ir.IntType(16))), i32)
+        magnitude = builder.and_(bits, i32(0x7FFF))
+        # The exponents differ by 112; multiplying by 2**112 mends it and normalises subnormals.
+        scaled = builder.fmul(builder.bitcast(builder.shl(magnitude, i32(13)), f32), f32(2.0**112))
+        special = builder.icmp_unsigned(">=", magnitude, i32(0x7C00))
+        payload = builder.or_(builder.shl(magnitude, i32(13)), i32(0x7F800000))
+        finite_or_not = builder.select(special, payload, builder.bitcast(scaled, i32))
+        sign = builder.shl(builder.and_(bits, i32(0x8000)), i32(16))
+        return builder.bitcast(builder.or_(finite_or_not, sign), f32)
+
+    return types.float32(types.int64, types.int64), codegen
+
+
+def _minimax_exp_coefficients(degree: int) -> np.ndarray:
+    """Coefficients of a polynomial for (exp(r) - 1 - r) / r**2 on |r| <= log(2)/2, at Chebyshev nodes."""
+    nodes = np.cos(np.pi * (np.arange(4 * degree) + 0.5) / (4 * degree)) * (0.51 * math.log(2))
+    with np.errstate(invalid="ignore"):
+        values = (np.expm1(nodes) - nodes) / nodes**2
+    return np.polynomial.chebyshev.Chebyshev.fit(nodes, values, degree).convert(kind=np.polynomial.Polynomial).coef
+
+
+_EXP_COEFFICIENTS = [float(np.float32(c)) for c in _minimax_exp_coefficients(5)]
+_LOG2_HIGH, _LOG2_LOW = 0.693359375, -2.12194440e-4  # nine bits and the rest: n * high is exact
+_EXP_MINIMUM = -87.0
+
+
+@intrinsic
+def exp_f32(typingctx, x):
+    """exp(x) of a float32 x <= 0 to 2 units in the last place; 0 below -87, NaN for NaN.
+
+    Straight-line code, so that loops over it vectorise; a call into libm would not.
+    """
+
+    def codegen(context, builder, signature, args):
+        (x,) = args
+        f32, i32 = ir.FloatType(), ir.IntType(32)
+        module = builder.module
+        rint = module.declare_intrinsic("llvm.rint", [f32])
+        muladd = cgutils.get_or_insert_function(module, ir.FunctionType(f32, [f32] * 3), "llvm.fmuladd.f32")
+
+        def step(a, b, c):
+            return builder.call(muladd, [a, b, f32(c) if isinstance(c, float) else c])
+
+        low = builder.fcmp_ordered("<", x, f32(_EXP_MINIMUM))
+        # NaN is put aside too: its conversion to an integer is undefined.
+        inside = builder.fcmp_ordered(">=", x, f32(_EXP_MINIMUM))
+        y = builder.select(inside, x, f32(0.0))
+        n = builder.call(rint, [builder.fmul(y, f32(1.0 / math.log(2)))])
+        r = step(n, f32(-_LOG2_HIGH), y)
+        r = step(n, f32(-_LOG2_LOW), r)
+        p = f32(_EXP_COEFFICIENTS[-1])
+        for c in reversed(_EXP_COEFFICIENTS[:-1]):
+            p = step(p, r, c)
+        p = step(builder.fmul(p, r), r, r)
+        p = builder.fadd(p, f32(1.0))
+        bits = builder.add(builder.bitcast(p, i32), builder.shl(builder.fptosi(n, i32), i32(23)))
+        value = builder.bitcast(bits, f32)
+        return builder.select(inside, value, builder.select(low, f32(0.0), x))
+
+    return types.float32(types.float32), codegen
+
+
+def exp(x):
+    """exp(x) for x <= 0 in the type of ``x``; for use in compiled code."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(exp, inline="always")
+def _exp(x):
+    if x == types.float32:
+        return lambda x: exp_f32(x)
+    return lambda x: math.exp(x)

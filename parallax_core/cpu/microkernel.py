@@ -1,0 +1,109 @@
+"""Matrix products of tiles: a block of C held in registers, one broadcast fused multiply-add an element of A.
+
+NumPy's product inside a parallel loop would bring BLAS's threads, which fight ours, and its call overhead
+for tiles this small.
+"""
+
+from __future__ import annotations
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+# 32 registers of 512 bits hold 8 x 32 floats, 16 of 256 bits hold 6 x 16, operands beside them.
+_WIDE = llvm.get_host_cpu_features().get("avx512f", False)
+MR = 8 if _WIDE else 6
+"""Rows of C in a block; row counts are padded to a multiple of it."""
+NR = 32 if _WIDE else 16
+"""float32 columns of C in a block, and the padding of column counts; half as many for float64."""
+
+
+@intrinsic
+def _block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth):
+    """C[c0 + i*ldc + j] += sum_l A[a0 + i*rsa + l*csa] * B[b0 + l*ldb + j] for an MR x NR block."""
+    element = C.dtype
+    columns = NR if element == types.float32 else NR // 2
+
+    def codegen(context, builder, signature, args):
+        C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth = args
+        scalar = context.get_value_type(element)
+        i64, i32 = ir.IntType(64), ir.IntType(32)
+        vector = ir.VectorType(scalar, columns)
+        align = 4 if element == types.float32 else 8
+        data = [
+            cgutils.create_struct_proxy(signature.args[i])(context, builder, args[i]).data for i in (0, 3, 7)
+        ]
+        c_data, a_data, b_data = data
+        suffix = f"v{columns}f{32 if element == types.float32 else 64}"
+        muladd = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(vector, [vector] * 3), f"llvm.fmuladd.{suffix}"
+        )
+
+        def vector_at(pointer, offset):
+            return builder.bitcast(builder.gep(pointer, [offset]), vector.as_pointer())
+
+        c_rows = [
+            vector_at(c_data, builder.add(c0, builder.mul(ir.Constant(i64, i), ldc))) for i in range(MR)
+        ]
+        a_rows = [builder.add(a0, builder.mul(ir.Constant(i64, i), rsa)) for i in range(MR)]
+        start = [builder.load(p, align=align) for p in c_rows]
+        entry = builder.block
+        loop = builder.append_basic_block("depth")
+        end = builder.append_basic_block("stored")
+        builder.cbranch(builder.icmp_signed(">", depth, ir.Constant(i64, 0)), loop, end)
+        builder.position_at_end(loop)
+        step = builder.phi(i64)
+        step.add_incoming(ir.Constant(i64, 0), entry)
+        accumulators = [builder.phi(vector) for _ in range(MR)]
+        for phi, value in zip(accumulators, start):
+            phi.add_incoming(value, entry)
+        b = builder.load(vector_at(b_data, builder.add(b0, builder.mul(step, ldb))), align=align)
+        a_step = builder.mul(step, csa)
+        undefined = ir.Constant(vector, ir.Undefined)
+        spread = ir.Constant(ir.VectorType(i32, columns), [0] * columns)
+        sums = []
+        for row, accumulator in zip(a_rows, accumulators):
+            a = builder.load(builder.gep(a_data, [builder.add(row, a_step)]))
+            broadcast = builder.shuffle_vector(
+                builder.insert_element(undefined, a, i32(0)), undefined, spread
+            )
+            sums.append(builder.call(muladd, [broadcast, b, accumulator]))
+        following = builder.add(step, ir.Constant(i64, 1))
+        step.add_incoming(following, loop)
+        for phi, value in zip(accumulators, sums):
+            phi.add_incoming(value, loop)
+        builder.cbranch(builder.icmp_signed("<", following, depth), loop, end)
+        builder.position_at_end(end)
+        results = [builder.phi(vector) for _ in range(MR)]
+        for result, pointer, first, value in zip(results, c_rows, start, sums):
+            result.add_incoming(first, entry)
+            result.add_incoming(value, loop)
+            builder.store(result, pointer, align=align)
+        return context.get_dummy_value()
+
+    return types.void(C, *([types.int64] * 2), A, *([types.int64] * 3), B, *([types.int64] * 3)), codegen
+
+
+def padded(n: int, multiple: int) -> int:
+    """``n`` rounded up to a multiple."""
+    return -(-n // multiple) * multiple
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def multiply_add(C, c_row, A, a_row, transposed, B, rows, columns, depth, upper):
+    """C[c_row:c_row+rows, :columns] += A[a_row:a_row+rows, :depth] @ B[:depth, :columns], or with A^T.
+
+    All three are C-contiguous workspaces of one dtype whose rows (of C and A) and columns (of C and B) may
+    be overrun up to the padding. With ``upper`` the blocks strictly below the diagonal are left out.
+    """
+    ldc, lda, ldb = C.shape[1], A.shape[1], B.shape[1]
+    width = NR if C.itemsize == 4 else NR // 2
+    rsa, csa = (1, lda) if transposed else (lda, 1)
+    for j in range(0, columns, width):
+        for i in range(0, rows, MR):
+            if upper and i >= j + width:
+                break
+            a0 = (a_row + i) * rsa
+            _block(C, (c_row + i) * ldc + j, ldc, A, a0, rsa, csa, B, j, ldb, depth)

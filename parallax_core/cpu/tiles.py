@@ -1,0 +1,115 @@
+"""Tiles of queries, keys and values: read from any strides, pages and storage type into workspaces."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from numba import njit
+
+from .intrinsics import BF16, F16, F32, F64, load_bf16, load_f16, load_f32, load_f64
+
+KEY_TILE = 64
+"""Keys of a tile."""
+ROW_TILE = 96
+"""Query rows of a tile at most; a multiple of every microkernel's row count."""
+
+_CODES = {
+    np.dtype(np.float64): F64,
+    np.dtype(np.float32): F32,
+    np.dtype(ml_dtypes.bfloat16): BF16,
+    np.dtype(np.float16): F16,
+}
+_ABSENT = (0, 0, 0, 0, 0)
+
+
+class Tensors(NamedTuple):
+    """Address, element strides of the first three axes and storage code of q, k, v and r.
+
+    The kernels see arrays as these numbers alone, so that one compiled kernel serves every layout and
+    storage type. ``table`` is ``(4, 5)`` int64; ``owners`` keeps the arrays alive.
+    """
+
+    table: np.ndarray
+    owners: tuple
+
+
+def tensors(q: np.ndarray, k: np.ndarray, v: np.ndarray, r: np.ndarray | None = None) -> Tensors:
+    """Describe four-axis arrays for the kernels; only a strided last axis is copied."""
+    owners = tuple(x if x is None or _dense_last_axis(x) else np.ascontiguousarray(x) for x in (q, k, v, r))
+    rows = [
+        _ABSENT if x is None else (x.ctypes.data, *(s // x.itemsize for s in x.strides[:3]), _CODES[x.dtype])
+        for x in owners
+    ]
+    return Tensors(np.array(rows, dtype=np.int64), owners)
+
+
+def _dense_last_axis(x: np.ndarray) -> bool:
+    return (x.shape[-1] <= 1 or x.strides[-1] == x.itemsize) and all(s % x.itemsize == 0 for s in x.strides)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def read_row(tensor, a, b, c, to, start, step, size):
+    """to[start + i*step] = tensor[a, b, c, i] for i < size, where ``to`` is a flat workspace."""
+    base = a * tensor[1] + b * tensor[2] + c * tensor[3]
+    code = tensor[4]
+    if code == F32:
+        for i in range(size):
+            to[start + i * step] = load_f32(tensor[0], base + i)
+    elif code == F64:
+        for i in range(size):
+            to[start + i * step] = load_f64(tensor[0], base + i)
+    elif code == BF16:
+        for i in range(size):
+            to[start + i * step] = load_bf16(tensor[0], base + i)
+    else:
+        for i in range(size):
+            to[start + i * step] = load_f16(tensor[0], base + i)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def read_query_rows(tensor, sequence, head, group, first, count, size, to, at):
+    """Rows ``first`` and on of a key head's query rows, ``row = query * group + head within the group``."""
+    width = to.shape[1]
+    flat = to.reshape(-1)
+    for i in range(count):
+        row = first + i
+        read_row(tensor, sequence[0], sequence[1] + row // group, head * group + row % group,
+                 flat, (at + i) * width, 1, size)  # fmt: skip
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def read_keys(tensor, sequence, page_table, page_size, head, first, count, size, to, transposed):
+    """Positions ``first`` and on of a sequence, one a row of ``to`` or, transposed, one a column."""
+    width = to.shape[1]
+    flat = to.reshape(-1)
+    for j in range(count):
+        a, b = sequence[0], first + j
+        if page_size > 0:
+            a, b = page_table[a, b // page_size], b % page_size
+        if transposed:
+            read_row(tensor, a, b, head, flat, j, width, size)
+        else:
+            read_row(tensor, a, b, head, flat, j * width, 1, size)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def visible(sequence, query, causal, window):
+    """First position that query ``query`` of the sequence sees, and the one after its last."""
+    first, end = sequence[3], sequence[4]
+    if causal:
+        end = min(end, end - (sequence[2] - sequence[1]) + query + 1)
+        if window > 0:
+            first = max(first, end - window)
+    return first, max(first, end)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def all_finite(tile, rows, columns):
+    """Whether no element of ``tile[:rows, :columns]`` is NaN or infinite."""
+    total = tile.dtype.type(0)
+    for i in range(rows):
+        for j in range(columns):
+            total += tile[i, j] * tile.dtype.type(0)
+    return total == 0
