@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+# The lowest corner of the cube of keys, in every coordinate.
+CORNER = 0.5
 SEGMENTS = 4
 
 
@@ -48,19 +50,21 @@ def seed_sequence(seed: int, *identity: object) -> np.random.SeedSequence:
 def synthetic_problem(name: str, d: int, seed: int) -> Problem:
     """Build the problem of that name.
 
-    name: ``linear``: ``f(x) = u.x``; ``smooth``: ``f(x) = exp(u.x)``, whose first and second derivatives along
-    ``u`` are ``f`` itself; both with ``u = (1, ..., 1) / sqrt(d)``, keys uniform on the unit cube, asked at its
-    centre and at the centre of the face ``x_1 = 0``. ``piecewise``: four segments a sequence, each with keys
-    about its own centre and its own linear map, asked when the last segment is complete (interior) and when
-    it has just begun (boundary). d: head size. seed: of the study, which draws the centres and the maps.
+    name: ``linear``: the value of key ``k`` is ``u.k``; ``smooth``: it is ``exp(u.x)`` with ``x = k - 1/2``,
+    whose first and second derivatives along ``u`` are ``f`` itself. For both ``u = (1, ..., 1) / sqrt(d)``,
+    ``x`` is uniform on the unit cube, and the queries are its centre and the centre of the face ``x_1 = 0``;
+    no query is the origin of the keys, where estimators without an intercept answer 0 whatever the data.
+    ``piecewise``: four segments a sequence, each with keys about its own centre and its own linear map, asked
+    when the last segment is complete (interior) and when it has just begun (boundary). d: head size. seed: of
+    the study, which draws the centres and the maps.
     Returns a Problem. Raises ValueError for another name.
     Source: Fan and Gijbels, Local Polynomial Modelling (1996), section 3.2, for the first two; the
     non-stationary task of arXiv 2510.01450 for the third.
     """
     if name == "linear":
-        return _on_cube(d, lambda projection: projection)
+        return _on_cube(d, lambda k, u: k @ u)
     if name == "smooth":
-        return _on_cube(d, np.exp)
+        return _on_cube(d, lambda k, u: np.exp((k - CORNER) @ u))
     if name == "piecewise":
         return _piecewise(d, np.random.default_rng(seed_sequence(seed, "piecewise", d)))
     raise ValueError(f"name: expected 'linear', 'smooth' or 'piecewise', got {name!r}")
@@ -83,16 +87,16 @@ def draw(
     return np.stack(keys)[:, :, None, :], np.stack(values)[:, :, None, None]
 
 
-def _on_cube(d: int, function: Callable[[np.ndarray], np.ndarray]) -> Problem:
+def _on_cube(d: int, value: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> Problem:
     u = np.full(d, d**-0.5)
-    centre, face = np.full((1, d), 0.5), np.full((1, d), 0.5)
-    face[0, 0] = 0.0
+    centre, face = np.full((1, d), CORNER + 0.5), np.full((1, d), CORNER + 0.5)
+    face[0, 0] = CORNER
 
     def sequence(rng: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
-        x = rng.random((n, d))
-        return x, function(x @ u)
+        keys = CORNER + rng.random((n, d))
+        return keys, value(keys, u)
 
-    return Problem(sequence, Queries(centre, function(centre @ u)), Queries(face, function(face @ u)))
+    return Problem(sequence, Queries(centre, value(centre, u)), Queries(face, value(face, u)))
 
 
 def _piecewise(d: int, rng: np.random.Generator) -> Problem:

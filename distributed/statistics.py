@@ -25,32 +25,34 @@ class Interval(NamedTuple):
         return self.low <= value <= self.high
 
 
-def bootstrap(
-    statistic: Callable[[list[np.ndarray]], float],
+def bootstrap_means(
+    statistic: Callable[[np.ndarray], np.ndarray],
     samples: Sequence[np.ndarray],
     *,
     paired: bool,
     resamples: int,
     rng: np.random.Generator,
 ) -> Interval:
-    """Percentile bootstrap of a statistic of several samples of replicates.
+    """Percentile bootstrap of a statistic of the means of several samples of replicates.
 
-    statistic: of the list of samples, a number. samples: arrays whose first axis is the replicate. paired: the
-    replicates of all samples are the same designs and are resampled together. resamples: how many. rng: the
-    random numbers. Returns the statistic with its 95 % interval.
+    statistic: maps means ``(..., S)`` to ``(...)``; NaN where it is not defined. samples: ``S`` arrays
+    ``(replicates,)``. paired: the replicates of all samples are the same designs and are resampled together.
+    resamples: how many. rng: the random numbers.
+    Returns the statistic with its 95 % interval, NaN where the statistic itself is.
     Source: Efron and Tibshirani, An Introduction to the Bootstrap (1993), chapter 13.
     """
-    samples = [np.asarray(sample) for sample in samples]
-    drawn = np.empty(resamples)
-    for i in range(resamples):
-        if paired:
-            index = rng.integers(len(samples[0]), size=len(samples[0]))
-            drawn[i] = statistic([sample[index] for sample in samples])
-        else:
-            drawn[i] = statistic([sample[rng.integers(len(sample), size=len(sample))] for sample in samples])
-    # A resample whose mean bias is exactly zero has no logarithm; it carries no exponent.
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Interval(float(statistic(samples)), float(low), float(high))
+    estimate = float(statistic(np.array([sample.mean() for sample in samples])))
+    if np.isnan(estimate):
+        return Interval(estimate, np.nan, np.nan)
+    drawn = np.empty((resamples, len(samples)))
+    weights = None
+    for i, sample in enumerate(samples):
+        if weights is None or not paired:
+            # How often each replicate is drawn decides its resampled mean.
+            weights = rng.multinomial(len(sample), np.full(len(sample), 1 / len(sample)), resamples) / len(sample)
+        drawn[:, i] = weights @ sample
+    low, high = np.nanpercentile(statistic(drawn), [2.5, 97.5])
+    return Interval(estimate, float(low), float(high))
 
 
 def bias_exponent(
@@ -72,13 +74,7 @@ def bias_exponent(
     """
     h = np.asarray(bandwidth, dtype=np.float64)
     terms = np.stack([np.ones_like(h), np.log(h), h if where == "boundary" else h**2], axis=1)
-    solve = np.linalg.pinv(terms)[1]
-
-    def exponent(samples: list[np.ndarray]) -> float:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(solve @ np.log(np.abs([sample.mean() for sample in samples])))
-
-    return bootstrap(exponent, errors, paired=True, resamples=resamples, rng=rng)
+    return bootstrap_means(_log_slope(terms), errors, paired=True, resamples=resamples, rng=rng)
 
 
 def error_exponent(
@@ -90,15 +86,21 @@ def error_exponent(
     resamples, rng: of the bootstrap over sequences. Returns ``p`` with its interval.
     """
     terms = np.stack([np.ones(len(n)), -np.log(n)], axis=1)
-    solve = np.linalg.pinv(terms)[1]
-
-    def exponent(samples: list[np.ndarray]) -> float:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(solve @ np.log([sample.mean() for sample in samples]))
-
-    return bootstrap(exponent, squared_errors, paired=False, resamples=resamples, rng=rng)
+    return bootstrap_means(_log_slope(terms), squared_errors, paired=False, resamples=resamples, rng=rng)
 
 
 def mean_interval(sample: np.ndarray, *, resamples: int, rng: np.random.Generator) -> Interval:
     """The mean of a sample ``(replicates,)`` with its bootstrap interval."""
-    return bootstrap(lambda samples: float(samples[0].mean()), [sample], paired=False, resamples=resamples, rng=rng)
+    return bootstrap_means(lambda means: means[..., 0], [sample], paired=False, resamples=resamples, rng=rng)
+
+
+def _log_slope(terms: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+    """The second coefficient of the least-squares fit of ``log |means|`` to the columns of ``terms``."""
+    solve = np.linalg.pinv(terms)[1]
+
+    def slope(means: np.ndarray) -> np.ndarray:
+        # A mean of exactly zero has no logarithm, and a fit that meets one no slope.
+        logarithm = np.log(np.abs(means), out=np.full(means.shape, np.nan), where=means != 0)
+        return logarithm @ solve
+
+    return slope

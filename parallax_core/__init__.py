@@ -1,5 +1,46 @@
 """Attention as regression at test time: softmax, local linear and Parallax attention for any array framework."""
 
-from ._version import __version__
+from typing import Any
 
-__all__ = ["__version__"]
+from ._version import __version__
+from .attention import (
+    lla_attention,
+    lla_decode,
+    lla_probe,
+    local_attention,
+    parallax_attention,
+    parallax_decode,
+    softmax_attention,
+    softmax_decode,
+)
+from .errors import BackendUnavailableError, SolverError
+from .probes import fit_probe
+from .state import LLAState, ParallaxState, SoftmaxState, merge_states
+
+__all__ = [
+    "BackendUnavailableError",
+    "LLAState",
+    "ParallaxState",
+    "SoftmaxState",
+    "SolverError",
+    "__version__",
+    "fit_probe",
+    "lla_attention",
+    "lla_decode",
+    "lla_probe",
+    "local_attention",
+    "merge_states",
+    "parallax_attention",
+    "parallax_decode",
+    "reference",
+    "softmax_attention",
+    "softmax_decode",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "reference":  # brings SciPy's solvers, which an import of the package should not wait for
+        import importlib
+
+        return importlib.import_module(".reference", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

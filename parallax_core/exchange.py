@@ -101,6 +101,14 @@ class _Borrowed:
         }
 
 
+def device_name(where: tuple[int, int]) -> str:
+    """A DLPack device in words."""
+    kind = {CPU: "the CPU", CUDA: "CUDA device", CUDA_MANAGED: "managed memory of CUDA device"}.get(where[0])
+    if kind is None:
+        return f"a device of DLPack type {where[0]}"
+    return kind if where[0] == CPU else f"{kind} {where[1]}"
+
+
 def device(name: str, x: Any) -> tuple[int, int]:
     """The DLPack device ``(type, index)`` of an array; page-locked host memory counts as the CPU.
 
@@ -124,7 +132,7 @@ def device(name: str, x: Any) -> tuple[int, int]:
             kind, index = x.__dlpack_device__()
         except Exception as error:
             raise TypeError(f"{name} cannot be exchanged through DLPack: {_first_line(error)}") from error
-        return (CPU if int(kind) == CUDA_HOST else int(kind)), int(index)
+        return (CPU, 0) if int(kind) in (CPU, CUDA_HOST) else (int(kind), int(index))
     if hasattr(x, "__cuda_array_interface__"):
         return CUDA, 0
     raise TypeError(f"{name} is a {type(x).__name__}; expected an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy, ...)")
@@ -135,8 +143,9 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
 
     Raises TypeError where ``x`` is no array, is not on the CPU, or has a dtype that NumPy and ml_dtypes lack.
     """
-    if device(name, x)[0] != CPU:
-        raise TypeError(f"{name} is on device {tuple(map(int, x.__dlpack_device__()))}; expected the CPU")
+    where = device(name, x)
+    if where[0] != CPU:
+        raise TypeError(f"{name} is on {device_name(where)}; expected the CPU")
     if isinstance(x, np.ndarray):
         if not x.dtype.isnative:
             raise TypeError(f"{name} has dtype {x.dtype.str}; expected native byte order")

@@ -264,6 +264,28 @@ def checked_bandwidth(scale, bandwidth, head_dim: int) -> float:
     return _checked_scale(1.0 / float(bandwidth) ** 2, head_dim)
 
 
+def check_family(probe, kernel, intercept, amplification, ridge, scale: float) -> None:
+    """Check that the options of ``local_attention`` name a member of the family; ValueError or TypeError."""
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel is {kernel!r}; expected one of {', '.join(map(repr, KERNELS))}")
+    if isinstance(probe, str) and probe not in ("query", "solve"):
+        raise ValueError(f"probe is {probe!r}; expected None, 'query', 'solve' or an array")
+    for name, value in (("intercept", intercept), ("amplification", amplification)):
+        if not isinstance(value, (bool, np.bool_)):
+            raise TypeError(f"{name} must be True or False, got {value!r}")
+    if probe is None and not intercept:
+        raise ValueError("intercept is False without a probe; expected a probe, the output would be 0")
+    if amplification and (probe is None or not intercept):
+        raise ValueError("amplification needs a probe and an intercept")
+    solves = isinstance(probe, str) and probe == "solve"
+    if solves and ridge is None:
+        raise ValueError("ridge is missing; probe='solve' needs one")
+    if not solves and ridge is not None:
+        raise ValueError(f"ridge is {ridge!r} with a probe that is not solved for; expected None")
+    if kernel == "gaussian" and scale < 0:
+        raise ValueError(f"scale is {scale!r}; expected 0 or more with the Gaussian kernel")
+
+
 def _shape(x) -> tuple[int, ...]:
     return tuple(int(n) for n in x.shape)
 

@@ -13,7 +13,7 @@ from . import threads, tile_loop, work
 from .tiles import Tensors, tensors
 
 _NO_PAGES = np.zeros((0, 0), np.int64)
-_KERNELS = {"dot": tile_loop.DOT, "gaussian": tile_loop.GAUSSIAN}
+KERNELS = {"dot": tile_loop.DOT, "gaussian": tile_loop.GAUSSIAN}
 
 
 class Plan(NamedTuple):
@@ -87,7 +87,7 @@ def attend(
             tile_loop.attend, len(cut.items),
             cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
             problem.head_dim, problem.value_dim, problem.group_size, problem.causal, problem.window_size or 0,
-            _KERNELS[kernel], dtype.type(problem.scale), intercept, amplification,
+            KERNELS[kernel], dtype.type(problem.scale), intercept, amplification,
             out if cut.splits == 1 else np.zeros((0,) * 4, dtype), m, d1, d2, t0, O1, O2,
         )  # fmt: skip
         if cut.splits > 1:

@@ -45,6 +45,13 @@ def project(S, first, A, KT, rows, keys, head_dim):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def within(first, end, key, keys):
+    """The keys ``first .. end`` of a row as columns of the tile that starts at ``key``."""
+    f = min(max(first - key, 0), keys)
+    return f, max(f, min(end - key, keys))
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def row_maximum(S, row, first, end, lanes):
     """Largest of S[row, first:end] that is not NaN, -inf if there is none; ``lanes`` is scratch of 16."""
     lanes[:] = -np.inf
@@ -223,12 +230,12 @@ def attend(
                 score(S, A, KT, rows, keys, head_dim, kernel, scale)
             partial = False
             for i in range(rows):
-                f, e = max(firsts[i] - key, 0), min(ends[i] - key, keys)
+                f, e = within(firsts[i], ends[i], key, keys)
                 partial = partial or f > 0 or e < keys
                 weigh_row(S, O, i, rows + i if probed else -1, f, e, keys, m, d1, d2, t0, shifted, lanes)
             if partial and not all_finite(V, keys, value_dim):
                 for i in range(rows):
-                    f, e = max(firsts[i] - key, 0), min(ends[i] - key, keys)
+                    f, e = within(firsts[i], ends[i], key, keys)
                     accumulate_visible(O, i, S, i, V, f, e, value_dim)
                     if probed:
                         accumulate_visible(O, rows + i, S, rows + i, V, f, e, value_dim)

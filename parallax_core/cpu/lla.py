@@ -1,0 +1,114 @@
+"""Local linear attention on the CPU: a probe solve followed by the Parallax reduction."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from .. import exchange
+from ..errors import SolverError
+from ..problem import Problem
+from ..state import LLAState
+from . import forward, probe_kernels, threads
+from .tiles import tensors
+
+# A few rows of weights are kept for all keys at a time, so this bounds memory at long lengths.
+PROBE_ROWS = 24
+_SOLVERS = {"cholesky": probe_kernels.CHOLESKY, "cg": probe_kernels.CG, "lstsq": probe_kernels.LSTSQ}
+
+
+def solve_probe(
+    problem: Problem,
+    q: np.ndarray,
+    k: np.ndarray,
+    ridge: np.ndarray,
+    solver: str,
+    *,
+    kernel: str = "dot",
+    intercept: bool = True,
+) -> np.ndarray:
+    """The probe ``r = -(C_kk + ridge I)^-1 (q - kbar)``, or on raw moments without an intercept.
+
+    ridge: float64, broadcasts to ``(B, Lq, Hq)``. Returns ``(B, Lq, Hq, D)`` in the compute dtype, 0 in rows
+    that see no key, NaN in rows whose system is not finite. Raises SolverError.
+    """
+    probe, _, _ = _moments(problem, q, k, None, ridge, solver, kernel, intercept, probing=True)
+    return probe
+
+
+def attend(
+    problem: Problem,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    ridge: np.ndarray,
+    solver: str,
+    *,
+    split: bool = False,
+    return_state: bool = False,
+):
+    """Local linear attention ``(out, state)``; shapes as for the tiled loop, ridge as for the probe."""
+    probe, normalisers, moments = _moments(
+        problem, q, k, v if return_state else None, ridge, solver, "dot", True, probing=True
+    )
+    out, _ = forward.attend(problem, q, k, v, probe, split=split, dtype=_dtype(problem, solver))
+    if not return_state:
+        return out, None
+    dtype = problem.compute_dtype
+    m, d1, kbar = normalisers
+    queries = np.ascontiguousarray(q, dtype=dtype)
+    lam = np.ascontiguousarray(np.broadcast_to(ridge, problem.row_shape), dtype=dtype)
+    # Where no key was seen the mean is 0 / 0; the origin of an empty state is ignored.
+    k0 = np.where(d1[..., None] == 0, 0, kbar)
+    wk, wv, wkk, wvk = moments
+    return out, LLAState(*(x.astype(dtype, copy=False) for x in (m, d1, k0, wk, wv, wkk, wvk, queries, lam)))
+
+
+def _dtype(problem: Problem, solver: str) -> np.dtype:
+    # What counts as rank would be lost in float32, where noise fills the directions the keys do not span.
+    return np.dtype(np.float64) if solver == "lstsq" else problem.compute_dtype
+
+
+def _moments(problem, q, k, v, ridge, solver, kernel, intercept, probing):
+    dtype = _dtype(problem, solver)
+    keys_as_values = dataclasses.replace(problem, value_dim=problem.head_dim)
+    kbar, state = forward.attend(keys_as_values, q, k, k, kernel=kernel, dtype=dtype, return_state=True)
+    probe = exchange.empty(kbar.shape, dtype) if probing else np.zeros((0,) * 4, dtype)
+    stated = v is not None
+    rows, D, Dv = problem.row_shape, problem.head_dim, problem.value_dim
+    shapes = ((*rows, D), (*rows, Dv), (*rows, D, D), (*rows, Dv, D))
+    moments = [np.empty(shape if stated else (0,) * len(shape), dtype) for shape in shapes]
+    cut = forward.plan(problem, PROBE_ROWS, split=False)
+    status = np.zeros(2, np.int64)
+    if len(cut.items):
+        described = tensors(q, k, k if v is None else v)
+        lam = np.broadcast_to(np.asarray(ridge, np.float64), rows)
+        threads.run(
+            probe_kernels.solve_probes, len(cut.items),
+            cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
+            int((cut.items[:, 5] - cut.items[:, 4]).max()), D, Dv, problem.group_size, problem.causal,
+            problem.window_size or 0, forward.KERNELS[kernel], dtype.type(problem.scale), intercept,
+            _SOLVERS[solver], _tolerance(dtype), np.ascontiguousarray(lam), state.m, state.d1, kbar, probe, status,
+            *moments,
+        )  # fmt: skip
+    if status[probe_kernels.FAILED]:
+        raise SolverError(_failure(solver, int(status[0]), int(status[1]) * 1e-18, float(np.min(ridge))))
+    return probe, (state.m, state.d1, kbar), moments
+
+
+def _tolerance(dtype: np.dtype) -> float:
+    """Relative residual at which conjugate gradients stop: a few rounding units."""
+    return 8 * float(np.finfo(dtype).eps)
+
+
+def _failure(solver: str, rows: int, residual: float, ridge: float) -> str:
+    if solver == "cg":
+        return (
+            f"cg: {rows} rows did not converge (worst relative residual {residual:.1e}, smallest ridge {ridge:.3g}); "
+            "use a larger ridge or solver='cholesky'"
+        )
+    return (
+        f"{solver}: C_kk + ridge I is not numerically positive definite in {rows} rows "
+        f"(smallest ridge {ridge:.3g}); use a larger ridge or solver='lstsq'"
+    )

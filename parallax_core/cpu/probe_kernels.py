@@ -1,0 +1,271 @@
+"""The probes of local linear attention: a weighted second moment and a ridge solve for every query row.
+
+Source: docs/math.md, "Attention as regression at test time".
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from .intrinsics import exp, fetch_add
+from .microkernel import MR, NR, multiply_add
+from .tile_loop import score
+from .tiles import KEY_TILE, read_keys, read_query_rows, visible
+
+CHOLESKY, CG, LSTSQ = 0, 1, 2
+FAILED, WORST = 0, 1
+"""Places in the status: rows that could not be solved, and the worst relative residual in units of 1e-18."""
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+def _dot(a, b, n):
+    total = a.dtype.type(0)
+    for i in range(n):
+        total += a[i] * b[i]
+    return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def _finite(a, n):
+    for i in range(n):
+        if not np.isfinite(a[i]):
+            return False
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def centre_rows(X, keys, head_dim, origin, weights, first, root):
+    """X[j] = (X[j] - origin), times the root of its weight if wanted."""
+    for j in range(keys):
+        factor = np.sqrt(weights[first + j]) if root else X.dtype.type(1)
+        for d in range(head_dim):
+            X[j, d] = factor * (X[j, d] - origin[d])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def solve_cholesky(C, b, ridge, n, L, u):
+    """u = (C + ridge I)^-1 b from the upper triangle of C; False where it is not positive definite."""
+    for i in range(n):
+        for j in range(i + 1):
+            total = C[j, i] - _dot(L[i], L[j], j)
+            if j < i:
+                L[i, j] = total / L[j, j]
+            else:
+                total += ridge
+                if not total > 0:
+                    return False
+                L[i, i] = np.sqrt(total)
+        u[i] = (b[i] - _dot(L[i], u, i)) / L[i, i]
+    for i in range(n - 1, -1, -1):
+        u[i] /= L[i, i]
+        for j in range(i):
+            u[j] -= u[i] * L[i, j]
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def solve_minimum_norm(C, b, ridge, n, L, u):
+    """u = (C + ridge I)^+ b; eigenvalues below ``n * eps`` of the largest count as zero without a ridge."""
+    for i in range(n):
+        for j in range(i + 1):
+            L[i, j] = C[j, i]
+            L[j, i] = C[j, i]
+    values, vectors = np.linalg.eigh(L[:n, :n])
+    cut = n * np.finfo(np.float64).eps * max(values[n - 1], 0.0)
+    u[:n] = 0
+    for e in range(n):
+        value = max(values[e], 0.0) + ridge
+        if ridge > 0 or values[e] > cut:
+            coefficient = 0.0
+            for i in range(n):
+                coefficient += vectors[i, e] * b[i]
+            coefficient /= value
+            for i in range(n):
+                u[i] += coefficient * vectors[i, e]
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def solve_conjugate_gradients(
+    tensor, sequence, page_table, page_size, head, first, weights, begin, end, origin, ridge, b, n, X, u, x, p, s, y,
+    tolerance,
+):  # fmt: skip
+    """u = (C + ridge I)^-1 b without the matrix; returns the relative residual reached.
+
+    C p is summed over the keys ``begin .. end`` of the row (``weights`` starts at ``first``). x, p, s, y are
+    scratch of ``n``.
+    """
+    bb = 0.0
+    for i in range(n):
+        x[i] = 0
+        s[i] = b[i]
+        p[i] = b[i]
+        bb += np.float64(b[i]) * np.float64(b[i])
+    if bb == 0:
+        u[:n] = 0
+        return 0.0
+    ss = bb
+    for _ in range(10 * n + 50):
+        if ss <= tolerance * tolerance * bb:
+            break
+        y[:n] = 0
+        for key in range(begin, end, KEY_TILE):
+            keys = min(KEY_TILE, end - key)
+            read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X, False)
+            centre_rows(X, keys, n, origin, weights, 0, False)
+            for j in range(keys):
+                factor = weights[key - first + j] * _dot(X[j], p, n)
+                for i in range(n):
+                    y[i] += factor * X[j, i]
+        py = 0.0
+        for i in range(n):
+            y[i] += p.dtype.type(ridge) * p[i]
+            py += np.float64(p[i]) * np.float64(y[i])
+        step = ss / py
+        following = 0.0
+        for i in range(n):
+            x[i] += p.dtype.type(step) * p[i]
+            s[i] -= p.dtype.type(step) * y[i]
+            following += np.float64(s[i]) * np.float64(s[i])
+        turn = p.dtype.type(following / ss)
+        for i in range(n):
+            p[i] = s[i] + turn * p[i]
+        ss = following
+    for i in range(n):
+        u[i] = x[i]
+    return np.sqrt(ss / bb)
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def solve_probes(
+    counter, items, sequences, tensors, page_table, page_size, tile_rows, longest, head_dim, value_dim, group,
+    causal, window, kernel, scale, centred, solver, tolerance, ridge, m, d1, kbar, r, status,
+    wk_out, wv_out, wkk_out, wvk_out,
+):  # fmt: skip
+    """Take items of work until none is left, and write the probe ``r = -u`` of every row.
+
+    items: as for the tiled loop; ``longest``: the most keys of an item. m, d1, ridge: ``(B, Lq, Hq)``; kbar
+    and r: ``(B, Lq, Hq, D)``, the weighted mean key, about which moments are taken (``centred``), and the
+    result. The moments of the LLA state go to ``w*_out`` unless these are of size 0.
+    """
+    dtype = kbar.dtype
+    stated = wkk_out.size > 0
+    probing = r.size > 0
+    width = (head_dim + NR - 1) // NR * NR
+    value_width = (value_dim + NR - 1) // NR * NR
+    A = np.zeros((tile_rows + MR, head_dim), dtype)
+    KT = np.zeros((head_dim, KEY_TILE), dtype)
+    S = np.zeros((tile_rows + MR, KEY_TILE), dtype)
+    weights = np.zeros((tile_rows, longest), dtype)
+    # The microkernel reads A^T in blocks of MR columns, which may pass the last one.
+    X = np.zeros((KEY_TILE + 1, width + MR), dtype)
+    V = np.zeros((KEY_TILE + 1, value_width + MR), dtype)
+    C = np.zeros((width + MR, width), dtype)
+    C_vk = np.zeros((value_width + MR, width), dtype)
+    L = np.zeros((head_dim, head_dim), np.float64)
+    wk, origin, b = np.zeros(head_dim, dtype), np.zeros(head_dim, dtype), np.zeros(head_dim, dtype)
+    u, b64 = np.zeros(head_dim, np.float64), np.zeros(head_dim, np.float64)
+    x, p, s, y = np.zeros(head_dim, dtype), np.zeros(head_dim, dtype), np.zeros(head_dim, dtype), np.zeros(head_dim, dtype)
+    wv = np.zeros(value_dim, dtype)
+    while True:
+        taken = fetch_add(counter)
+        if taken >= items.shape[0]:
+            break
+        sequence, head, row = sequences[items[taken, 0]], items[taken, 1], items[taken, 2]
+        rows = items[taken, 3] - row
+        read_query_rows(tensors[0], sequence, head, group, row, rows, head_dim, A, 0)
+        begin, end = sequence[4], sequence[3]
+        for i in range(rows):
+            f, e = visible(sequence, (row + i) // group, causal, window)
+            if e > f:
+                begin, end = min(begin, f), max(end, e)
+        for key in range(begin, end, KEY_TILE):
+            keys = min(KEY_TILE, end - key)
+            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, KT, True)
+            score(S, A, KT, rows, keys, head_dim, kernel, scale)
+            for i in range(rows):
+                for j in range(keys):
+                    weights[i, key - begin + j] = S[i, j]
+        for i in range(rows):
+            batch, query = sequence[0], sequence[1] + (row + i) // group
+            h = head * group + (row + i) % group
+            f, e = visible(sequence, (row + i) // group, causal, window)
+            if e <= f:
+                if probing:
+                    r[batch, query, h, :] = 0
+                if stated:
+                    wk_out[batch, query, h, :], wv_out[batch, query, h, :] = 0, 0
+                    wkk_out[batch, query, h, :, :], wvk_out[batch, query, h, :, :] = 0, 0
+                continue
+            w = weights[i]
+            normaliser = d1[batch, query, h]
+            for j in range(f - begin, e - begin):
+                w[j] = exp(w[j] - m[batch, query, h]) / normaliser
+            for d in range(head_dim):
+                origin[d] = kbar[batch, query, h, d] if centred else dtype.type(0)
+                b[d] = A[i, d] - origin[d]
+            if solver == CG and probing:
+                residual = solve_conjugate_gradients(
+                    tensors[1], sequence, page_table, page_size, head, begin, w, f, e, origin,
+                    ridge[batch, query, h], b, head_dim, X, u, x, p, s, y, tolerance,
+                )  # fmt: skip
+                if residual > tolerance:
+                    status[FAILED] += 1
+                    status[WORST] = max(status[WORST], np.int64(min(residual, 1.0) * 1e18))
+                for d in range(head_dim):
+                    # A row that is not finite ends at once, with no residual to judge by.
+                    r[batch, query, h, d] = -u[d] if np.isfinite(residual) else np.nan
+                if not stated:
+                    continue
+            C[:] = 0
+            C_vk[:] = 0
+            wk[:] = 0
+            wv[:] = 0
+            for key in range(f, e, KEY_TILE):
+                keys = min(KEY_TILE, e - key)
+                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, X, False)
+                centre_rows(X, keys, head_dim, origin, w, key - begin, True)
+                for j in range(keys):
+                    root = np.sqrt(w[key - begin + j])
+                    for d in range(head_dim):
+                        wk[d] += root * X[j, d]
+                multiply_add(C, 0, X, 0, True, X, head_dim, head_dim, keys, True)
+                if stated:
+                    read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V, False)
+                    for j in range(keys):
+                        root = np.sqrt(w[key - begin + j])
+                        for d in range(value_dim):
+                            V[j, d] *= root
+                            wv[d] += root * V[j, d]
+                    multiply_add(C_vk, 0, V, 0, True, X, value_dim, head_dim, keys, False)
+            if stated:
+                for a in range(head_dim):
+                    wk_out[batch, query, h, a] = wk[a] * normaliser
+                    for d in range(head_dim):
+                        wkk_out[batch, query, h, a, d] = C[min(a, d), max(a, d)] * normaliser
+                for a in range(value_dim):
+                    wv_out[batch, query, h, a] = wv[a] * normaliser
+                    for d in range(head_dim):
+                        wvk_out[batch, query, h, a, d] = C_vk[a, d] * normaliser
+            if not probing or solver == CG:
+                continue
+            # The mean was rounded: what is left of it about the origin is moved off.
+            finite = True
+            for a in range(head_dim):
+                b64[a] = np.float64(b[a]) - (np.float64(wk[a]) if centred else 0.0)
+                finite = finite and np.isfinite(b64[a])
+                if centred:
+                    for d in range(a, head_dim):
+                        C[a, d] -= wk[a] * wk[d]
+                finite = finite and _finite(C[a, a:], head_dim - a)
+            if not finite:
+                r[batch, query, h, :] = np.nan
+                continue
+            if solver == LSTSQ:
+                solve_minimum_norm(C, b64, ridge[batch, query, h], head_dim, L, u)
+            elif not solve_cholesky(C, b64, ridge[batch, query, h], head_dim, L, u):
+                status[FAILED] += 1
+                u[:] = np.nan
+            for d in range(head_dim):
+                r[batch, query, h, d] = -u[d]
