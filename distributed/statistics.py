@@ -45,12 +45,11 @@ def bootstrap_means(
     if np.isnan(estimate):
         return Interval(estimate, np.nan, np.nan)
     drawn = np.empty((resamples, len(samples)))
-    weights = None
+    index = None
     for i, sample in enumerate(samples):
-        if weights is None or not paired:
-            # How often each replicate is drawn decides its resampled mean.
-            weights = rng.multinomial(len(sample), np.full(len(sample), 1 / len(sample)), resamples) / len(sample)
-        drawn[:, i] = weights @ sample
+        if index is None or not paired:
+            index = rng.integers(len(sample), size=(resamples, len(sample)))
+        drawn[:, i] = sample[index].mean(axis=1)
     low, high = np.nanpercentile(statistic(drawn), [2.5, 97.5])
     return Interval(estimate, float(low), float(high))
 

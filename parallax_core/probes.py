@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import ModuleType
 
 import numpy as np
-import scipy.linalg
 
 
 def covariances(q, k, v, *, backend: ModuleType | None = None, **options) -> tuple[np.ndarray, np.ndarray]:
@@ -64,6 +63,8 @@ def fit_probe(x, q, k, v, target, *, ridge: float, backend: ModuleType | None = 
 def _fit_head(x: np.ndarray, C_vk: np.ndarray, residual: np.ndarray, ridge: float) -> np.ndarray:
     # The normal matrix is a sum of Kronecker products (C'C) x (x x'): one product of (D*D, rows) and
     # (rows, Dx*Dx) matrices, which never forms the (rows*Dv, D*Dx) design.
+    import scipy.linalg  # not at the top: an import of the package should not wait for it
+
     rows, D, Dx = len(x), C_vk.shape[2], x.shape[1]
     CtC = np.matmul(C_vk.swapaxes(1, 2), C_vk).reshape(rows, D * D)
     xxt = (x[:, :, None] * x[:, None, :]).reshape(rows, Dx * Dx)

@@ -53,13 +53,15 @@ def solve_cg(A: np.ndarray, b: np.ndarray, ridge: float) -> np.ndarray:
     D = b.size
     operator = LinearOperator((D, D), matvec=lambda x: A.T @ (A @ x) + ridge * x, dtype=np.float64)
     iterations = _CG_ITERATIONS_PER_DIMENSION * D
-    u, info = cg(operator, b, rtol=_CG_TOLERANCE, atol=0.0, maxiter=iterations)
+    # The squares that conjugate gradients form of b's numbers overflow or vanish sooner than the solution.
+    size = np.abs(b).max() or 1.0
+    u, info = cg(operator, b / size, rtol=_CG_TOLERANCE, atol=0.0, maxiter=iterations)
     if info != 0:
         raise SolverError(
             f"cg: no convergence to a residual of {_CG_TOLERANCE:g} within {iterations} iterations at ridge "
             f"{ridge:.3g}; use a larger ridge, solver='cholesky' or solver='lstsq'"
         )
-    return u
+    return size * u
 
 
 def solve_lstsq(A: np.ndarray, b: np.ndarray, ridge: float) -> np.ndarray:

@@ -35,7 +35,11 @@ def softmax_weights(scores: np.ndarray, visible: np.ndarray) -> Weights:
     """The weights of the visible keys; NaN in a row all of whose visible scores are -inf, as IEEE has it."""
     s = np.where(visible, scores, -np.inf)
     m = s.max(axis=1, initial=-np.inf)
-    e = np.where(visible, np.exp(s - m[:, None]), 0.0)
-    d1 = e.sum(axis=1)
-    p = e / np.where(visible.any(axis=1), d1, 1.0)[:, None]
+    lost = np.isneginf(m)
+    # Beside any other key, keys of score -inf weigh 0: only the normaliser says that alone they are 0 / 0,
+    # so that the state of such a row merges as it should.
+    e = np.where(visible, np.exp(s - np.where(lost, 0.0, m)[:, None]), 0.0)
+    sees = visible.any(axis=1)
+    d1 = np.where(lost & sees, np.nan, e.sum(axis=1))
+    p = e / np.where(sees, d1, 1.0)[:, None]
     return Weights(m, e, d1, p)
