@@ -1,0 +1,314 @@
+"""The commands of ``parallax-core``: study, compare, info."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+UsageError = typer.BadParameter.__base__
+Abort = typer.Abort
+
+
+class InputError(Exception):
+    """What the user can correct, as one line that begins with the argument at fault."""
+
+
+class Engine(StrEnum):
+    """Where the points of a study are evaluated."""
+
+    ray = "ray"
+    local = "local"
+
+
+app = typer.Typer(
+    help="Attention as regression at test time: softmax, local linear (LLA) and Parallax attention.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+)
+study_app = typer.Typer(help="Run a study and write its report.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"parallax-core {importlib.metadata.version('parallax-core')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; may stand anywhere.")
+    ] = False,
+) -> None: ...
+
+
+@study_app.command("regression")
+def study_regression(
+    output: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder of the report; its files are replaced, others kept.")
+    ] = Path("study-report"),
+    engine: Annotated[
+        Engine,
+        typer.Option(help="ray: actors, on the cluster RAY_ADDRESS names or on a local Ray it starts; local: here."),
+    ] = Engine.ray,
+    workers: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Ray actors, one CPU each.  [default: every CPU]")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, metavar="S", help="Seed of the study, instead of the configuration's.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="YAML grid; a report's config.yaml runs that study again.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Safetensors file with tensors NAME.q, NAME.k, NAME.v of shape (B, L, H, D).  "
+            "[default: the sample that ships]",
+        ),
+    ] = None,
+) -> None:
+    """Measure softmax, LLA, Parallax, global ridge and linear attention as regression estimators.
+
+    Four experiments: error against the number of keys; squared bias and variance against the bandwidth; the
+    exponent with which bias vanishes, beside the theory; leave-one-out prediction of the values of real
+    attention heads. The folder receives report.html, summary.md, rows.parquet and config.yaml.
+
+    Examples:
+
+    - everything, on all CPUs: `parallax-core study regression --output report`
+
+    - without Ray: `parallax-core study regression --engine local`
+
+    - your own attention heads: `parallax-core study regression --data heads.safetensors`
+    """
+    if workers is not None and engine is Engine.local:
+        raise InputError(f"--workers: expected with --engine ray only, got {workers} with --engine local")
+    if engine is Engine.ray and importlib.util.find_spec("ray") is None:
+        raise InputError(
+            "--engine: Ray is not installed: pip install 'parallax-core[ray]', or choose --engine local"
+        )
+    from parallax_core.distributed.findings import find
+    from parallax_core.distributed.grid import points
+    from parallax_core.distributed.output import output_folder
+    from parallax_core.distributed.report import PAGE, Provenance, write_report
+    from parallax_core.distributed.study import run_regression
+
+    settings = _read_config(config)
+    if seed is not None:
+        settings = settings.model_copy(update={"seed": seed})
+    sample = _read_data("--data", data) if settings.real else None
+    try:
+        points(settings, sample)
+    except ValueError as error:
+        raise InputError(f"--config: real.{error}") from error
+    with _input("--output", OSError), output_folder(output) as folder:
+        began = time.perf_counter()
+        with _progress("regression study") as progress:
+            study = run_regression(settings, sample, engine=engine.value, workers=workers, progress=progress)
+        seconds = time.perf_counter() - began
+        findings = find(settings, study.rows)
+        where = "this process" if engine is Engine.local else f"Ray, {workers or 'all'} workers"
+        command = shlex.join(["parallax-core", *sys.argv[1:]])
+        write_report(study, findings, folder, Provenance(command, where, seconds))
+    _print_findings(findings)
+    print(f"Report: {output.expanduser().absolute() / PAGE}")
+
+
+@app.command()
+def compare(
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="Safetensors file with NAME.q, NAME.k, NAME.v.  [default: the sample]"),
+    ] = None,
+    layer: Annotated[
+        str | None, typer.Option(metavar="NAME", help="One layer of the file.  [default: every layer]")
+    ] = None,
+    heads: Annotated[
+        str | None, typer.Option(metavar="0,3,...", help="Numbers of the key heads.  [default: four, evenly spaced]")
+    ] = None,
+    ridge: Annotated[float, typer.Option(min=0, help="Ridge of LLA and of global ridge, in squared key units.")] = 0.1,
+    causal: Annotated[
+        bool | None,
+        typer.Option("--causal/--bidirectional", help="Mask of the outputs compared.  [default: as the file says]"),
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the comparison as a figure: .svg, .pdf or .png.")
+    ] = None,
+) -> None:
+    """Put estimators side by side on the queries, keys and values of a file.
+
+    For each layer: the error with which each estimator predicts every value from the other keys and values,
+    as a fraction of the values' variance (leave one out, bidirectional), and how far the estimators' outputs
+    are from each other, as a fraction of the larger norm.
+
+    Example: `parallax-core compare heads.safetensors --heads 0,3 --plot compare.svg`
+    """
+    from parallax_core.compare import compare as compare_arrays
+
+    sample = _read_data("FILE", file)
+    chosen_heads = sample.spread(4) if heads is None else _head_numbers(heads)
+    if layer is not None and layer not in sample.layers:
+        raise InputError(f"--layer: expected one of {', '.join(sample.layers)}, got {layer!r}")
+    layers = list(sample.layers) if layer is None else [layer]
+    if causal is None:
+        causal = sample.metadata.get("causal", "true").lower() != "false"
+    if plot is not None:
+        _check_plot(plot)
+    results = {}
+    with _progress("comparing") as progress:
+        for done, name in enumerate(layers, 1):
+            with _input("--heads", ValueError):
+                selected = sample.select(name, chosen_heads)
+            results[name] = compare_arrays(*selected[:3], ridge=ridge, causal=causal)
+            progress(done, len(layers))
+    for name, result in results.items():
+        _print_comparison(f"{name}, heads {', '.join(map(str, chosen_heads))}", result)
+    if plot is not None:
+        from parallax_core.comparison_figure import save_comparison
+
+        save_comparison(results, plot)
+        print(f"Figure: {plot.expanduser().absolute()}")
+
+
+@app.command()
+def info() -> None:
+    """Show which backends and packages are found, and how to get those that are missing."""
+    from parallax_core import __version__, cuda_kernels
+    from parallax_core.cpu import threads
+
+    table = Table(box=box.SIMPLE_HEAD, title=f"parallax-core {__version__}", title_justify="left")
+    for heading in ("", "found", "what it is for, or why it is missing"):
+        table.add_column(heading, overflow="fold")
+    python = f"Python {sys.version.split()[0]}"
+    numba = importlib.metadata.version("numba")
+    table.add_row("CPU", "yes", f"{python}, Numba {numba}, {threads.get_num_threads()} threads; float64 to bfloat16")
+    reason = cuda_kernels.availability()
+    table.add_row("CUDA", "no" if reason else "yes", reason or "NVIDIA GPUs")
+    for package, extra, purpose in (
+        ("ray", "ray", "studies on many processes or machines"),
+        ("matplotlib", "cli", "reports and figures"),
+        ("torch", "torch", "differentiable attention on PyTorch tensors"),
+        ("jax", "jax", "differentiable attention on JAX arrays"),
+    ):
+        found = importlib.util.find_spec(package) is not None
+        version = importlib.metadata.version(package) if found else "no"
+        table.add_row(package, version, purpose if found else f"{purpose}: pip install 'parallax-core[{extra}]'")
+    Console().print(table)
+
+
+@contextmanager
+def _input(argument: str, *errors: type[Exception]) -> Iterator[None]:
+    """Name the argument that an exception of these types comes from."""
+    try:
+        yield
+    except errors as error:
+        raise InputError(f"{argument}: {error}") from error
+
+
+def _read_config(path: Path | None):
+    from parallax_core.distributed.config import load_config
+
+    with _input(f"--config {path}" if path else "--config", ValueError, OSError):
+        return load_config(path)
+
+
+def _read_data(argument: str, path: Path | None):
+    from parallax_core import data
+
+    with _input(argument, ValueError, OSError):
+        return data.load_sample() if path is None else data.load(path)
+
+
+def _head_numbers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise InputError(f"--heads: expected numbers separated by commas, got {text!r}") from error
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix not in (".svg", ".pdf", ".png"):
+        raise InputError(f"--plot: expected a name ending in .svg, .pdf or .png, got {path}")
+    if not path.expanduser().absolute().parent.is_dir():
+        raise InputError(f"--plot: expected an existing folder, got {path.parent}")
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal; in a log, a line each tenth of the way."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        tenths = 0
+
+        def log(done: int, total: int, *_: object) -> None:
+            nonlocal tenths
+            if 10 * done // total > tenths:
+                tenths = 10 * done // total
+                print(f"{title}: {done} of {total}", file=sys.stderr, flush=True)
+
+        yield log
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    with Progress(*columns, TextColumn("[dim]{task.fields[last]}"), console=console) as bar:
+        task = bar.add_task(title, total=None, last="starting")
+
+        def advance(done: int, total: int, point: object = None) -> None:
+            last = f"{point.experiment}, {point.estimator}" if point is not None else ""
+            bar.update(task, completed=done, total=total, last=last)
+
+        yield advance
+
+
+def _print_findings(findings) -> None:
+    console = Console()
+    if findings.exponents:
+        table = Table("bias falls as h^p", "p", "95 % interval", "theory", box=box.SIMPLE_HEAD)
+        for curve in findings.exponents:
+            p = curve.exponent
+            table.add_row(
+                f"{curve.estimator}, {curve.where}", f"{p.estimate:.3f}", f"{p.low:.3f} to {p.high:.3f}", f"{curve.theory}"
+            )
+        console.print(table)
+    if findings.real:
+        layers = list(dict.fromkeys(result.layer for result in findings.real))
+        table = Table("leave-one-out error / variance", *layers, box=box.SIMPLE_HEAD)
+        for estimator in dict.fromkeys(result.estimator for result in findings.real):
+            errors = {r.layer: r.error.estimate for r in findings.real if r.estimator == estimator}
+            table.add_row(estimator, *(f"{errors[layer]:.3f}" for layer in layers))
+        console.print(table)
+
+
+def _print_comparison(title: str, result) -> None:
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("")
+    table.add_column("leave-one-out error", no_wrap=True)
+    for name in result.estimators:
+        table.add_column(f"from {name}", justify="right")
+    for i, name in enumerate(result.estimators):
+        error = result.leave_one_out[i]
+        bar = "█" * round(20 * min(error, 1.0)) + ("▶" if error > 1 else "")
+        differences = ("" if i == j else f"{value:.3f}" for j, value in enumerate(result.difference[i]))
+        table.add_row(name, f"{error:7.3f} {bar}", *differences)
+    Console().print(table)
