@@ -154,6 +154,8 @@ def parse_config(text: str) -> RegressionConfig:
 def _first(error: ValidationError) -> str:
     first, *rest = error.errors(include_url=False)
     key = ".".join(str(part) for part in first["loc"])
-    got = "" if isinstance(first["input"], dict) or first["type"] == "missing" else f", got {first['input']!r}"
+    message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(first["type"], first["msg"])
+    valued = first["type"] not in ("extra_forbidden", "missing") and not isinstance(first["input"], dict)
+    got = f", got {first['input']!r}" if valued else ""
     more = f" (and {len(rest)} more)" if rest else ""
-    return f"{key}: {first['msg']}{got}{more}" if key else f"{first['msg']}{more}"
+    return f"{key}: {message}{got}{more}" if key else f"{message}{more}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,16 +45,21 @@ def run_ray(
     import ray
 
     with _cluster(workers):
-        count = min(workers or int(ray.cluster_resources().get("CPU", 1)), len(points))
-        evaluator = ray.remote(num_cpus=1, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(_Evaluator)
+        cpus = int(ray.cluster_resources().get("CPU", 0))
+        if (workers or 1) > cpus:
+            raise ValueError(f"workers: expected at most the {cpus} CPUs of the cluster, got {workers or 1}")
+        evaluator = ray.remote(num_cpus=1, max_restarts=MAX_RESTARTS, max_task_retries=MAX_RESTARTS)(
+            _Evaluator
+        )
+        # An argument of each call, not of the actor: a restarted actor could not get its own back.
         sample_ref = ray.put(sample)
-        idle = [evaluator.remote(evaluate, sample_ref) for _ in range(count)]
+        idle = [evaluator.remote(evaluate) for _ in range(min(workers or cpus, len(points)))]
         waiting = iter(enumerate(points))
         running = {}
         while True:
             while idle and (task := next(waiting, None)) is not None:
                 actor = idle.pop()
-                running[actor.evaluate.remote(task[1])] = (actor, *task)
+                running[actor.evaluate.remote(task[1], sample_ref)] = (actor, *task)
             if not running:
                 return
             (done,), _ = ray.wait(list(running), num_returns=1)
@@ -69,11 +75,11 @@ def run_ray(
 
 
 class _Evaluator:
-    def __init__(self, evaluate: Evaluate, sample: AttentionSample | None) -> None:
-        self._evaluate, self._sample = evaluate, sample
+    def __init__(self, evaluate: Evaluate) -> None:
+        self._evaluate = evaluate
 
-    def evaluate(self, point: Point) -> Row:
-        return self._evaluate(point, self._sample)
+    def evaluate(self, point: Point, sample: AttentionSample | None) -> Row:
+        return self._evaluate(point, sample)
 
 
 @contextmanager
@@ -83,10 +89,11 @@ def _cluster(workers: int | None) -> Iterator[None]:
     if ray.is_initialized():  # the caller's connection, which is not ours to close
         yield
         return
+    quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=False)
+        ray.init(**quiet)
     else:
-        ray.init(address="local", num_cpus=workers, include_dashboard=False, log_to_driver=False)
+        ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
     try:
         yield
     finally:

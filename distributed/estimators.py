@@ -34,8 +34,9 @@ def predict(
     """Predict the value at every query.
 
     estimator: a name of ``point.Estimator``. sequences: what is predicted; its target is not looked at.
-    ridge: of the solved probes. probe_ridge: of the fit of ``W_R``. training: other sequences, with targets, on
-    which ``parallax-fitted`` fits ``W_R`` (``x`` is the query). options: bandwidth, kernel and masks.
+    ridge: of the solved probes. probe_ridge: of the fit of ``W_R``. training: other sequences, with
+    targets, on which ``parallax-fitted`` fits ``W_R`` (``x`` is the query). options: bandwidth, kernel and
+    masks.
     Returns ``(B, Lq, H, Dv)``, float64.
     """
     q, k, v, _ = sequences

@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 
 import matplotlib
+import matplotlib.lines
+import matplotlib.ticker
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -130,7 +132,7 @@ def tradeoff(curves: Sequence[TradeoffCurve]) -> str:
 
 
 def bias_exponents(curves: Sequence[BiasCurve]) -> str:
-    """Size of the bias against the bandwidth, a panel a place, with fitted and expected exponents. Returns SVG."""
+    """Size of the bias against the bandwidth with its exponents, a panel a place. Returns SVG."""
     places = [where for where in reversed(WHERE) if any(curve.where == where for curve in curves)]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.3 * len(places), 4.0), layout="constrained")
@@ -158,7 +160,7 @@ def bias_exponents(curves: Sequence[BiasCurve]) -> str:
 
 
 def interior_against_boundary(results: Sequence[Convergence]) -> str:
-    """Error of each estimator at the largest n, inside and at the boundary: a panel a problem. Returns SVG."""
+    """Error of each estimator at the largest n, by problem, inside and at the boundary. Returns SVG."""
     with matplotlib.rc_context(STYLE):
         rows = max(len({curve.estimator for curve in result.curves}) for result in results)
         figure = Figure(figsize=(3.55 * len(results), 0.36 * rows + 1.35), layout="constrained")
@@ -179,7 +181,9 @@ def interior_against_boundary(results: Sequence[Convergence]) -> str:
             axis.set_ylim(len(estimators) - 0.5, -0.5)
         figure.legend(
             handles=[
-                matplotlib.lines.Line2D([], [], ls="none", marker="o", ms=8, mfc="white", mec="#444444", mew=1.8),
+                matplotlib.lines.Line2D(
+                    [], [], ls="none", marker="o", ms=8, mfc="white", mec="#444444", mew=1.8
+                ),
                 matplotlib.lines.Line2D([], [], ls="none", marker="o", ms=8, color="#444444"),
             ],
             labels=["interior (piecewise: segment complete)", "boundary (piecewise: segment just begun)"],
@@ -193,6 +197,8 @@ def real_errors(results: Sequence[RealError]) -> str:
     """Leave-one-out errors on real heads: a panel a layer, a dot a document and head. Returns SVG."""
     layers = list(dict.fromkeys(result.layer for result in results))
     estimators = list(dict.fromkeys(result.estimator for result in results))
+    # Some estimators are so far off that a common scale would hide the others: they become arrows.
+    limit = 1.05 * max([1.0, *(result.errors.max() for result in results if result.error.estimate < 1.5)])
     columns = min(2, len(layers))
     lines = math.ceil(len(layers) / columns)
     with matplotlib.rc_context(STYLE):
@@ -206,7 +212,20 @@ def real_errors(results: Sequence[RealError]) -> str:
                     continue
                 y = estimators.index(result.estimator)
                 colour = COLOUR[result.estimator]
-                dots = np.sort(result.errors.ravel())
+                if result.error.estimate > limit:
+                    axis.annotate(
+                        f"{result.error.estimate:.1f}",
+                        xy=(limit, y),
+                        xytext=(-52, 0),
+                        textcoords="offset points",
+                        va="center",
+                        ha="right",
+                        fontsize=8.5,
+                        color="#333333",
+                        arrowprops={"arrowstyle": "->", "color": colour, "lw": 2},
+                    )
+                    continue
+                dots = result.errors.ravel()
                 axis.plot(dots, np.full(dots.size, y), "|", color=colour, alpha=0.45, ms=13, mew=1.2)
                 axis.plot([result.error.low, result.error.high], [y, y], color=colour, lw=4, alpha=0.55)
                 axis.plot(result.error.estimate, y, MARKER[result.estimator], color=colour, ms=8)
@@ -216,29 +235,27 @@ def real_errors(results: Sequence[RealError]) -> str:
                     xytext=(0, 9),
                     textcoords="offset points",
                     ha="center",
-                    fontsize=8,
+                    fontsize=8.5,
                     color="#333333",
                 )
             axis.axvline(1, color="#999999", lw=1, ls=":")
-            axis.set_xscale("log")
+            axis.set_xlim(0, limit)
             axis.set_title(layer)
             axis.set_xlabel("squared error / variance of the values")
             axis.set_yticks(range(len(estimators)), [NAME[estimator] for estimator in estimators])
             axis.set_ylim(len(estimators) - 0.5, -0.6)
             axis.grid(axis="y", visible=False)
-            axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
-            axis.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
         return _svg(figure, "real-errors")
 
 
 def _line(estimator: str) -> dict[str, object]:
     style = {"color": COLOUR[estimator], "marker": MARKER[estimator], "label": NAME[estimator]}
     if estimator == "lla":
-        # Parallax with the solved probe lies on LLA: leave room to see both.
-        return style | {"linewidth": 3.2, "markersize": 6.5}
+        # Other curves lie on LLA's: drawn wide and hollow below them, it leaves both to be seen.
+        return style | {"linewidth": 3.4, "markersize": 8, "markerfacecolor": "white", "markeredgewidth": 1.6}
     if estimator == "parallax-solved":
-        return style | {"linestyle": "--", "linewidth": 1.3, "markersize": 4.5, "zorder": 3}
-    return style
+        return style | {"linestyle": "--", "linewidth": 1.3, "markersize": 4.5, "zorder": 4}
+    return style | {"zorder": 3}
 
 
 def _theory(estimator: str) -> dict[str, object]:
@@ -252,7 +269,9 @@ def _legend(figure: Figure, axes: Sequence[Axes], *, theory: str, ring: str | No
             handles.setdefault(label, handle)
     handles[theory] = matplotlib.lines.Line2D([], [], color="#444444", ls=(0, (1, 2)), lw=1.3)
     if ring:
-        handles[ring] = matplotlib.lines.Line2D([], [], ls="none", marker="o", ms=10, mfc="none", mec="#444444")
+        handles[ring] = matplotlib.lines.Line2D(
+            [], [], ls="none", marker="o", ms=10, mfc="none", mec="#444444"
+        )
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4)
 
 

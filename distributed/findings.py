@@ -100,7 +100,9 @@ def find(config: RegressionConfig, rows: list[dict[str, object]]) -> Findings:
 
     convergence = []
     for section in config.convergence:
-        group = _where(rows, experiment="convergence", problem=section.problem, d=section.d, noise=section.noise)
+        group = _where(
+            rows, experiment="convergence", problem=section.problem, d=section.d, noise=section.noise
+        )
         curves = [
             _error_curve(_where(group, estimator=estimator), where, section.bandwidth.rate, config, rng)
             for where in WHERE
@@ -124,7 +126,10 @@ def find(config: RegressionConfig, rows: list[dict[str, object]]) -> Findings:
     ]
     exponents = [
         _bias_curve(
-            _where(rows, experiment=f"{section.where}-exponent", estimator=estimator), section.where, config, rng
+            _where(rows, experiment=f"{section.where}-exponent", estimator=estimator),
+            section.where,
+            config,
+            rng,
         )
         for section in config.exponents
         for estimator in section.estimators

@@ -46,7 +46,8 @@ class Point(BaseModel):
         where = f" {self.layer}" if self.layer is not None else ""
         return (
             f"{self.experiment}: {self.estimator} on {self.problem}{where}, n={self.n}, d={self.d}, "
-            f"bandwidth={self.bandwidth:.4g}, ridge={self.ridge:.3g}, noise={self.noise:.3g}, seed={self.seed}"
+            f"bandwidth={self.bandwidth:.4g}, ridge={self.ridge:.3g}, noise={self.noise:.3g}, "
+            f"seed={self.seed}"
         )
 
 

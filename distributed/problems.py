@@ -1,4 +1,4 @@
-"""The synthetic regression problems: how keys are drawn, which function gives the values, where it is asked."""
+"""The synthetic regression problems: how keys are drawn, what their values are, where they are asked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ SEGMENTS = 4
 class Queries:
     """Points at which a function is asked, the same in every replicate.
 
-    x: ``(Q, d)``. truth: ``(Q,)``, the noise-free values. seen: the fraction of the sequence that comes before
-    the queries.
+    x: ``(Q, d)``. truth: ``(Q,)``, the noise-free values. seen: the fraction of the sequence that comes
+    before the queries.
     """
 
     x: np.ndarray
@@ -41,7 +41,8 @@ class Problem:
 def seed_sequence(seed: int, *identity: object) -> np.random.SeedSequence:
     """The random stream of one identity: it depends on nothing else, neither on order nor on workers.
 
-    seed: of the study. identity: values whose ``repr`` names the stream. Returns a SeedSequence to spawn from.
+    seed: of the study. identity: values whose ``repr`` names the stream. Returns a SeedSequence to spawn
+    from.
     """
     digest = hashlib.sha256(repr(identity).encode()).digest()
     return np.random.SeedSequence([seed, *np.frombuffer(digest, dtype="<u4").tolist()])
@@ -83,7 +84,7 @@ def draw(
         rng = np.random.default_rng(stream)
         x, f = problem.sequence(rng, n)
         keys.append(x)
-        values.append(f + noise * rng.standard_normal(n))
+        values.append(f + noise * rng.standard_normal(n) if noise else f)
     return np.stack(keys)[:, :, None, :], np.stack(values)[:, :, None, None]
 
 

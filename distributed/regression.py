@@ -19,9 +19,10 @@ def evaluate(point: Point, sample: AttentionSample | None = None) -> dict[str, o
     """Evaluate one point; the row depends on the point and the sample alone.
 
     point: what to evaluate. sample: the attention heads that a ``kv`` point reads.
-    Returns the point's fields and, for ``interior`` and ``boundary`` queries, ``*_bias2``, ``*_variance`` and
-    ``*_mse`` (their sum) with the signed ``*_errors`` ``(replicates, queries)`` they come from; for ``kv``,
-    ``error``, the squared error as a fraction of the values' variance, with ``errors`` ``(documents, heads)``.
+    Returns the point's fields and, for ``interior`` and ``boundary`` queries, ``*_bias2``, ``*_variance``
+    and ``*_mse`` (their sum) with the signed ``*_errors`` ``(replicates, queries)`` they come from; for
+    ``kv``, ``error``, the squared error as a fraction of the values' variance, with ``errors``
+    ``(documents, heads)``.
     Raises PointError, which names the point.
     """
     try:
@@ -34,8 +35,8 @@ def evaluate(point: Point, sample: AttentionSample | None = None) -> dict[str, o
 def squared_bias_and_variance(errors: np.ndarray) -> tuple[float, float]:
     """Split the mean squared error over replicates; the two add up to it exactly.
 
-    errors: ``(replicates, queries)``, prediction less truth. The variance is unbiased, and the squared bias is
-    free of the variance of the mean, so it can come out below zero where the bias is too small to see.
+    errors: ``(replicates, queries)``, prediction less truth. The variance is unbiased, and the squared bias
+    is free of the variance of the mean, so it can come out below zero where the bias is too small to see.
     Returns both, averaged over the queries.
     """
     variance = errors.var(axis=0, ddof=1)
@@ -55,7 +56,7 @@ def _synthetic(point: Point) -> dict[str, object]:
     measured: dict[str, object] = {}
     for where in ("interior", "boundary"):
         queries: Queries = getattr(problem, where)
-        seen = max(2, int(round(point.n * queries.seen)))
+        seen = max(2, round(point.n * queries.seen))
         q = np.broadcast_to(queries.x[:, None, :], (point.replicates, len(queries.x), 1, point.d))
         predictions = predict(
             point.estimator,
@@ -98,7 +99,9 @@ def _real(point: Point, sample: AttentionSample | None) -> dict[str, object]:
 
     predictions = np.empty_like(v)
     # A fitted probe has never seen the document it predicts; the others have nothing to fit.
-    folds = [[row] for row in range(documents)] if point.estimator == "parallax-fitted" else [[*range(documents)]]
+    folds = (
+        [[row] for row in range(documents)] if point.estimator == "parallax-fitted" else [[*range(documents)]]
+    )
     for fold in folds:
         held_out, mask = sequences(fold)
         others = [row for row in range(documents) if row not in fold]

@@ -17,7 +17,7 @@ import yaml
 import parallax_core
 
 from . import figures
-from .findings import Findings, find
+from .findings import Findings, RealError
 from .statistics import Interval
 from .study import Study
 
@@ -64,12 +64,13 @@ class Provenance:
     def entries(self, study: Study) -> dict[str, str]:
         """What the header of the report lists, by name."""
         now = datetime.datetime.now(datetime.UTC)
-        packages = ("numpy", "scipy", "numba", "ray") if "Ray" in self.engine else ("numpy", "scipy", "numba")
+        packages = ("numpy", "scipy", "numba", *(["ray"] if self.engine.startswith("Ray") else []))
         versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+        python = f"Python {platform.python_version()}"
         return {
             "command": self.command,
             "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-            "versions": f"parallax-core {parallax_core.__version__}, Python {platform.python_version()}, {versions}",
+            "versions": f"parallax-core {parallax_core.__version__}, {python}, {versions}",
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
             "engine": f"{self.engine}, {self.seconds:.0f} s",
             "points": f"{len(study.rows)}",
@@ -78,13 +79,12 @@ class Provenance:
         }
 
 
-def write_report(study: Study, folder: Path, provenance: Provenance) -> list[Path]:
+def write_report(study: Study, findings: Findings, folder: Path, provenance: Provenance) -> list[Path]:
     """Write the report of a study.
 
-    study: what ran. folder: an existing folder that receives ``report.html``, ``summary.md``, ``rows.parquet``
-    and ``config.yaml``. provenance: for the header. Returns the paths.
+    study: what ran. findings: of its rows. folder: an existing folder that receives ``report.html``,
+    ``summary.md``, ``rows.parquet`` and ``config.yaml``. provenance: for the header. Returns the paths.
     """
-    findings = find(study.config, study.rows)
     context = {
         "entries": provenance.entries(study),
         "findings": findings,
@@ -93,6 +93,7 @@ def write_report(study: Study, folder: Path, provenance: Provenance) -> list[Pat
         "config": yaml.safe_dump(study.config.model_dump(mode="json"), sort_keys=False),
         "figures": _figures(findings),
         "layers": list(dict.fromkeys(result.layer for result in findings.real)),
+        "best": _best(findings.real),
         "rate_table": _rate_table(findings),
     }
     environment = jinja2.Environment(
@@ -103,7 +104,7 @@ def write_report(study: Study, folder: Path, provenance: Provenance) -> list[Pat
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {"number": _number, "interval": _interval}
+    environment.filters |= {"number": _number, "rounded": _rounded, "interval": _interval}
     for name in (PAGE, SUMMARY):
         text = environment.get_template(f"{name}.j2").render(context)
         (folder / name).write_text(text, encoding="utf-8")
@@ -142,9 +143,24 @@ def _rate_table(findings: Findings) -> list[tuple[str, list]]:
     ]
 
 
+def _best(results: list[RealError]) -> dict[str, RealError]:
+    """The result with the least error of each layer; the first of those that differ by rounding alone."""
+    best: dict[str, RealError] = {}
+    for result in results:
+        least = best.get(result.layer)
+        if least is None or result.error.estimate < least.error.estimate * (1 - 1e-6):
+            best[result.layer] = result
+    return best
+
+
 def _number(value: float) -> str:
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.1f}"
 
 
+def _rounded(value: float, digits: int = 2) -> str:
+    return f"{round(value, digits) + 0.0:.{digits}f}"
+
+
 def _interval(interval: Interval, digits: int = 2) -> str:
-    return f"{interval.estimate:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    low, estimate, high = (_rounded(x, digits) for x in (interval.low, interval.estimate, interval.high))
+    return f"{estimate} [{low}, {high}]"

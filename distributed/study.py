@@ -43,9 +43,13 @@ def run_regression(
     if engine not in ("ray", "local"):
         raise ValueError(f"engine: expected 'ray' or 'local', got {engine!r}")
     if workers is not None and (engine == "local" or workers < 1):
-        raise ValueError(f"workers: expected a positive number and the engine 'ray', got {workers} and {engine!r}")
+        raise ValueError(
+            f"workers: expected a positive number and the engine 'ray', got {workers} and {engine!r}"
+        )
     grid = points(config, sample)
-    results = run_local(evaluate, grid, sample) if engine == "local" else run_ray(evaluate, grid, sample, workers)
+    results = (
+        run_local(evaluate, grid, sample) if engine == "local" else run_ray(evaluate, grid, sample, workers)
+    )
     rows: list[Row | None] = [None] * len(grid)
     for done, (index, row) in enumerate(results, 1):
         rows[index] = row

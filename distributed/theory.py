@@ -15,9 +15,9 @@ def smooth_bias(estimator: str, where: str, bandwidth: np.ndarray) -> np.ndarray
     """Leading-order bias on the smooth problem, ``f(x) = exp(x)`` with keys uniform on ``[0, 1]``.
 
     estimator: ``softmax`` (local constant) or ``lla`` (local linear); others have no theory here. where:
-    ``interior``, ``x = 1/2``: ``h^2 f''/2`` for both; ``boundary``, ``x = 0``: ``h f' m_1`` for local constant
-    and ``h^2 (f''/2) (1 - m_1 m_3) / (1 - m_1^2)`` for local linear, with half-normal moments ``m``.
-    bandwidth: ``(H,)``. Returns ``(H,)`` or None.
+    ``interior``, ``x = 1/2``: ``h^2 f''/2`` for both; ``boundary``, ``x = 0``: ``h f' m_1`` for local
+    constant and ``h^2 (f''/2) (1 - m_1 m_3) / (1 - m_1^2)`` for local linear, with half-normal moments
+    ``m``. bandwidth: ``(H,)``. Returns ``(H,)`` or None.
     Source: Fan and Gijbels, Local Polynomial Modelling (1996), section 3.2.
     """
     h = np.asarray(bandwidth, dtype=np.float64)

@@ -9,8 +9,8 @@ import traceback
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit with its status: 0, 2 for bad input, 1 for a computation that failed.
 
-    arguments: without the program's name; those of the process if None. ``--debug``, anywhere among them, shows
-    the traceback of an error. Raises SystemExit.
+    arguments: without the program's name; those of the process if None. ``--debug``, anywhere among them,
+    shows the traceback of an error. Raises SystemExit.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
@@ -37,8 +37,8 @@ def main(arguments: list[str] | None = None) -> None:
 def _exit(status: int, message: str, debug: bool) -> None:
     if debug:
         traceback.print_exc()
-    # One line, whatever the message: a log or a terminal shows it whole.
-    print(f"parallax-core: {' '.join(message.split())}", file=sys.stderr)
+    if message:  # none after the help that stands in for a missing command
+        print(f"parallax-core: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(status)
 
 

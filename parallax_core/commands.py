@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -69,16 +70,20 @@ def study_regression(
     ] = Path("study-report"),
     engine: Annotated[
         Engine,
-        typer.Option(help="ray: actors, on the cluster RAY_ADDRESS names or on a local Ray it starts; local: here."),
+        typer.Option(
+            help="ray: actors, on the cluster RAY_ADDRESS names or on a local Ray it starts; local: here."
+        ),
     ] = Engine.ray,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Ray actors, one CPU each.  [default: every CPU]")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, metavar="S", help="Seed of the study, instead of the configuration's.")
+        int | None,
+        typer.Option(min=0, metavar="S", help="Seed of the study, instead of the configuration's."),
     ] = None,
     config: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="YAML grid; a report's config.yaml runs that study again.")
+        Path | None,
+        typer.Option(metavar="FILE", help="YAML grid; a report's config.yaml runs that study again."),
     ] = None,
     data: Annotated[
         Path | None,
@@ -123,7 +128,9 @@ def study_regression(
         points(settings, sample)
     except ValueError as error:
         raise InputError(f"--config: real.{error}") from error
-    with _input("--output", OSError), output_folder(output) as folder:
+    with ExitStack() as stack:
+        with _input("--output", OSError):
+            folder = stack.enter_context(output_folder(output))
         began = time.perf_counter()
         with _progress("regression study") as progress:
             study = run_regression(settings, sample, engine=engine.value, workers=workers, progress=progress)
@@ -140,21 +147,29 @@ def study_regression(
 def compare(
     file: Annotated[
         Path | None,
-        typer.Argument(metavar="[FILE]", help="Safetensors file with NAME.q, NAME.k, NAME.v.  [default: the sample]"),
+        typer.Argument(
+            metavar="[FILE]", help="Safetensors file with NAME.q, NAME.k, NAME.v.  [default: the sample]"
+        ),
     ] = None,
     layer: Annotated[
         str | None, typer.Option(metavar="NAME", help="One layer of the file.  [default: every layer]")
     ] = None,
     heads: Annotated[
-        str | None, typer.Option(metavar="0,3,...", help="Numbers of the key heads.  [default: four, evenly spaced]")
+        str | None,
+        typer.Option(metavar="0,3,...", help="Numbers of the key heads.  [default: four, evenly spaced]"),
     ] = None,
-    ridge: Annotated[float, typer.Option(min=0, help="Ridge of LLA and of global ridge, in squared key units.")] = 0.1,
+    ridge: Annotated[
+        float, typer.Option(min=0, help="Ridge of LLA and of global ridge, in squared key units.")
+    ] = 0.1,
     causal: Annotated[
         bool | None,
-        typer.Option("--causal/--bidirectional", help="Mask of the outputs compared.  [default: as the file says]"),
+        typer.Option(
+            "--causal/--bidirectional", help="Mask of the outputs compared.  [default: as the file says]"
+        ),
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the comparison as a figure: .svg, .pdf or .png.")
+        Path | None,
+        typer.Option(metavar="FILE", help="Write the comparison as a figure: .svg, .pdf or .png."),
     ] = None,
 ) -> None:
     """Put estimators side by side on the queries, keys and values of a file.
@@ -179,8 +194,7 @@ def compare(
     results = {}
     with _progress("comparing") as progress:
         for done, name in enumerate(layers, 1):
-            with _input("--heads", ValueError):
-                selected = sample.select(name, chosen_heads)
+            selected = _select(sample, name, chosen_heads)
             results[name] = compare_arrays(*selected[:3], ridge=ridge, causal=causal)
             progress(done, len(layers))
     for name, result in results.items():
@@ -203,9 +217,11 @@ def info() -> None:
         table.add_column(heading, overflow="fold")
     python = f"Python {sys.version.split()[0]}"
     numba = importlib.metadata.version("numba")
-    table.add_row("CPU", "yes", f"{python}, Numba {numba}, {threads.get_num_threads()} threads; float64 to bfloat16")
+    table.add_row(
+        "CPU", "yes", f"{python}, Numba {numba}, {threads.get_num_threads()} threads; float64 to bfloat16"
+    )
     reason = cuda_kernels.availability()
-    table.add_row("CUDA", "no" if reason else "yes", reason or "NVIDIA GPUs")
+    table.add_row("CUDA", "no" if reason else "yes", escape(reason or "NVIDIA GPUs"))
     for package, extra, purpose in (
         ("ray", "ray", "studies on many processes or machines"),
         ("matplotlib", "cli", "reports and figures"),
@@ -214,7 +230,8 @@ def info() -> None:
     ):
         found = importlib.util.find_spec(package) is not None
         version = importlib.metadata.version(package) if found else "no"
-        table.add_row(package, version, purpose if found else f"{purpose}: pip install 'parallax-core[{extra}]'")
+        how = "" if found else f": pip install 'parallax-core[{extra}]'"
+        table.add_row(package, version, escape(purpose + how))
     Console().print(table)
 
 
@@ -246,6 +263,13 @@ def _head_numbers(text: str) -> tuple[int, ...]:
         return tuple(int(part) for part in text.split(","))
     except ValueError as error:
         raise InputError(f"--heads: expected numbers separated by commas, got {text!r}") from error
+
+
+def _select(sample, layer: str, heads: tuple[int, ...]):
+    try:
+        return sample.select(layer, heads)
+    except ValueError as error:  # which begins with the name of the argument
+        raise InputError(f"--{error}") from error
 
 
 def _check_plot(path: Path) -> None:
@@ -288,7 +312,10 @@ def _print_findings(findings) -> None:
         for curve in findings.exponents:
             p = curve.exponent
             table.add_row(
-                f"{curve.estimator}, {curve.where}", f"{p.estimate:.3f}", f"{p.low:.3f} to {p.high:.3f}", f"{curve.theory}"
+                f"{curve.estimator}, {curve.where}",
+                f"{p.estimate:.3f}",
+                f"{p.low:.3f} to {p.high:.3f}",
+                f"{curve.theory}",
             )
         console.print(table)
     if findings.real:
@@ -301,14 +328,15 @@ def _print_findings(findings) -> None:
 
 
 def _print_comparison(title: str, result) -> None:
-    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    table.add_column("")
-    table.add_column("leave-one-out error", no_wrap=True)
-    for name in result.estimators:
-        table.add_column(f"from {name}", justify="right")
+    console = Console()
+    console.print(f"\n[bold]{title}[/bold]")
+    errors = Table("leave-one-out error / variance", "", "", box=box.SIMPLE_HEAD)
+    for name, error in zip(result.estimators, result.leave_one_out):
+        bar = "█" * round(30 * min(error, 1.0)) + (" →" if error > 1 else "")
+        errors.add_row(name, f"{error:.3f}", bar)
+    console.print(errors)
+    differences = Table("difference of outputs / norm", *result.estimators, box=box.SIMPLE_HEAD)
     for i, name in enumerate(result.estimators):
-        error = result.leave_one_out[i]
-        bar = "█" * round(20 * min(error, 1.0)) + ("▶" if error > 1 else "")
-        differences = ("" if i == j else f"{value:.3f}" for j, value in enumerate(result.difference[i]))
-        table.add_row(name, f"{error:7.3f} {bar}", *differences)
-    Console().print(table)
+        row = ("" if i == j else f"{value:.3f}" for j, value in enumerate(result.difference[i]))
+        differences.add_row(name, *row)
+    console.print(differences)

@@ -15,10 +15,10 @@ from .mechanisms import MECHANISMS, apply_mechanism
 class Comparison:
     """How far estimators are from each other, and from the values.
 
-    estimators: ``E`` names. outputs: by name, ``(B, Lq, Hq, Dv)`` float64. difference: ``(E, E)``, the norm of
-    the difference of two outputs over the larger norm of the two. leave_one_out: ``(E,)``, the squared error
-    with which the other keys and values predict each value, as a fraction of the values' variance; NaN for a
-    probe that was given, which says nothing about other queries.
+    estimators: ``E`` names. outputs: by name, ``(B, Lq, Hq, Dv)`` float64. difference: ``(E, E)``, the norm
+    of the difference of two outputs over the larger norm of the two. leave_one_out: ``(E,)``, the squared
+    error with which the other keys and values predict each value, as a fraction of the values' variance;
+    NaN for a probe that was given, which says nothing about other queries.
     """
 
     estimators: tuple[str, ...]
@@ -30,10 +30,10 @@ class Comparison:
 def compare(q, k, v, *, r=None, ridge=0.1, scale=None, causal=True, window_size=None) -> Comparison:
     """Evaluate softmax, LLA, Parallax, global ridge and linear attention on the same arrays.
 
-    q: ``(B, Lq, Hq, D)``. k: ``(B, Lk, Hkv, D)``. v: ``(B, Lk, Hkv, Dv)``. r: a probe ``(B, Lq, Hq, D)``; without
-    it Parallax is left out. ridge: of LLA and of the global ridge, in squared key units. scale, causal,
-    window_size: as of ``softmax_attention``; the leave-one-out error is bidirectional whatever they say.
-    Arrays of any framework on the CPU; computed and returned in NumPy float64.
+    q: ``(B, Lq, Hq, D)``. k: ``(B, Lk, Hkv, D)``. v: ``(B, Lk, Hkv, Dv)``. r: a probe ``(B, Lq, Hq, D)``;
+    without it Parallax is left out. ridge: of LLA and of the global ridge, in squared key units. scale,
+    causal, window_size: as of ``softmax_attention``; the leave-one-out error is bidirectional whatever they
+    say. Arrays of any framework on the CPU; computed and returned in NumPy float64.
     Returns a Comparison. Raises what ``local_attention`` raises, and ValueError for fewer than two keys.
     Source: docs/math.md, "The family".
     """

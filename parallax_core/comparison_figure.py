@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ def save_comparison(results: dict[str, Comparison], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9.5, 2.7 * len(results)), layout="constrained")
-    for (errors, differences), (layer, result) in zip(figure.subplots(len(results), 2, squeeze=False), results.items()):
+    for (errors, differences), (layer, result) in zip(
+        figure.subplots(len(results), 2, squeeze=False), results.items()
+    ):
         rows = np.arange(len(result.estimators))
         errors.barh(rows, result.leave_one_out, color="#0072B2")
         # An estimator that is far off the scale must not flatten the others.
@@ -35,7 +38,10 @@ def save_comparison(results: dict[str, Comparison], path: Path) -> None:
                 color="black" if inside else "white",
             )
         errors.set(
-            xlim=(0, 1.12 * limit), yticks=rows, yticklabels=result.estimators, title=f"{layer}: leave-one-out error"
+            xlim=(0, 1.12 * limit),
+            yticks=rows,
+            yticklabels=result.estimators,
+            title=f"{layer}: leave-one-out error",
         )
         errors.invert_yaxis()
         errors.spines[["top", "right"]].set_visible(False)
@@ -46,9 +52,19 @@ def save_comparison(results: dict[str, Comparison], path: Path) -> None:
                 value = result.difference[i, j]
                 dark = value < 0.6 * result.difference.max()
                 differences.text(
-                    j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black"
+                    j,
+                    i,
+                    f"{value:.2f}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if dark else "black",
                 )
-        differences.set(xticks=rows, yticks=rows, yticklabels=result.estimators, title="relative difference of outputs")
+        differences.set(
+            xticks=rows, yticks=rows, yticklabels=result.estimators, title="relative difference of outputs"
+        )
         differences.set_xticks(rows, result.estimators, rotation=30, ha="right")
         figure.colorbar(image, ax=differences, shrink=0.85)
-    figure.savefig(path)
+    unfinished = path.with_name(f".{path.name}")
+    figure.savefig(unfinished, format=path.suffix[1:])
+    os.replace(unfinished, path)

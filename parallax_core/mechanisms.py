@@ -17,10 +17,11 @@ MECHANISMS: dict[str, dict[str, object]] = {
 def apply_mechanism(name, q, k, v, *, ridge=None, probe=None, backend: ModuleType | None = None, **options):
     """Evaluate a named mechanism on queries, keys and values.
 
-    name: a key of ``MECHANISMS``. q, k, v: as in ``local_attention``. ridge: for the solved probes, in squared
-    key units; 0 means the minimum-norm solution. probe: ``(B, Lq, Hq, D)``, for ``parallax``. backend: a module
-    with ``local_attention``, ``parallax_core`` unless given. options: ``scale`` or ``bandwidth``, ``kernel``
-    and the masks of ``local_attention``; the global mechanisms have scale 0 and ignore the first three.
+    name: a key of ``MECHANISMS``. q, k, v: as in ``local_attention``. ridge: for the solved probes, in
+    squared key units; 0 means the minimum-norm solution. probe: ``(B, Lq, Hq, D)``, for ``parallax``.
+    backend: a module with ``local_attention``, ``parallax_core`` unless given. options: ``scale`` or
+    ``bandwidth``, ``kernel`` and the masks of ``local_attention``; the global mechanisms have scale 0 and
+    ignore the first three.
     Returns ``(B, Lq, Hq, Dv)``. Raises ValueError for an unknown name or a probe that is missing.
     Source: docs/math.md, "The family".
     """
@@ -32,7 +33,9 @@ def apply_mechanism(name, q, k, v, *, ridge=None, probe=None, backend: ModuleTyp
         import parallax_core as backend
     family = MECHANISMS[name]
     if "scale" in family:
-        options = {key: value for key, value in options.items() if key not in ("scale", "bandwidth", "kernel")}
+        options = {
+            key: value for key, value in options.items() if key not in ("scale", "bandwidth", "kernel")
+        }
     if family.get("probe") == "solve":
         options |= {"ridge": ridge, "solver": "lstsq" if ridge == 0 else "cholesky"}
     if name == "parallax":

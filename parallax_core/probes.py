@@ -27,18 +27,21 @@ def covariances(q, k, v, *, backend: ModuleType | None = None, **options) -> tup
     return vbar, second.reshape(*vbar.shape, D) - vbar[..., :, None] * kbar[..., None, :]
 
 
-def fit_probe(x, q, k, v, target, *, ridge: float, backend: ModuleType | None = None, **options) -> np.ndarray:
+def fit_probe(
+    x, q, k, v, target, *, ridge: float, backend: ModuleType | None = None, **options
+) -> np.ndarray:
     """Fit the ``W_R`` of ``r = W_R x`` that makes Parallax predict a target, one matrix a head.
 
     The output ``vbar - C_vk W_R x`` is linear in ``W_R``, so this is one ridge regression a head:
     the mean over rows of ``|target - vbar + C_vk W_R x|^2`` plus ``ridge |W_R|^2`` is minimised.
 
     x: ``(B, Lq, Hq, Dx)``, what the probe is computed from. q: ``(B, Lq, Hq, D)``. k: ``(B, Lk, Hkv, D)``.
-    v: ``(B, Lk, Hkv, Dv)``. target: ``(B, Lq, Hq, Dv)``. ridge: a positive number, in squared units of
-    the target. backend, options: as of ``covariances``; the masks, ``scale`` and ``kernel`` must be those that
+    v: ``(B, Lk, Hkv, Dv)``. target: ``(B, Lq, Hq, Dv)``. ridge: a positive number, in squared units of the
+    target. backend, options: as of ``covariances``; the masks, ``scale`` and ``kernel`` must be those that
     the probe will be used with.
     Returns ``W_R`` ``(Hq, D, Dx)``, float64.
-    Raises ValueError for shapes that do not fit, a ridge that is not positive, or numbers that are not finite.
+    Raises ValueError for shapes that do not fit, a ridge that is not positive, or numbers that are not
+    finite.
     Source: arXiv 2605.29157; docs/math.md.
     """
     arrays = {"x": x, "q": q, "k": k, "v": v, "target": target}
@@ -85,7 +88,8 @@ def _validate(arrays: dict[str, np.ndarray], ridge: float) -> None:
         raise ValueError(f"x: expected shape {(*q.shape[:3], 'Dx')} to match q, got {arrays['x'].shape}")
     if arrays["target"].shape != (*q.shape[:3], v.shape[3]):
         raise ValueError(
-            f"target: expected shape {(*q.shape[:3], v.shape[3])} to match q and v, got {arrays['target'].shape}"
+            f"target: expected shape {(*q.shape[:3], v.shape[3])} to match q and v, "
+            f"got {arrays['target'].shape}"
         )
     if 0 in q.shape:
         raise ValueError(f"q: expected at least one row to fit on, got shape {q.shape}")

@@ -5,10 +5,11 @@ import functools
 import numpy as np
 import oracle
 import pytest
+import torch
 from calls import call
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import attention_cases, decode_cases, seeds
+from strategies import BFLOAT16, attention_cases, decode_cases, seeds
 
 from parallax_core import reference
 
@@ -31,12 +32,23 @@ def answers(operation, case, seed):
 
 
 operations = pytest.mark.parametrize("operation", ["softmax", "parallax", "lla"])
-cases = st.one_of(attention_cases(), decode_cases())
+# Each kind of mask and memory has examples of its own.
+KINDS = {
+    "whole": attention_cases(packed=(False,)),
+    "packed": attention_cases(packed=(True,)),
+    "cache": decode_cases(paged=(False,)),
+    "pages": decode_cases(paged=(True,)),
+}
+kinds = pytest.mark.parametrize("kind", KINDS)
+examples = settings(max_examples=25)
 
 
+@kinds
 @operations
-@given(case=cases, seed=seeds)
-def test_output_and_lse_are_those_of_the_formula(operation, case, seed):
+@examples
+@given(data=st.data(), seed=seeds)
+def test_output_and_lse_are_those_of_the_formula(operation, kind, data, seed):
+    case = data.draw(KINDS[kind])
     extra, (o, lse, sensitivity) = answers(operation, case, seed)
     result, state = call(reference, operation, case, return_state=True, **extra)
     assert result.dtype == np.float64
@@ -51,9 +63,12 @@ def test_output_and_lse_are_those_of_the_formula(operation, case, seed):
     np.testing.assert_allclose(state.lse[seen], lse[seen], rtol=0, atol=1e3 * EPS)
 
 
+@kinds
 @operations
-@given(case=cases, seed=seeds, junk=st.sampled_from((np.nan, np.inf, -np.inf)))
-def test_keys_that_no_row_sees_change_nothing(operation, case, seed, junk):
+@examples
+@given(data=st.data(), seed=seeds, junk=st.sampled_from((np.nan, np.inf, -np.inf)))
+def test_keys_that_no_row_sees_change_nothing(operation, kind, data, seed, junk):
+    case = data.draw(KINDS[kind])
     extra = {"ridge": ridges(case, seed)} if operation == "lla" else {}
     expected = call(reference, operation, case, **extra)
     k, v = (x.copy() for x in case.keys_and_values)
@@ -64,9 +79,12 @@ def test_keys_that_no_row_sees_change_nothing(operation, case, seed, junk):
     )
 
 
+@kinds
 @operations
-@given(case=cases, seed=seeds, data=st.data())
-def test_a_nan_key_or_value_reaches_the_rows_that_see_it_and_no_other(operation, case, seed, data):
+@examples
+@given(data=st.data(), seed=seeds)
+def test_a_nan_key_or_value_reaches_the_rows_that_see_it_and_no_other(operation, kind, data, seed):
+    case = data.draw(KINDS[kind])
     k, v = (x.copy() for x in case.keys_and_values)
     if k[..., 0].size == 0:
         return
@@ -95,6 +113,21 @@ def test_parallax_with_the_solved_probe_is_lla(case, seed):
     for row in oracle.seen_rows(case):
         unseen[row.batch, row.row, row.head] = not row.places
     assert (r[unseen] == 0).all()
+
+
+def test_arrays_of_a_framework_are_read_and_the_result_is_numpy():
+    random = np.random.default_rng(2)
+    q, r, k, v = (random.standard_normal((2, 3, 2, 4)).astype(np.float32) for _ in range(4))
+    lengths = np.array([3, 1])
+    for dtype, numpy_dtype in ((torch.float32, np.float32), (torch.bfloat16, BFLOAT16)):
+        tensors = [torch.from_numpy(x).to(dtype) for x in (q, r, k, v)]
+        arrays = [x.astype(numpy_dtype) for x in (q, r, k, v)]
+        o = reference.parallax_decode(*tensors, cache_seqlens=torch.from_numpy(lengths))
+        assert type(o) is np.ndarray
+        np.testing.assert_array_equal(o, reference.parallax_decode(*arrays, cache_seqlens=lengths))
+        o = reference.lla_attention(tensors[0], *tensors[2:], ridge=torch.tensor([0.1, 0.2]))
+        expected = reference.lla_attention(arrays[0], *arrays[2:], ridge=np.array([0.1, 0.2], np.float32))
+        np.testing.assert_array_equal(o, expected)
 
 
 def test_decode_fills_the_given_array():

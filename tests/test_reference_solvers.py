@@ -132,6 +132,29 @@ def test_cholesky_says_when_the_matrix_is_not_positive_definite():
     assert np.isfinite(o).all()
 
 
+def test_cholesky_refuses_a_pivot_that_only_rounding_left():
+    """LAPACK takes the last pivot, 1 + eps - 1, as positive; none of its digits are those of the matrix."""
+    A = np.array([[1.0, 1.0], [0.0, np.sqrt(EPS)]])
+    with pytest.raises(SolverError, match="a pivot vanished by rounding"):
+        solve(A, np.ones(2), 1e-30, "cholesky")
+    # The scale of a channel is no loss of digits.
+    scales = np.array([1.0, 1e-12])
+    np.testing.assert_allclose(solve(np.diag(scales), scales, 1e-40, "cholesky"), 1 / scales, rtol=4 * EPS)
+
+
+def test_cg_reaches_its_residual_on_a_spread_spectrum():
+    """A hundred distinct eigenvalues over six decades, so that it does not end by exhausting the space."""
+    D = 100
+    random = np.random.default_rng(3)
+    rotation = np.linalg.qr(random.standard_normal((D, D)))[0]
+    A = np.diag(np.logspace(-3, 0, D)) @ rotation
+    b = random.standard_normal(D)
+    u = solve(A, b, 1e-9, "cg")
+    residual = np.linalg.norm(A.T @ (A @ u) + 1e-9 * u - b) / np.linalg.norm(b)
+    # The residual that it updates is below 1e-13; the true one also has the rounding of products with u.
+    assert residual < 1e-13 + 10 * EPS * np.linalg.norm(u) / np.linalg.norm(b)
+
+
 def test_cg_says_when_it_does_not_converge():
     D = 12
     hilbert = 1 / (1 + np.add.outer(np.arange(D), np.arange(D)))

@@ -84,6 +84,53 @@ def load_f16(typingctx, address, index):
     return types.float32(types.int64, types.int64), codegen
 
 
+LANES = 16
+"""Elements that a reduction over a row takes at a time."""
+
+
+def _reduction(name, doc, start, combine):
+    """An intrinsic that reduces ``count`` elements of a tile, a constant multiple of LANES.
+
+    Written in vectors, in a fixed order: such loops vectorise only where the compiler may reorder sums or
+    assume NaN away.
+    """
+
+    @intrinsic(prefer_literal=True)
+    def reduce(typingctx, tile, first, count):
+        if not isinstance(count, types.IntegerLiteral):
+            return None
+        element, size = tile.dtype, count.literal_value
+
+        def codegen(context, builder, signature, args):
+            scalar = context.get_value_type(element)
+            vector, i32 = ir.VectorType(scalar, LANES), ir.IntType(32)
+            data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
+            align = 4 if element == types.float32 else 8
+            result = ir.Constant(vector, [ir.Constant(scalar, start)] * LANES)
+            for offset in range(0, size, LANES):
+                at = builder.gep(data, [builder.add(args[1], ir.Constant(ir.IntType(64), offset))])
+                part = builder.load(builder.bitcast(at, vector.as_pointer()), align=align)
+                result = combine(builder, part, result)
+            for width in (8, 4, 2, 1):
+                order = ir.Constant(ir.VectorType(i32, LANES), [(i + width) % LANES for i in range(LANES)])
+                result = combine(builder, builder.shuffle_vector(result, result, order), result)
+            return builder.extract_element(result, i32(0))
+
+        return element(tile, first, count), codegen
+
+    reduce.__name__, reduce.__doc__ = name, doc
+    return reduce
+
+
+maximum = _reduction(
+    "maximum",
+    "Largest of tile.flat[first:first+count] that is not NaN, -inf if there is none.",
+    float("-inf"),
+    lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y),
+)
+total = _reduction("total", "Sum of tile.flat[first:first+count].", 0.0, lambda builder, x, y: builder.fadd(y, x))
+
+
 def _minimax_exp_coefficients(degree: int) -> np.ndarray:
     """Coefficients of a polynomial for (exp(r) - 1 - r) / r**2 on |r| <= log(2)/2, at Chebyshev nodes."""
     nodes = np.cos(np.pi * (np.arange(4 * degree) + 0.5) / (4 * degree)) * (0.51 * math.log(2))

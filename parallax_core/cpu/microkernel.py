@@ -86,6 +86,46 @@ def _block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth):
     return types.void(C, *([types.int64] * 2), A, *([types.int64] * 3), B, *([types.int64] * 3)), codegen
 
 
+SQUARE = 8
+"""Side of the blocks that are transposed in registers."""
+
+
+@intrinsic
+def transpose_block(typingctx, source, s0, lds, to, t0, ldt):
+    """to[t0 + i*ldt + j] = source[s0 + j*lds + i] for a block of SQUARE x SQUARE."""
+    element = source.dtype
+
+    def codegen(context, builder, signature, args):
+        source, s0, lds, to, t0, ldt = args
+        i64, i32 = ir.IntType(64), ir.IntType(32)
+        vector = ir.VectorType(context.get_value_type(element), SQUARE)
+        align = 4 if element == types.float32 else 8
+        s_data, t_data = (
+            cgutils.create_struct_proxy(signature.args[i])(context, builder, args[i]).data for i in (0, 3)
+        )
+
+        def pointer(data, start, stride, i):
+            offset = builder.add(start, builder.mul(ir.Constant(i64, i), stride))
+            return builder.bitcast(builder.gep(data, [offset]), vector.as_pointer())
+
+        rows = [builder.load(pointer(s_data, s0, lds, i), align=align) for i in range(SQUARE)]
+        half = SQUARE // 2
+        masks = [
+            ir.Constant(ir.VectorType(i32, SQUARE), [x for i in range(half) for x in (i + h, SQUARE + i + h)])
+            for h in (0, half)
+        ]
+        # Interleaving each row with the one half the block away transposes it in log2(SQUARE) rounds.
+        for _ in range(SQUARE.bit_length() - 1):
+            rows = [
+                builder.shuffle_vector(rows[i], rows[i + half], mask) for i in range(half) for mask in masks
+            ]
+        for i, row in enumerate(rows):
+            builder.store(row, pointer(t_data, t0, ldt, i), align=align)
+        return context.get_dummy_value()
+
+    return types.void(source, *([types.int64] * 2), to, *([types.int64] * 2)), codegen
+
+
 def padded(n: int, multiple: int) -> int:
     """``n`` rounded up to a multiple."""
     return -(-n // multiple) * multiple

@@ -9,20 +9,20 @@ import numpy as np
 from numba import njit
 
 from .intrinsics import exp, fetch_add
-from .microkernel import MR, NR, multiply_add
+from .microkernel import MR, NR, SQUARE, multiply_add
 from .tile_loop import score
-from .tiles import KEY_TILE, read_keys, read_query_rows, visible
+from .tiles import KEY_TILE, read_keys, read_query_rows, transpose, visible
 
 CHOLESKY, CG, LSTSQ = 0, 1, 2
 FAILED, WORST = 0, 1
 """Places in the status: rows that could not be solved, and the worst relative residual in units of 1e-18."""
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
-def _dot(a, b, n):
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+def dot(a, b, size):
     total = a.dtype.type(0)
-    for i in range(n):
-        total += a[i] * b[i]
+    for j in range(size):
+        total += a[j] * b[j]
     return total
 
 
@@ -48,7 +48,7 @@ def solve_cholesky(C, b, ridge, n, L, u):
     """u = (C + ridge I)^-1 b from the upper triangle of C; False where it is not positive definite."""
     for i in range(n):
         for j in range(i + 1):
-            total = C[j, i] - _dot(L[i], L[j], j)
+            total = C[j, i] - dot(L[i], L[j], j)
             if j < i:
                 L[i, j] = total / L[j, j]
             else:
@@ -56,7 +56,7 @@ def solve_cholesky(C, b, ridge, n, L, u):
                 if not total > 0:
                     return False
                 L[i, i] = np.sqrt(total)
-        u[i] = (b[i] - _dot(L[i], u, i)) / L[i, i]
+        u[i] = (b[i] - dot(L[i], u, i)) / L[i, i]
     for i in range(n - 1, -1, -1):
         u[i] /= L[i, i]
         for j in range(i):
@@ -112,10 +112,10 @@ def solve_conjugate_gradients(
         y[:n] = 0
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
-            read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X, False)
+            read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X)
             centre_rows(X, keys, n, origin, weights, 0, False)
             for j in range(keys):
-                factor = weights[key - first + j] * _dot(X[j], p, n)
+                factor = weights[key - first + j] * dot(X[j], p, n)
                 for i in range(n):
                     y[i] += factor * X[j, i]
         py = 0.0
@@ -155,7 +155,8 @@ def solve_probes(
     width = (head_dim + NR - 1) // NR * NR
     value_width = (value_dim + NR - 1) // NR * NR
     A = np.zeros((tile_rows + MR, head_dim), dtype)
-    KT = np.zeros((head_dim, KEY_TILE), dtype)
+    K = np.zeros((KEY_TILE, (head_dim + SQUARE - 1) // SQUARE * SQUARE), dtype)
+    KT = np.zeros((K.shape[1], KEY_TILE), dtype)
     S = np.zeros((tile_rows + MR, KEY_TILE), dtype)
     weights = np.zeros((tile_rows, longest), dtype)
     # The microkernel reads A^T in blocks of MR columns, which may pass the last one.
@@ -182,8 +183,9 @@ def solve_probes(
                 begin, end = min(begin, f), max(end, e)
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
-            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, KT, True)
-            score(S, A, KT, rows, keys, head_dim, kernel, scale)
+            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
+            transpose(K, head_dim, KT)
+            score(S, A, KT, rows, head_dim, kernel, scale)
             for i in range(rows):
                 for j in range(keys):
                     weights[i, key - begin + j] = S[i, j]
@@ -224,7 +226,7 @@ def solve_probes(
             wv[:] = 0
             for key in range(f, e, KEY_TILE):
                 keys = min(KEY_TILE, e - key)
-                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, X, False)
+                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, X)
                 centre_rows(X, keys, head_dim, origin, w, key - begin, True)
                 for j in range(keys):
                     root = np.sqrt(w[key - begin + j])
@@ -232,7 +234,7 @@ def solve_probes(
                         wk[d] += root * X[j, d]
                 multiply_add(C, 0, X, 0, True, X, head_dim, head_dim, keys, True)
                 if stated:
-                    read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V, False)
+                    read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
                     for j in range(keys):
                         root = np.sqrt(w[key - begin + j])
                         for d in range(value_dim):

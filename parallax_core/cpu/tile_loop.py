@@ -8,40 +8,45 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from .intrinsics import exp, fetch_add
-from .microkernel import MR, NR, multiply_add
-from .tiles import KEY_TILE, all_finite, read_keys, read_query_rows, visible
+from .intrinsics import exp, fetch_add, maximum, total
+from .microkernel import MR, NR, SQUARE, multiply_add
+from .tiles import KEY_TILE, all_finite, read_keys, read_query_rows, transpose, visible
 
 DOT, GAUSSIAN = 0, 1
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def score(S, A, KT, rows, keys, head_dim, kernel, scale):
+def score(S, A, KT, rows, head_dim, kernel, scale):
     """Log-weights of a tile, ``scale * q.k`` or ``-scale/2 |q - k|^2``: rows of A against columns of KT."""
     if kernel == GAUSSIAN:
         # Summed as squares of differences: expanding the square would cancel far from the origin.
         factor = scale * S.dtype.type(-0.5)
         for i in range(rows):
-            S[i, :keys] = 0
+            s = S[i]
+            s[:] = 0
             for d in range(head_dim):
-                a = A[i, d]
-                for j in range(keys):
-                    difference = a - KT[d, j]
-                    S[i, j] += difference * difference
-            for j in range(keys):
-                S[i, j] *= factor
+                a, key = A[i, d], KT[d]
+                for j in range(KEY_TILE):
+                    difference = a - key[j]
+                    s[j] += difference * difference
+            scale_row(S, i, factor)
         return
-    project(S, 0, A, KT, rows, keys, head_dim)
+    project(S, 0, A, KT, rows, head_dim)
     for i in range(rows):
-        for j in range(keys):
-            S[i, j] *= scale
+        scale_row(S, i, scale)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def project(S, first, A, KT, rows, keys, head_dim):
-    """S[first:first+rows, :keys] = A[first:first+rows] @ KT[:, :keys]."""
+def scale_row(S, i, factor):
+    for j in range(KEY_TILE):
+        S[i, j] *= factor
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def project(S, first, A, KT, rows, head_dim):
+    """S[first:first+rows] = A[first:first+rows] @ KT."""
     S[first : first + (rows + MR - 1) // MR * MR, :] = 0
-    multiply_add(S, first, A, first, False, KT, rows, keys, head_dim, False)
+    multiply_add(S, first, A, first, False, KT, rows, KEY_TILE, head_dim, False)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -51,99 +56,91 @@ def within(first, end, key, keys):
     return f, max(f, min(end - key, keys))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def row_maximum(S, row, first, end, lanes):
-    """Largest of S[row, first:end] that is not NaN, -inf if there is none; ``lanes`` is scratch of 16."""
-    lanes[:] = -np.inf
-    # Sixteen running maxima: a single one cannot be vectorised without assuming NaN away.
-    j = first
-    while j + 16 <= end:
-        for lane in range(16):
-            s = S[row, j + lane]
-            lanes[lane] = s if s > lanes[lane] else lanes[lane]
-        j += 16
-    m = lanes[0]
-    for lane in range(1, 16):
-        m = lanes[lane] if lanes[lane] > m else m
-    while j < end:
-        s = S[row, j]
-        m = s if s > m else m
-        j += 1
-    return m
+# The functions of one row run over all of a tile's columns, a constant: that is what lets them vectorise.
+# What a row does not see has been set to values that leave no trace. They take the tile and the row's
+# number, since a view would cost as much in reference counts as the row's arithmetic.
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def exponentials(S, row, first, end, m):
-    """S[row, first:end] becomes exp(S - m)."""
-    for j in range(first, end):
-        S[row, j] = exp(S[row, j] - m)
+def hide(S, i, first, end, value):
+    """Everything of S[i] but S[i, first:end] becomes ``value``."""
+    for j in range(first):
+        S[i, j] = value
+    for j in range(end, KEY_TILE):
+        S[i, j] = value
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
-def row_sum(S, row, first, end):
-    total = S.dtype.type(0)
-    for j in range(first, end):
-        total += S[row, j]
-    return total
+@njit(nogil=True, cache=True, error_model="numpy")
+def exponentials(S, i, m):
+    """S[i] becomes exp(S[i] - m)."""
+    for j in range(KEY_TILE):
+        S[i, j] = exp(S[i, j] - m)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
-def row_dot(A, a_row, B, b_row, first, end):
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+def row_dot(A, i, B, l, size):
     total = A.dtype.type(0)
-    for j in range(first, end):
-        total += A[a_row, j] * B[b_row, j]
+    for j in range(size):
+        total += A[i, j] * B[l, j]
     return total
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def shifted_product(S, t_row, i, shift):
+    """S[t_row] becomes S[i] * (S[t_row] - shift)."""
+    for j in range(KEY_TILE):
+        S[t_row, j] = S[i, j] * (S[t_row, j] - shift)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def multiply_row(O, i, factor):
+    for d in range(O.shape[1]):
+        O[i, d] *= factor
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def weigh_row(S, O, i, t_row, first, end, keys, m, d1, d2, t0, shifted, lanes):
+def weigh_row(S, O, i, t_row, first, end, m, d1, d2, t0, shifted):
     """Scores of row ``i`` become weights, its running sums move on to the new maximum.
 
     ``t_row`` is the row of the probe scores in S and of O2 in O, or -1; it becomes weights times shifted
-    probe scores.
+    probe scores. Columns outside ``first .. end`` get the weight 0.
     """
-    S[i, :first] = 0
-    S[i, end:keys] = 0
-    if t_row >= 0:
-        S[t_row, :first] = 0
-        S[t_row, end:keys] = 0
-    if end <= first:
-        return
-    largest = row_maximum(S, i, first, end, lanes)
+    if end - first < KEY_TILE:
+        hide(S, i, first, end, -np.inf)
+        if t_row >= 0:
+            # A hidden probe score may be NaN, which a weight of 0 would not silence.
+            hide(S, t_row, first, end, 0.0)
+    largest = maximum(S, i * KEY_TILE, KEY_TILE)
     if largest > m[i]:
         correction = exp(m[i] - largest)
         d1[i] *= correction
         d2[i] *= correction
-        for d in range(O.shape[1]):
-            O[i, d] *= correction
+        multiply_row(O, i, correction)
         if t_row >= 0:
-            for d in range(O.shape[1]):
-                O[t_row, d] *= correction
+            multiply_row(O, t_row, correction)
         m[i] = largest
     # Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
-    exponentials(S, i, first, end, m[i] if m[i] != -np.inf else m.dtype.type(0))
-    total = row_sum(S, i, first, end)
-    d1[i] += total
+    exponentials(S, i, m[i] if m[i] != -np.inf else m.dtype.type(0))
+    weight = total(S, i * KEY_TILE, KEY_TILE)
+    d1[i] += weight
     if t_row < 0:
         return
     # Keys with a large common component make the probe scores large and nearly constant, and the output
     # then a difference of large numbers: they are kept relative to the first tile's weighted mean.
-    if not shifted[i] and total != 0:
-        t0[i] = row_dot(S, i, S, t_row, first, end) / total
+    if not shifted[i] and weight != 0:
+        t0[i] = row_dot(S, i, S, t_row, KEY_TILE) / weight
         shifted[i] = True
-    shift = t0[i]
-    for j in range(first, end):
-        S[t_row, j] = S[i, j] * (S[t_row, j] - shift)
-    d2[i] += row_sum(S, t_row, first, end)
+    shifted_product(S, t_row, i, t0[i])
+    d2[i] += total(S, t_row * KEY_TILE, KEY_TILE)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def accumulate_visible(O, o_row, S, s_row, V, first, end, value_dim):
-    """O[o_row] += S[s_row, first:end] @ V[first:end]: a hidden NaN must not be multiplied by a weight of 0."""
+def accumulate_visible(o, s, V, first, end, value_dim):
+    """o += s[first:end] @ V[first:end]: a hidden NaN must not be multiplied by a weight of 0."""
     for j in range(first, end):
-        weight = S[s_row, j]
+        weight, v = s[j], V[j]
         for d in range(value_dim):
-            O[o_row, d] += weight * V[j, d]
+            o[d] += weight * v[d]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -189,12 +186,12 @@ def attend(
     A = np.zeros((stacked + MR, head_dim), dtype)
     S = np.zeros((stacked + MR, KEY_TILE), dtype)
     O = np.zeros((stacked + MR, (value_dim + NR - 1) // NR * NR), dtype)
-    KT = np.zeros((head_dim, KEY_TILE), dtype)
+    K = np.zeros((KEY_TILE, (head_dim + SQUARE - 1) // SQUARE * SQUARE), dtype)
+    KT = np.zeros((K.shape[1], KEY_TILE), dtype)
     V = np.zeros((KEY_TILE, O.shape[1]), dtype)
     m, d1, d2 = np.empty(tile_rows, dtype), np.empty(tile_rows, dtype), np.empty(tile_rows, dtype)
     t0, shifted = np.empty(tile_rows, dtype), np.empty(tile_rows, np.bool_)
     firsts, ends = np.empty(tile_rows, np.int64), np.empty(tile_rows, np.int64)
-    lanes = np.empty(16, dtype)
     while True:
         taken = fetch_add(counter)
         if taken >= items.shape[0]:
@@ -204,7 +201,7 @@ def attend(
         read_query_rows(tensors[0], sequence, head, group, row, rows, head_dim, A, 0)
         if probed:
             read_query_rows(tensors[3], sequence, head, group, row, rows, head_dim, A, rows)
-        total = rows * 2 if probed else rows
+        stack = rows * 2 if probed else rows
         begin, end = items[taken, 5], items[taken, 4]
         for i in range(rows):
             f, e = visible(sequence, (row + i) // group, causal, window)
@@ -217,30 +214,31 @@ def attend(
         O[:] = 0
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
-            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, KT, True)
-            read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V, False)
+            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
+            transpose(K, head_dim, KT)
+            read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
             if kernel == DOT and probed:
-                project(S, 0, A, KT, total, keys, head_dim)
+                # Queries and probes are rows of one product.
+                project(S, 0, A, KT, stack, head_dim)
                 for i in range(rows):
-                    for j in range(keys):
-                        S[i, j] *= scale
+                    scale_row(S, i, scale)
             else:
                 if probed:
-                    project(S, rows, A, KT, rows, keys, head_dim)
-                score(S, A, KT, rows, keys, head_dim, kernel, scale)
+                    project(S, rows, A, KT, rows, head_dim)
+                score(S, A, KT, rows, head_dim, kernel, scale)
             partial = False
             for i in range(rows):
                 f, e = within(firsts[i], ends[i], key, keys)
                 partial = partial or f > 0 or e < keys
-                weigh_row(S, O, i, rows + i if probed else -1, f, e, keys, m, d1, d2, t0, shifted, lanes)
+                weigh_row(S, O, i, rows + i if probed else -1, f, e, m, d1, d2, t0, shifted)
             if partial and not all_finite(V, keys, value_dim):
                 for i in range(rows):
                     f, e = within(firsts[i], ends[i], key, keys)
-                    accumulate_visible(O, i, S, i, V, f, e, value_dim)
+                    accumulate_visible(O[i], S[i], V, f, e, value_dim)
                     if probed:
-                        accumulate_visible(O, rows + i, S, rows + i, V, f, e, value_dim)
+                        accumulate_visible(O[rows + i], S[rows + i], V, f, e, value_dim)
             else:
-                multiply_add(O, 0, S, 0, False, V, total, value_dim, keys, False)
+                multiply_add(O, 0, S, 0, False, V, stack, value_dim, keys, False)
         for i in range(rows):
             b, query = sequence[0], sequence[1] + (row + i) // group
             query_head = head * group + (row + i) % group
@@ -260,7 +258,7 @@ def attend(
                 if ends[i] <= firsts[i]:
                     out[b, query, query_head, :] = 0
                 else:
-                    rq = row_dot(A, i, A, rows + i, 0, head_dim) if probed else zero
+                    rq = row_dot(A, i, A, rows + i, head_dim) if probed else zero
                     finish_row(
                         out[b, query, query_head], O, i, rows + i if probed else -1,
                         d1[i], d2[i], t0[i], rq, intercept, amplification, value_dim,

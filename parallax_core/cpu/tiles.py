@@ -9,6 +9,7 @@ import numpy as np
 from numba import njit
 
 from .intrinsics import BF16, F16, F32, F64, load_bf16, load_f16, load_f32, load_f64
+from .microkernel import SQUARE, transpose_block
 
 KEY_TILE = 64
 """Keys of a tile."""
@@ -50,48 +51,49 @@ def _dense_last_axis(x: np.ndarray) -> bool:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def read_row(tensor, a, b, c, to, start, step, size):
-    """to[start + i*step] = tensor[a, b, c, i] for i < size, where ``to`` is a flat workspace."""
+def read_row(tensor, a, b, c, to, size):
+    """to[i] = tensor[a, b, c, i] for i < size."""
     base = a * tensor[1] + b * tensor[2] + c * tensor[3]
-    code = tensor[4]
+    address, code = tensor[0], tensor[4]
     if code == F32:
         for i in range(size):
-            to[start + i * step] = load_f32(tensor[0], base + i)
+            to[i] = load_f32(address, base + i)
     elif code == F64:
         for i in range(size):
-            to[start + i * step] = load_f64(tensor[0], base + i)
+            to[i] = load_f64(address, base + i)
     elif code == BF16:
         for i in range(size):
-            to[start + i * step] = load_bf16(tensor[0], base + i)
+            to[i] = load_bf16(address, base + i)
     else:
         for i in range(size):
-            to[start + i * step] = load_f16(tensor[0], base + i)
+            to[i] = load_f16(address, base + i)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def read_query_rows(tensor, sequence, head, group, first, count, size, to, at):
     """Rows ``first`` and on of a key head's query rows, ``row = query * group + head within the group``."""
-    width = to.shape[1]
-    flat = to.reshape(-1)
     for i in range(count):
         row = first + i
-        read_row(tensor, sequence[0], sequence[1] + row // group, head * group + row % group,
-                 flat, (at + i) * width, 1, size)  # fmt: skip
+        query_head = head * group + row % group
+        read_row(tensor, sequence[0], sequence[1] + row // group, query_head, to[at + i], size)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def read_keys(tensor, sequence, page_table, page_size, head, first, count, size, to, transposed):
-    """Positions ``first`` and on of a sequence, one a row of ``to`` or, transposed, one a column."""
-    width = to.shape[1]
-    flat = to.reshape(-1)
+def read_keys(tensor, sequence, page_table, page_size, head, first, count, size, to):
+    """Positions ``first`` and on of a sequence, one a row of ``to``."""
     for j in range(count):
         a, b = sequence[0], first + j
         if page_size > 0:
             a, b = page_table[a, b // page_size], b % page_size
-        if transposed:
-            read_row(tensor, a, b, head, flat, j, width, size)
-        else:
-            read_row(tensor, a, b, head, flat, j * width, 1, size)
+        read_row(tensor, a, b, head, to[j], size)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def transpose(tile, columns, to):
+    """to[i, j] = tile[j, i] for i < columns and all KEY_TILE rows j; both are padded to whole blocks."""
+    for i in range(0, columns, SQUARE):
+        for j in range(0, KEY_TILE, SQUARE):
+            transpose_block(tile, j * tile.shape[1] + i, tile.shape[1], to, i * to.shape[1] + j, to.shape[1])
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -105,11 +107,12 @@ def visible(sequence, query, causal, window):
     return first, max(first, end)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "contract"})
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
 def all_finite(tile, rows, columns):
     """Whether no element of ``tile[:rows, :columns]`` is NaN or infinite."""
     total = tile.dtype.type(0)
     for i in range(rows):
+        row = tile[i]
         for j in range(columns):
-            total += tile[i, j] * tile.dtype.type(0)
+            total += row[j] * tile.dtype.type(0)
     return total == 0

@@ -1,4 +1,4 @@
-"""Queries, keys and values of real attention heads, from safetensors files and from the sample shipped here."""
+"""Queries, keys and values of real attention heads, from safetensors files and the sample shipped here."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ class AttentionSample:
 def load_sample() -> AttentionSample:
     """Read the sample that the package ships: two layers of a sentence encoder on four English documents.
 
-    Returns an AttentionSample with ``layer0`` and ``layer5``, each ``(4, 256, 4, 32)`` float16, heads 0, 3, 6, 9.
+    Returns an AttentionSample with ``layer0`` and ``layer5``, each ``(4, 256, 4, 32)`` float16, heads 0, 3,
+    6, 9.
     """
     with importlib.resources.as_file(importlib.resources.files(__name__) / SAMPLE) as path:
         return load(path)
@@ -75,8 +76,9 @@ def load_sample() -> AttentionSample:
 def load(path: str | Path) -> AttentionSample:
     """Read the attention heads of a safetensors file.
 
-    path: a file with tensors ``q``, ``k``, ``v`` or, for each of its layers, ``NAME.q``, ``NAME.k``, ``NAME.v``,
-    of shape ``(B, L, H, D)`` and a floating dtype; the metadata entry ``heads`` may number the key heads.
+    path: a file with tensors ``q``, ``k``, ``v`` or, for each of its layers, ``NAME.q``, ``NAME.k``,
+    ``NAME.v``, of shape ``(B, L, H, D)`` and a floating dtype; the metadata entry ``heads`` may number the
+    key heads.
     Returns an AttentionSample.
     Raises FileNotFoundError, or ValueError if the file is no safetensors file or lacks such tensors.
     """
@@ -89,21 +91,26 @@ def load(path: str | Path) -> AttentionSample:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
             names = sorted(file.keys())
-            prefixes = list(dict.fromkeys(name[:-1] for name in names if name in "qkv" or name[-2:-1] == "."))
-            complete = {
+            prefixes = dict.fromkeys(name[:-1] for name in names if _is_part(name))
+            missing = [prefix + part for prefix in prefixes for part in "qkv" if prefix + part not in names]
+            if missing or not prefixes:
+                raise ValueError(
+                    f"{path} lacks {', '.join(missing) or 'tensors q, k, v or NAME.q, NAME.k, NAME.v'}; "
+                    f"it has {', '.join(names) or 'none'}"
+                )
+            layers = {
                 prefix.rstrip(".") or "qkv": tuple(file.get_tensor(prefix + part) for part in "qkv")
                 for prefix in prefixes
-                if all(prefix + part in names for part in "qkv")
             }
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file: {error}") from error
-    if not complete:
-        raise ValueError(
-            f"{path} has no tensors q, k, v or NAME.q, NAME.k, NAME.v; it has {', '.join(names) or 'none'}"
-        )
-    for layer, (q, k, v) in complete.items():
+    for layer, (q, k, v) in layers.items():
         _validate(path, layer, q, k, v)
-    return AttentionSample(complete, _head_numbers(path, metadata, complete), metadata, path.name)
+    return AttentionSample(layers, _head_numbers(path, metadata, layers), metadata, path.name)
+
+
+def _is_part(name: str) -> bool:
+    return name[-1:] in ("q", "k", "v") and name[-2:-1] in ("", ".")
 
 
 def _validate(path: Path, layer: str, q: np.ndarray, k: np.ndarray, v: np.ndarray) -> None:
@@ -113,18 +120,22 @@ def _validate(path: Path, layer: str, q: np.ndarray, k: np.ndarray, v: np.ndarra
         if not np.isfinite(array).all():
             raise ValueError(f"{path}: {layer}.{name}: expected finite numbers, got NaN or Inf")
     if k.shape[:3] != v.shape[:3]:
-        raise ValueError(f"{path}: {layer}.v: expected shape {(*k.shape[:3], 'Dv')} to match k, got {v.shape}")
+        raise ValueError(
+            f"{path}: {layer}.v: expected shape {(*k.shape[:3], 'Dv')} to match k, got {v.shape}"
+        )
     if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         raise ValueError(
-            f"{path}: {layer}.q: expected the batch, length and head size of k {k.shape} and a multiple of its "
-            f"heads, got {q.shape}"
+            f"{path}: {layer}.q: expected the batch, length and head size of k {k.shape} and a multiple "
+            f"of its heads, got {q.shape}"
         )
 
 
 def _head_numbers(path: Path, metadata: dict[str, str], layers: dict) -> tuple[int, ...]:
     counts = {k.shape[2] for _, k, _ in layers.values()}
     if len(counts) > 1:
-        raise ValueError(f"{path}: expected the same number of key heads in every layer, got {sorted(counts)}")
+        raise ValueError(
+            f"{path}: expected the same number of key heads in every layer, got {sorted(counts)}"
+        )
     (count,) = counts
     if "heads" not in metadata:
         return tuple(range(count))
@@ -134,6 +145,7 @@ def _head_numbers(path: Path, metadata: dict[str, str], layers: dict) -> tuple[i
         numbers = ()
     if len(set(numbers)) != count:
         raise ValueError(
-            f"{path}: metadata heads: expected {count} distinct numbers separated by commas, got {metadata['heads']!r}"
+            f"{path}: metadata heads: expected {count} distinct numbers separated by commas, "
+            f"got {metadata['heads']!r}"
         )
     return numbers

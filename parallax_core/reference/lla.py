@@ -48,7 +48,7 @@ def lla_attention(
         cu_seqlens=cu_seqlens,
     )
     ridge = ridge_argument(ridge, problem, solver)
-    return _lla(problem, q, k, v, ridge, solver, np.zeros(problem.output_shape), return_state)
+    return _lla(problem, q, k, v, ridge, solver, np.empty(problem.output_shape), return_state)
 
 
 def lla_decode(

@@ -32,7 +32,7 @@ def parallax_attention(
         window_size=window_size,
         cu_seqlens=cu_seqlens,
     )
-    return _parallax(problem, q, r, k, v, np.zeros(problem.output_shape), return_state)
+    return _parallax(problem, q, r, k, v, np.empty(problem.output_shape), return_state)
 
 
 def parallax_decode(

@@ -34,7 +34,7 @@ def softmax_attention(
         window_size=window_size,
         cu_seqlens=cu_seqlens,
     )
-    return _softmax(problem, q, k, v, np.zeros(problem.output_shape), return_state)
+    return _softmax(problem, q, k, v, np.empty(problem.output_shape), return_state)
 
 
 def softmax_decode(
