@@ -19,7 +19,9 @@ def availability() -> str | None:
 
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:
-        return f"CuPy finds no usable NVIDIA driver ({str(error).strip().splitlines()[0]}); install the driver"
+        return (
+            f"CuPy finds no usable NVIDIA driver ({str(error).strip().splitlines()[0]}); install the driver"
+        )
     if count == 0:
         return "no NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES may hide it)"
     best = max(_capability(cupy, index) for index in range(count))

@@ -1,4 +1,4 @@
-"""Attention as regression at test time: softmax, local linear and Parallax attention for any array framework."""
+"""Attention as regression at test time: softmax, local linear and Parallax attention on any array."""
 
 from typing import Any
 

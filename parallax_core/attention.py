@@ -13,7 +13,7 @@ import numpy as np
 
 from . import exchange, problem
 from .errors import BackendUnavailableError
-from .problem import KERNELS, Problem
+from .problem import Problem
 
 MAX_HEAD_DIM = 256
 
@@ -72,9 +72,7 @@ def lla_attention(
     return _attend_lla(described, arrays, ridge, solver, like=q, return_state=return_state)
 
 
-def lla_probe(
-    q, k, *, ridge, solver="cholesky", scale=None, causal=True, window_size=None, cu_seqlens=None
-):
+def lla_probe(q, k, *, ridge, solver="cholesky", scale=None, causal=True, window_size=None, cu_seqlens=None):
     """The probe ``r`` with which ``parallax_attention(q, r, k, v) == lla_attention(q, k, v)``.
 
     Arguments and errors as for :func:`lla_attention`. Returns ``r = -(C_kk + ridge I)^-1 (q - kbar)``,
@@ -137,8 +135,8 @@ def softmax_decode(
 ):  # fmt: skip
     """Softmax attention of new tokens against a key-value cache that holds their keys already; causal.
 
-    q: ``(B, Lq, Hq, D)``, the last ``Lq`` tokens of each sequence; k_cache, v_cache: ``(B, capacity, Hkv, D)``
-    and ``(B, capacity, Hkv, Dv)``, or ``(num_pages, page_size, Hkv, ...)`` with a page table. cache_seqlens:
+    q: ``(B, Lq, Hq, D)``, the last ``Lq`` tokens of each sequence; k_cache, v_cache:
+    ``(B, capacity, Hkv, D)`` and ``(B, capacity, Hkv, Dv)``, or ``(num_pages, page_size, Hkv, ...)`` with a page table. cache_seqlens:
     ``(B,)`` valid lengths with the new tokens counted, the capacity by default. cache_leftpad: ``(B,)`` keys
     to leave out at the front. page_table: ``(B, pages)``, the page of each stretch of ``page_size``
     positions; entries beyond a sequence's length are never read. window_size: how many of the most recent
@@ -177,7 +175,9 @@ def lla_decode(
     """
     arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, ridge=ridge)
     described = _describe_decode("lla_decode", arrays, scale, window_size)
-    return _attend_lla(described, arrays, ridge, solver, like=q, out=out, return_state=return_state, split=True)
+    return _attend_lla(
+        described, arrays, ridge, solver, like=q, out=out, return_state=return_state, split=True
+    )
 
 
 def _arrays(**given: Any) -> dict[str, np.ndarray]:
@@ -191,7 +191,8 @@ def _arrays(**given: Any) -> dict[str, np.ndarray]:
     for name, where in devices.items():
         if where != devices["q"]:
             raise TypeError(
-                f"{name} is on {exchange.device_name(where)}; expected {exchange.device_name(devices['q'])}, where q is"
+                f"{name} is on {exchange.device_name(where)}; "
+                f"expected {exchange.device_name(devices['q'])}, where q is"
             )
     _require_backend(devices["q"])
     return {name: exchange.to_numpy(name, x) for name, x in present.items()}
@@ -232,8 +233,8 @@ def _describe(operation: str, arrays: dict[str, np.ndarray], scale, causal, wind
 
 def _describe_decode(operation: str, arrays: dict[str, np.ndarray], scale, window_size) -> Problem:
     described = problem.describe_decode(
-        operation, arrays["q"], arrays["k"], arrays["v"], arrays.get("r"), scale=scale, window_size=window_size,
-        cache_seqlens=arrays.get("cache_seqlens"), cache_leftpad=arrays.get("cache_leftpad"),
+        operation, arrays["q"], arrays["k"], arrays["v"], arrays.get("r"), scale=scale,
+        window_size=window_size, cache_seqlens=arrays.get("cache_seqlens"), cache_leftpad=arrays.get("cache_leftpad"),
         page_table=arrays.get("page_table"), max_head_dim=MAX_HEAD_DIM,
     )  # fmt: skip
     if "out" in arrays:
@@ -258,7 +259,13 @@ def _attend(described: Problem, arrays, *, like, return_state, out=None, split=F
     from .cpu import forward
 
     o, state = forward.attend(
-        described, arrays["q"], arrays["k"], arrays["v"], arrays.get("r"), split=split, return_state=return_state
+        described,
+        arrays["q"],
+        arrays["k"],
+        arrays["v"],
+        arrays.get("r"),
+        split=split,
+        return_state=return_state,
     )
     return _outcome(o, state, described, arrays, like, out)
 

@@ -70,7 +70,10 @@ class _ManagedVersioned(ctypes.Structure):
 _DELETER = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 # Indexing makes function objects of our own, whose argument types nobody else changes.
 _capsule_new = ctypes.pythonapi["PyCapsule_New"]
-_capsule_new.restype, _capsule_new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+_capsule_new.restype, _capsule_new.argtypes = (
+    ctypes.py_object,
+    (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p),
+)
 _capsule_valid = ctypes.pythonapi["PyCapsule_IsValid"]
 _capsule_valid.restype, _capsule_valid.argtypes = ctypes.c_int, (ctypes.py_object, ctypes.c_char_p)
 _capsule_pointer = ctypes.pythonapi["PyCapsule_GetPointer"]
@@ -126,7 +129,9 @@ def device(name: str, x: Any) -> tuple[int, int]:
         )
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.core.Tracer):
-        raise TypeError(f"{name} is being traced by JAX; use parallax_core.frameworks.jax inside transformations")
+        raise TypeError(
+            f"{name} is being traced by JAX; use parallax_core.frameworks.jax inside transformations"
+        )
     if hasattr(x, "__dlpack_device__"):
         try:
             kind, index = x.__dlpack_device__()
@@ -135,7 +140,9 @@ def device(name: str, x: Any) -> tuple[int, int]:
         return (CPU, 0) if int(kind) in (CPU, CUDA_HOST) else (int(kind), int(index))
     if hasattr(x, "__cuda_array_interface__"):
         return CUDA, 0
-    raise TypeError(f"{name} is a {type(x).__name__}; expected an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy, ...)")
+    raise TypeError(
+        f"{name} is a {type(x).__name__}; expected an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy, ...)"
+    )
 
 
 def to_numpy(name: str, x: Any) -> np.ndarray:
@@ -205,7 +212,9 @@ def _from_dlpack(like: Any):
     try:
         return module.from_dlpack
     except AttributeError as error:
-        raise TypeError(f"{module.__name__} has no from_dlpack; results cannot be handed back to it") from error
+        raise TypeError(
+            f"{module.__name__} has no from_dlpack; results cannot be handed back to it"
+        ) from error
 
 
 class _Export:

@@ -235,13 +235,17 @@ def checked_ridge(ridge, row_shape: tuple[int, int, int], solver: str) -> np.nda
     try:
         lam = np.asarray(ridge, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise TypeError(f"ridge must be a number or an array of numbers, got {type(ridge).__name__}") from error
+        raise TypeError(
+            f"ridge must be a number or an array of numbers, got {type(ridge).__name__}"
+        ) from error
     try:
         fits = np.broadcast_shapes(lam.shape, row_shape) == tuple(row_shape)
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"ridge has shape {lam.shape}; expected one that broadcasts to (B, Lq, Hq) = {row_shape}")
+        raise ValueError(
+            f"ridge has shape {lam.shape}; expected one that broadcasts to (B, Lq, Hq) = {row_shape}"
+        )
     if not np.isfinite(lam).all() or (lam < 0).any():
         worst = lam[~np.isfinite(lam) | (lam < 0)].flat[0]
         raise ValueError(f"ridge is {worst}; expected finite values of 0 or more")
@@ -255,7 +259,9 @@ def checked_bandwidth(scale, bandwidth, head_dim: int) -> float:
     if bandwidth is None:
         return _checked_scale(scale, head_dim)
     if scale is not None:
-        raise ValueError(f"scale is {scale!r} and bandwidth is {bandwidth!r}; give one of them, scale = 1/bandwidth**2")
+        raise ValueError(
+            f"scale is {scale!r} and bandwidth is {bandwidth!r}; give one of them, scale = 1/bandwidth**2"
+        )
     if not _is_real(bandwidth):
         raise TypeError(f"bandwidth must be a number, got {bandwidth!r}")
     # 1/h**2 of a denormal h is infinite, which is no scale either
@@ -300,7 +306,9 @@ def _dims(name: str, x) -> tuple[int, ...]:
 def _keys_and_values(q, k, v, suffix: str = "") -> tuple[int, int, int, int]:
     outer, inner, kv_heads, head_dim = _dims(f"k{suffix}", k)
     if head_dim != _shape(q)[3]:
-        raise ValueError(f"k{suffix} has head size {head_dim} (shape {_shape(k)}); expected {_shape(q)[3]}, that of q")
+        raise ValueError(
+            f"k{suffix} has head size {head_dim} (shape {_shape(k)}); expected {_shape(q)[3]}, that of q"
+        )
     if v is None:
         return outer, inner, kv_heads, head_dim
     v_shape = _dims(f"v{suffix}", v)
@@ -334,7 +342,7 @@ def _check_dtypes(q, k, v, r, suffix: str = "") -> None:
 
 
 def _check_heads(q_heads, kv_heads, head_dim, value_dim, max_head_dim, suffix: str = "") -> None:
-    if kv_heads == 0 and q_heads or kv_heads and q_heads % kv_heads:
+    if (kv_heads == 0 and q_heads) or (kv_heads and q_heads % kv_heads):
         raise ValueError(f"q has {q_heads} heads; expected a multiple of {kv_heads}, the heads of k{suffix}")
     for name, size in (("q", head_dim), (f"v{suffix}", value_dim)):
         if size == 0:

@@ -20,7 +20,11 @@ def solve_ridge(C: np.ndarray, b: np.ndarray, ridge: np.ndarray, solver: str, ep
     finite = np.isfinite(C).all((-1, -2)) & np.isfinite(b).all(-1)
     if not finite.any():
         return u
-    C64, b64, lam = C[finite].astype(np.float64), b[finite].astype(np.float64), ridge[finite].astype(np.float64)
+    C64, b64, lam = (
+        C[finite].astype(np.float64),
+        b[finite].astype(np.float64),
+        ridge[finite].astype(np.float64),
+    )
     if solver == "lstsq":
         values, vectors = np.linalg.eigh(C64)
         values = np.maximum(values, 0)
@@ -28,7 +32,9 @@ def solve_ridge(C: np.ndarray, b: np.ndarray, ridge: np.ndarray, solver: str, ep
         coefficients = np.einsum("nij,ni->nj", vectors, b64)
         # With a ridge every direction counts; without one those that the keys do not span get 0.
         shifted = values + lam[:, None]
-        coefficients = np.where(kept | (lam[:, None] > 0), coefficients / np.where(shifted > 0, shifted, 1), 0)
+        coefficients = np.where(
+            kept | (lam[:, None] > 0), coefficients / np.where(shifted > 0, shifted, 1), 0
+        )
         u[finite] = np.einsum("nij,nj->ni", vectors, coefficients)
         return u
     try:

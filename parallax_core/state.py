@@ -125,9 +125,13 @@ def merge_states(a: State, b: State) -> State:
     """
     for name, state in (("a", a), ("b", b)):
         if not isinstance(state, State):
-            raise TypeError(f"{name} is a {type(state).__name__}; expected a SoftmaxState, ParallaxState or LLAState")
+            raise TypeError(
+                f"{name} is a {type(state).__name__}; expected a SoftmaxState, ParallaxState or LLAState"
+            )
     if type(a) is not type(b):
-        raise TypeError(f"a is a {type(a).__name__} and b is a {type(b).__name__}; expected two states of one kind")
+        raise TypeError(
+            f"a is a {type(a).__name__} and b is a {type(b).__name__}; expected two states of one kind"
+        )
     xs, ys = _arrays(a), _arrays(b)
     for field, x, y in zip(a._fields, xs, ys):
         if x.shape != y.shape:
@@ -152,7 +156,12 @@ def _merge_parallax(a: ParallaxState, b: ParallaxState) -> ParallaxState:
     d2a, d2b = a.d2 + move_a * a.d1, b.d2 + move_b * b.d1
     O2a, O2b = a.O2 + move_a[..., None] * a.O1, b.O2 + move_b[..., None] * b.O1
     return ParallaxState(
-        m, _plus(fa, a.d1, fb, b.d1), _plus(fa, d2a, fb, d2b), _plus(fa, a.O1, fb, b.O1), _plus(fa, O2a, fb, O2b), t0
+        m,
+        _plus(fa, a.d1, fb, b.d1),
+        _plus(fa, d2a, fb, d2b),
+        _plus(fa, a.O1, fb, b.O1),
+        _plus(fa, O2a, fb, O2b),
+        t0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Every operation of the CPU backend against the formulas row by row: masks, lengths, pages, groups, dtypes."""
+"""The CPU backend against the formulas row by row: masks, lengths, pages, groups, dtypes."""
 
 import functools
 

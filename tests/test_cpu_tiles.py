@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -146,7 +147,7 @@ def test_states_of_any_split_merge_to_the_whole(dtype, kind):
     attention = getattr(plx, f"{kind}_attention")
     expected = getattr(reference, f"{kind}_attention")(*lead, k, v, **{**options, "return_state": False})
     for cuts in ((0, 90), (0, 1, 90), (0, 0, 40, 41, 90, 90)):
-        parts = [attention(*lead, k[:, a:b], v[:, a:b], **options)[1] for a, b in zip(cuts[:-1], cuts[1:])]
+        parts = [attention(*lead, k[:, a:b], v[:, a:b], **options)[1] for a, b in pairwise(cuts)]
         whole = parts[0]
         for part in parts[1:]:
             whole = plx.merge_states(whole, part)

@@ -89,7 +89,9 @@ def test_public_calls_answer_in_the_framework_of_q(framework, dtype):
 
 
 def test_frameworks_can_be_mixed_on_one_device():
-    q, r, k, v = (make(f, (1, 5, 1, 4), "float32", s) for s, f in enumerate(("torch", "numpy", "jax", "numpy")))
+    q, r, k, v = (
+        make(f, (1, 5, 1, 4), "float32", s) for s, f in enumerate(("torch", "numpy", "jax", "numpy"))
+    )
     assert isinstance(plx.parallax_attention(q, r, k, v), torch.Tensor)
 
 

@@ -41,7 +41,9 @@ def run(*command, cwd):
 def source(tmp_path_factory):
     """A copy of the source tree, so that building leaves nothing behind in it."""
     copy = tmp_path_factory.mktemp("source") / "parallax-core"
-    ignored = shutil.ignore_patterns(".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".hypothesis")
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", ".hypothesis"
+    )
     return shutil.copytree(ROOT, copy, ignore=ignored)
 
 
@@ -70,7 +72,8 @@ def test_wheel_and_sdist_hold_every_source_and_data_file(built, source):
     wheel, sdist = built
     names = set(zipfile.ZipFile(wheel).namelist())
     # The sdist is what the wheel is made of: it must bring the tests' inputs along too.
-    packed = {name.partition("/")[2] for name in tarfile.open(sdist).getnames()}
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
     for folder, package in (
         ("parallax_core", "parallax_core"),
         ("cuda_kernels", "parallax_core/cuda_kernels"),

@@ -14,7 +14,9 @@ convergence:
 
 
 def convergence(problem="smooth", estimator="lla", bandwidth="0.1", ridge="1e-6", more=""):
-    return CONVERGENCE.format(problem=problem, estimator=estimator, bandwidth=bandwidth, ridge=ridge, more=more)
+    return CONVERGENCE.format(
+        problem=problem, estimator=estimator, bandwidth=bandwidth, ridge=ridge, more=more
+    )
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,9 @@ def _population(estimator, where, h, power):
     def kernel(x):
         return np.exp(-0.5 * ((x - x0) / h) ** 2)
 
-    moments = [integrate.quad(lambda x, j=j: kernel(x) * (x - x0) ** j, 0, 1, points=[x0])[0] for j in range(3)]
+    moments = [
+        integrate.quad(lambda x, j=j: kernel(x) * (x - x0) ** j, 0, 1, points=[x0])[0] for j in range(3)
+    ]
     s0, s1, s2 = moments
 
     def weight(x):

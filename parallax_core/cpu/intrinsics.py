@@ -1,4 +1,4 @@
-"""LLVM instructions that Numba has no spelling for: raw loads, an atomic counter, a vectorisable exponential."""
+"""What Numba has no spelling for: raw loads, an atomic counter, reductions, a vectorisable exponential."""
 
 from __future__ import annotations
 
@@ -128,7 +128,9 @@ maximum = _reduction(
     float("-inf"),
     lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y),
 )
-total = _reduction("total", "Sum of tile.flat[first:first+count].", 0.0, lambda builder, x, y: builder.fadd(y, x))
+total = _reduction(
+    "total", "Sum of tile.flat[first:first+count].", 0.0, lambda builder, x, y: builder.fadd(y, x)
+)
 
 
 def _minimax_exp_coefficients(degree: int) -> np.ndarray:
@@ -136,7 +138,11 @@ def _minimax_exp_coefficients(degree: int) -> np.ndarray:
     nodes = np.cos(np.pi * (np.arange(4 * degree) + 0.5) / (4 * degree)) * (0.51 * math.log(2))
     with np.errstate(invalid="ignore"):
         values = (np.expm1(nodes) - nodes) / nodes**2
-    return np.polynomial.chebyshev.Chebyshev.fit(nodes, values, degree).convert(kind=np.polynomial.Polynomial).coef
+    return (
+        np.polynomial.chebyshev.Chebyshev.fit(nodes, values, degree)
+        .convert(kind=np.polynomial.Polynomial)
+        .coef
+    )
 
 
 _EXP_COEFFICIENTS = [float(np.float32(c)) for c in _minimax_exp_coefficients(5)]

@@ -27,7 +27,7 @@ def _block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth):
     columns = NR if element == types.float32 else NR // 2
 
     def codegen(context, builder, signature, args):
-        C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth = args
+        _, c0, ldc, _, a0, rsa, csa, _, b0, ldb, depth = args
         scalar = context.get_value_type(element)
         i64, i32 = ir.IntType(64), ir.IntType(32)
         vector = ir.VectorType(scalar, columns)
@@ -96,7 +96,7 @@ def transpose_block(typingctx, source, s0, lds, to, t0, ldt):
     element = source.dtype
 
     def codegen(context, builder, signature, args):
-        source, s0, lds, to, t0, ldt = args
+        _, s0, lds, _, t0, ldt = args
         i64, i32 = ir.IntType(64), ir.IntType(32)
         vector = ir.VectorType(context.get_value_type(element), SQUARE)
         align = 4 if element == types.float32 else 8

@@ -28,10 +28,10 @@ def dot(a, b, size):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def _finite(a, n):
+    finite = True
     for i in range(n):
-        if not np.isfinite(a[i]):
-            return False
-    return True
+        finite = finite and np.isfinite(a[i])
+    return finite
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -88,8 +88,8 @@ def solve_minimum_norm(C, b, ridge, n, L, u):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def solve_conjugate_gradients(
-    tensor, sequence, page_table, page_size, head, first, weights, begin, end, origin, ridge, b, n, X, u, x, p, s, y,
-    tolerance,
+    tensor, sequence, page_table, page_size, head, first, weights, begin, end, origin, ridge, b, n, X, u, x, p,
+    s, y, tolerance,
 ):  # fmt: skip
     """u = (C + ridge I)^-1 b without the matrix; returns the relative residual reached.
 
@@ -167,7 +167,12 @@ def solve_probes(
     L = np.zeros((head_dim, head_dim), np.float64)
     wk, origin, b = np.zeros(head_dim, dtype), np.zeros(head_dim, dtype), np.zeros(head_dim, dtype)
     u, b64 = np.zeros(head_dim, np.float64), np.zeros(head_dim, np.float64)
-    x, p, s, y = np.zeros(head_dim, dtype), np.zeros(head_dim, dtype), np.zeros(head_dim, dtype), np.zeros(head_dim, dtype)
+    x, p, s, y = (
+        np.zeros(head_dim, dtype),
+        np.zeros(head_dim, dtype),
+        np.zeros(head_dim, dtype),
+        np.zeros(head_dim, dtype),
+    )
     wv = np.zeros(value_dim, dtype)
     while True:
         taken = fetch_add(counter)

@@ -78,10 +78,10 @@ def exponentials(S, i, m):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
-def row_dot(A, i, B, l, size):
+def row_dot(A, i, B, b, size):
     total = A.dtype.type(0)
     for j in range(size):
-        total += A[i, j] * B[l, j]
+        total += A[i, j] * B[b, j]
     return total
 
 
@@ -169,7 +169,8 @@ def finish_row(out, O, i, t_row, d1, d2, t0, rq, intercept, amplification, value
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def attend(
     counter, items, sequences, tensors, page_table, page_size, tile_rows, head_dim, value_dim, group,
-    causal, window, kernel, scale, intercept, amplification, out, m_out, d1_out, d2_out, t0_out, O1_out, O2_out,
+    causal, window, kernel, scale, intercept, amplification, out, m_out, d1_out, d2_out, t0_out, O1_out,
+    O2_out,
 ):  # fmt: skip
     """Take items of work until none is left.
 
