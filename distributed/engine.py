@@ -93,6 +93,8 @@ def _cluster(workers: int | None) -> Iterator[None]:
     if os.environ.get("RAY_ADDRESS"):
         ray.init(**quiet)
     else:
+        # Ray's own reports of its use, which nobody asked this cluster for.
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(address="local", num_cpus=workers, include_dashboard=False, **quiet)
     try:
         yield

@@ -13,6 +13,7 @@ from .attention import (
     softmax_attention,
     softmax_decode,
 )
+from .compare import compare
 from .errors import BackendUnavailableError, SolverError
 from .probes import fit_probe
 from .state import LLAState, ParallaxState, SoftmaxState, merge_states
@@ -24,6 +25,7 @@ __all__ = [
     "SoftmaxState",
     "SolverError",
     "__version__",
+    "compare",
     "fit_probe",
     "lla_attention",
     "lla_decode",

@@ -136,9 +136,9 @@ def softmax_decode(
     """Softmax attention of new tokens against a key-value cache that holds their keys already; causal.
 
     q: ``(B, Lq, Hq, D)``, the last ``Lq`` tokens of each sequence; k_cache, v_cache:
-    ``(B, capacity, Hkv, D)`` and ``(B, capacity, Hkv, Dv)``, or ``(num_pages, page_size, Hkv, ...)`` with a page table. cache_seqlens:
-    ``(B,)`` valid lengths with the new tokens counted, the capacity by default. cache_leftpad: ``(B,)`` keys
-    to leave out at the front. page_table: ``(B, pages)``, the page of each stretch of ``page_size``
+    ``(B, capacity, Hkv, D)`` and ``(B, capacity, Hkv, Dv)``, or ``(num_pages, page_size, Hkv, ...)`` with
+    a page table. cache_seqlens: ``(B,)`` valid lengths with the new tokens counted, the capacity by
+    default. cache_leftpad: ``(B,)`` keys to leave out at the front. page_table: ``(B, pages)``, the page of each stretch of ``page_size``
     positions; entries beyond a sequence's length are never read. window_size: how many of the most recent
     keys a query sees. out: an array of the output's shape and dtype to write to. Index arrays are int32 or
     int64. What lies outside a sequence's valid keys may hold anything.
@@ -234,8 +234,8 @@ def _describe(operation: str, arrays: dict[str, np.ndarray], scale, causal, wind
 def _describe_decode(operation: str, arrays: dict[str, np.ndarray], scale, window_size) -> Problem:
     described = problem.describe_decode(
         operation, arrays["q"], arrays["k"], arrays["v"], arrays.get("r"), scale=scale,
-        window_size=window_size, cache_seqlens=arrays.get("cache_seqlens"), cache_leftpad=arrays.get("cache_leftpad"),
-        page_table=arrays.get("page_table"), max_head_dim=MAX_HEAD_DIM,
+        window_size=window_size, cache_seqlens=arrays.get("cache_seqlens"),
+        cache_leftpad=arrays.get("cache_leftpad"), page_table=arrays.get("page_table"), max_head_dim=MAX_HEAD_DIM,
     )  # fmt: skip
     if "out" in arrays:
         _check_out(arrays, described)

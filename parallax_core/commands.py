@@ -136,7 +136,8 @@ def study_regression(
             study = run_regression(settings, sample, engine=engine.value, workers=workers, progress=progress)
         seconds = time.perf_counter() - began
         findings = find(settings, study.rows)
-        where = "this process" if engine is Engine.local else f"Ray, {workers or 'all'} workers"
+        actors = f"{workers} workers" if workers else "a worker on every CPU"
+        where = "this process" if engine is Engine.local else f"Ray, {actors}"
         command = shlex.join(["parallax-core", *sys.argv[1:]])
         write_report(study, findings, folder, Provenance(command, where, seconds))
     _print_findings(findings)

@@ -90,7 +90,7 @@ def test_bad_input_is_named():
         leave_one_out(np.ones((1, 1, 1, 3)), np.ones((1, 1, 1, 3)))
     with pytest.raises(ValueError, match="v: expected shape"):
         leave_one_out(k, v[:, 1:])
-    with pytest.raises(ValueError, match="name: expected one of softmax, .* got 'mamba'"):
+    with pytest.raises(ValueError, match=r"name: expected one of softmax, .* got 'mamba'"):
         apply_mechanism("mamba", q, k, v)
-    with pytest.raises(ValueError, match="probe: .* got None"):
+    with pytest.raises(ValueError, match=r"probe: .* got None"):
         apply_mechanism("parallax", q, k, v)

@@ -5,7 +5,7 @@ import functools
 import numpy as np
 import oracle
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import FLOAT64, attention_cases, seeds
 
@@ -227,6 +227,49 @@ def test_the_gaussian_kernel_weighs_by_distance(case, seed):
 
     o, _, sensitivity = oracle.evaluate(case, gaussian)
     assert_within(family(case, probe="solve", ridge=ridge, kernel="gaussian"), o, sensitivity)
+
+
+@given(case=attention_cases(), junk=st.sampled_from((np.nan, np.inf)))
+def test_keys_that_no_row_sees_change_no_point(case, junk):
+    k, v = case.k.copy(), case.v.copy()
+    hidden = oracle.hidden_places(case)
+    k[hidden] = v[hidden] = junk
+    spoilt = case.with_keys_and_values(k, v)
+    points = (
+        {"probe": None},
+        {"probe": "query", "intercept": False},
+        {"probe": "solve", "ridge": 0.1},
+        {"probe": case.r, "amplification": True},
+    )
+    for point in points:
+        for kernel, scale in (("dot", None), ("gaussian", 0.5)):
+            options = {**point, "kernel": kernel, "scale": scale}
+            np.testing.assert_array_equal(family(spoilt, **options), family(case, **options))
+    for name, options in (("linear_attention", {}), ("global_ridge_attention", {"ridge": 0.1})):
+        np.testing.assert_array_equal(mechanism(name, spoilt, **options), mechanism(name, case, **options))
+
+
+@given(case=cases, data=st.data())
+def test_the_keys_of_other_rows_change_no_point(case, data):
+    """Hidden from some rows alone: those must not see that such a key or its value is NaN."""
+    rows = [row for row in oracle.seen_rows(case) if row.places]
+    assume(rows)
+    chosen = data.draw(st.sampled_from(rows))
+    k, v = np.full_like(case.k, np.nan), np.full_like(case.v, np.nan)
+    for place in chosen.places:
+        k[place], v[place] = case.k[place], case.v[place]
+    spoilt = case.with_keys_and_values(k, v)
+    at = chosen.batch, chosen.row, chosen.head
+    _, _, sensitivity = lla_answer(case, np.full(case.q.shape[:3], 0.1))
+    for point in ({"probe": None}, {"probe": "query", "intercept": False}, {"probe": "solve", "ridge": 0.1}):
+        for kernel, scale in (("dot", case.options["scale"]), ("gaussian", 0.0)):
+            options = {**point, "kernel": kernel, "scale": scale}
+            # The same terms in another order of summation, well within LLA's bound.
+            difference = np.abs(family(spoilt, **options)[at] - family(case, **options)[at])
+            assert (difference <= 1e3 * EPS * (1 + sensitivity[at])).all()
+    for name, options in (("linear_attention", {}), ("global_ridge_attention", {"ridge": 0.1})):
+        difference = np.abs(mechanism(name, spoilt, **options)[at] - mechanism(name, case, **options)[at])
+        assert (difference <= 1e3 * EPS * (1 + sensitivity[at])).all()
 
 
 def test_a_large_scale_picks_one_key():

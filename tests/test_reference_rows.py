@@ -7,7 +7,7 @@ import oracle
 import pytest
 import torch
 from calls import call
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategies import BFLOAT16, attention_cases, decode_cases, seeds
 
@@ -86,8 +86,7 @@ def test_keys_that_no_row_sees_change_nothing(operation, kind, data, seed, junk)
 def test_a_nan_key_or_value_reaches_the_rows_that_see_it_and_no_other(operation, kind, data, seed):
     case = data.draw(KINDS[kind])
     k, v = (x.copy() for x in case.keys_and_values)
-    if k[..., 0].size == 0:
-        return
+    assume(k[..., 0].size > 0)
     place = tuple(data.draw(st.integers(0, n - 1)) for n in k.shape[:3])
     extra, (o, _, sensitivity) = answers(operation, case, seed)
     poisoned = data.draw(st.sampled_from((k, v)))

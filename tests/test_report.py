@@ -6,19 +6,19 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-
-from parallax_core.data import load_sample
 from parallax_core.distributed.config import parse_config
 from parallax_core.distributed.findings import find
 from parallax_core.distributed.report import Provenance, write_report
 from parallax_core.distributed.study import run_regression
 
+from parallax_core.data import load_sample
+
 TEXT = """
 seed: 11
 resamples: 100
 convergence:
-  - {problem: smooth, estimators: [softmax, lla, global-ridge], n: [32, 64, 128], bandwidth: 0.2, ridge: 1.0e-6,
-     noise: 0.1, replicates: 6}
+  - {problem: smooth, estimators: [softmax, lla, global-ridge], n: [32, 64, 128], bandwidth: 0.2,
+     ridge: 1.0e-6, noise: 0.1, replicates: 6}
 tradeoff: {estimators: [softmax, lla], n: 100, bandwidth: [0.05, 0.1, 0.2, 0.4], ridge: 1.0e-8, noise: 0.1,
   replicates: 6}
 exponents:

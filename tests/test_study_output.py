@@ -1,8 +1,17 @@
 """A study's folder receives all of its files or none."""
 
 import pytest
-
 from parallax_core.distributed.output import output_folder
+
+
+def fail_half_way(target):
+    def write():
+        with output_folder(target) as staging:
+            (staging / "x").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write()
 
 
 def test_a_new_folder_appears_complete(tmp_path):
@@ -16,9 +25,7 @@ def test_a_new_folder_appears_complete(tmp_path):
 
 def test_an_error_leaves_nothing_behind(tmp_path):
     target = tmp_path / "a" / "b"
-    with pytest.raises(RuntimeError), output_folder(target) as staging:
-        (staging / "x").write_text("half")
-        raise RuntimeError
+    fail_half_way(target)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -33,9 +40,7 @@ def test_an_existing_folder_keeps_its_other_files(tmp_path):
 
 def test_an_error_leaves_an_existing_folder_as_it_was(tmp_path):
     (tmp_path / "x").write_text("old")
-    with pytest.raises(RuntimeError), output_folder(tmp_path) as staging:
-        (staging / "x").write_text("half")
-        raise RuntimeError
+    fail_half_way(tmp_path)
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"x": "old"}
 
 

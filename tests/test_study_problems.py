@@ -4,11 +4,10 @@ import math
 
 import numpy as np
 import pytest
-from scipy import integrate, stats
-
 from parallax_core.distributed import theory
 from parallax_core.distributed.problems import CORNER, draw, seed_sequence, synthetic_problem
 from parallax_core.distributed.regression import squared_bias_and_variance
+from scipy import integrate, stats
 
 
 @pytest.mark.parametrize("name", ["linear", "smooth"])
@@ -61,7 +60,7 @@ def test_different_seeds_and_identities_give_different_streams():
 
 
 def test_an_unknown_problem_is_named():
-    with pytest.raises(ValueError, match="name: expected .* got 'cubic'"):
+    with pytest.raises(ValueError, match=r"name: expected .* got 'cubic'"):
         synthetic_problem("cubic", 1, seed=0)
 
 

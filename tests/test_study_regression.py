@@ -2,15 +2,16 @@
 
 import numpy as np
 import pytest
-
-import parallax_core
-from parallax_core.data import AttentionSample, load_sample
 from parallax_core.distributed.config import parse_config
+from parallax_core.distributed.engine import run_ray
 from parallax_core.distributed.findings import find
 from parallax_core.distributed.grid import points
 from parallax_core.distributed.point import Point, PointError
 from parallax_core.distributed.regression import evaluate
 from parallax_core.distributed.study import run_regression
+
+import parallax_core
+from parallax_core.data import AttentionSample, load_sample
 from parallax_core.leave_one_out import fraction_of_variance, leave_one_out
 
 SMALL = """
@@ -20,8 +21,8 @@ exponents:
   - {where: boundary, estimators: [softmax, lla], n: 300, bandwidth: [0.05, 0.07, 0.1, 0.14], ridge: 1.0e-10,
      replicates: 4}
 convergence:
-  - {problem: piecewise, estimators: [lla, parallax-fitted], n: [32, 48, 64], d: 4, bandwidth: 0.4, ridge: 0.01,
-     noise: 0.1, replicates: 4}
+  - {problem: piecewise, estimators: [lla, parallax-fitted], n: [32, 48, 64], d: 4, bandwidth: 0.4,
+     ridge: 0.01, noise: 0.1, replicates: 4}
 real:
   {estimators: [softmax], layers: [layer5], heads: 1, ridge: 0.1}
 """
@@ -114,8 +115,8 @@ def test_the_fitted_probe_never_sees_the_document_it_predicts(sample):
         arrays[2][1] *= document_1
         return np.array(evaluate(point, AttentionSample({"layer0": arrays}, (0, 3), {}, "part"))["errors"])
 
-    # The probe that predicts document 1 is fitted on the others: with that document's values doubled it leaves
-    # the same fraction of a variance four times as large. The others get other probes.
+    # Document 1 is predicted by a probe fitted on the others. Its values doubled, that same probe leaves the
+    # same fraction of a variance four times as large; the other documents get other probes.
     before, after = errors(1.0), errors(2.0)
     np.testing.assert_allclose(after[1], before[1], rtol=1e-9)
     assert (np.abs(after - before)[[0, 2, 3]] > 1e-6).all()
@@ -142,32 +143,36 @@ def test_rows_do_not_depend_on_engine_order_or_other_points(sample):
         assert evaluate(point, sample) == row
 
 
-@pytest.mark.slow
-def test_ray_gives_the_rows_of_the_local_engine(sample, monkeypatch):
+def test_ray_gives_the_rows_of_the_local_engine_and_names_the_point_that_fails(sample, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    config = parse_config(SMALL)
-    seen = []
-    rows = run_regression(
-        config,
-        sample,
-        engine="ray",
-        workers=2,
-        progress=lambda done, total, point: seen.append((done, total)),
-    ).rows
-    for row, local in zip(rows, run_regression(config, sample).rows, strict=True):
-        # Workers have one thread each, and a BLAS may split its sums by threads: rounding is all that may differ.
+    grid = points(parse_config(SMALL), sample)
+    broken = kv("softmax", "layer9")
+    rows = {}
+
+    def collect():
+        for index, row in run_ray(evaluate, [*grid, broken], sample, workers=2):
+            rows[index] = row
+
+    with pytest.raises(PointError, match=r"softmax on kv layer9.*layer: .* got 'layer9'"):
+        collect()
+    assert len(rows) >= len(grid) - 1  # the other worker may still have been busy
+    for index, row in rows.items():
+        local = evaluate(grid[index], sample)
         assert row.keys() == local.keys()
         for name in row:
             if name.endswith("errors"):
+                # Workers have one thread each, and a BLAS may split its sums by threads.
                 np.testing.assert_allclose(row[name], local[name], rtol=1e-9)
             elif name in Point.model_fields:
                 assert row[name] == local[name]
-    assert seen == [(i + 1, len(rows)) for i in range(len(rows))]
-    broken = Point.model_construct(**(kv("softmax", "layer9").model_dump()))
-    from parallax_core.distributed.engine import run_ray
 
-    with pytest.raises(PointError, match="softmax on kv layer9.*layer: .* got 'layer9'"):
-        list(run_ray(evaluate, [broken], sample, workers=1))
+
+def test_progress_counts_every_point(sample):
+    seen = []
+    rows = run_regression(
+        parse_config(SMALL), sample, progress=lambda done, total, point: seen.append((done, total))
+    ).rows
+    assert seen == [(i + 1, len(rows)) for i in range(len(rows))]
 
 
 def test_the_seed_decides_the_rows():

@@ -88,8 +88,8 @@ def solve_minimum_norm(C, b, ridge, n, L, u):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def solve_conjugate_gradients(
-    tensor, sequence, page_table, page_size, head, first, weights, begin, end, origin, ridge, b, n, X, u, x, p,
-    s, y, tolerance,
+    tensor, sequence, page_table, page_size, head, first, weights, begin, end, origin, ridge, b, n, X, u, x,
+    p, s, y, tolerance,
 ):  # fmt: skip
     """u = (C + ridge I)^-1 b without the matrix; returns the relative residual reached.
 
