@@ -43,7 +43,11 @@ def predict(
     if estimator == "parallax-solved":
         kbar, C_kk = covariances(q, k, k, **options)
         system = C_kk + ridge * np.eye(q.shape[-1])
-        probe = -np.linalg.solve(system, (q - kbar)[..., None])[..., 0]
+        if ridge == 0:  # the minimum-norm solution; the covariance is a difference, good to some 1e-13
+            inverse = np.linalg.pinv(system, rcond=1e-12, hermitian=True)
+            probe = -np.einsum("...ij,...j->...i", inverse, q - kbar)
+        else:
+            probe = -np.linalg.solve(system, (q - kbar)[..., None])[..., 0]
         return apply_mechanism("parallax", q, k, v, probe=probe, **options)
     if estimator == "parallax-fitted":
         W_R = fit_probe(training.q, *training[:3], training.target, ridge=probe_ridge, **options)

@@ -150,7 +150,7 @@ def _error_curve(rows, where: str, rate: float, config: RegressionConfig, rng) -
     first, n = rows[0], _column(rows, "n")
     squared = [np.square(row[f"{where}_errors"]).mean(axis=1) for row in rows]
     exponent = error_exponent(
-        n, squared, resamples=config.resamples, rng=rng("error", first["problem"], first["estimator"], where)
+        n, squared, resamples=config.resamples, rng=rng("error", first["problem"], where)
     )
     expected = theory.error_order(first["problem"], first["estimator"], where, rate, first["d"])
     return ErrorCurve(first["estimator"], where, n, _column(rows, f"{where}_mse"), exponent, expected)
@@ -191,7 +191,5 @@ def _bias_curve(rows, where: str, config: RegressionConfig, rng) -> BiasCurve:
 
 def _real_error(row, config: RegressionConfig, rng) -> RealError:
     errors = np.asarray(row["errors"])
-    interval = mean_interval(
-        errors.ravel(), resamples=config.resamples, rng=rng("real", row["layer"], row["estimator"])
-    )
+    interval = mean_interval(errors.ravel(), resamples=config.resamples, rng=rng("real", row["layer"]))
     return RealError(row["layer"], row["estimator"], interval, errors, tuple(row["heads"]))

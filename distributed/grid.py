@@ -83,7 +83,14 @@ def _real(section: Real, seed: int, sample: AttentionSample) -> Iterator[Point]:
         heads = sample.spread(heads)
     for layer in sample.layers if section.layers == "all" else section.layers:
         chosen = sample.select(layer, tuple(heads))
-        n, d = chosen.k.shape[1], chosen.k.shape[3]
+        documents, n, _, d = chosen.k.shape
+        if n < 2:
+            raise ValueError(f"layers: leave-one-out needs two keys a document, {sample.source} has {n}")
+        if documents < 2 and "parallax-fitted" in section.estimators:
+            raise ValueError(
+                f"estimators: parallax-fitted is fitted on other documents, and {sample.source} has 1; "
+                "leave it out"
+            )
         for estimator in section.estimators:
             yield Point(
                 experiment="real",

@@ -45,8 +45,9 @@ def parallax_attention(
 ):
     """Parallax attention, softmax corrected by a probe of the key-value covariance, ``o = vbar - C_vk r``.
 
-    r: ``(B, Lq, Hq, D)`` in q's dtype, or float32 beside half-precision q, k, v. Everything else, and what is
-    raised, as for :func:`softmax_attention`; the state is a ParallaxState. Source: arXiv 2605.29157.
+    r: ``(B, Lq, Hq, D)`` in q's dtype, or wider, as solved probes are: float32 or float64; a float64 probe
+    is computed with in float64. Everything else, and what is raised, as for :func:`softmax_attention`; the
+    state is a ParallaxState. Source: arXiv 2605.29157.
     """
     arrays = _arrays(q=q, r=r, k=k, v=v, cu_seqlens=cu_seqlens)
     described = _describe("parallax_attention", arrays, scale, causal, window_size)
@@ -121,10 +122,9 @@ def local_attention(
         r = lla.solve_probe(
             described, arrays["q"], arrays["k"], lam, solver, kernel=kernel, intercept=intercept
         )
-    dtype = np.float64 if r is not None and r.dtype == np.float64 else described.compute_dtype
     out, _ = forward.attend(
-        described, arrays["q"], arrays["k"], arrays["v"], r,
-        kernel=kernel, intercept=intercept, amplification=amplification, dtype=dtype,
+        described, arrays["q"], arrays["k"], arrays["v"], r, kernel=kernel, intercept=intercept,
+        amplification=amplification, dtype=np.result_type(described.compute_dtype, _wide(r)),
     )  # fmt: skip
     return _result(out, described.dtype, like=q)
 
@@ -138,10 +138,10 @@ def softmax_decode(
     q: ``(B, Lq, Hq, D)``, the last ``Lq`` tokens of each sequence; k_cache, v_cache:
     ``(B, capacity, Hkv, D)`` and ``(B, capacity, Hkv, Dv)``, or ``(num_pages, page_size, Hkv, ...)`` with
     a page table. cache_seqlens: ``(B,)`` valid lengths with the new tokens counted, the capacity by
-    default. cache_leftpad: ``(B,)`` keys to leave out at the front. page_table: ``(B, pages)``, the page of each stretch of ``page_size``
-    positions; entries beyond a sequence's length are never read. window_size: how many of the most recent
-    keys a query sees. out: an array of the output's shape and dtype to write to. Index arrays are int32 or
-    int64. What lies outside a sequence's valid keys may hold anything.
+    default. cache_leftpad: ``(B,)`` keys to leave out at the front. page_table: ``(B, pages)``, the page of
+    each stretch of ``page_size`` positions; entries beyond a sequence's length are never read. window_size:
+    how many of the most recent keys a query sees. out: an array of the output's shape and dtype to write
+    to. Index arrays are int32 or int64. What lies outside a sequence's valid keys may hold anything.
 
     Returns ``o (B, Lq, Hq, Dv)``, or ``(o, SoftmaxState)``. Raises as :func:`softmax_attention` does.
     """
@@ -156,8 +156,8 @@ def parallax_decode(
 ):  # fmt: skip
     """Parallax attention of new tokens against a key-value cache; causal.
 
-    r: ``(B, Lq, Hq, D)`` in q's dtype, or float32 beside half-precision q and caches. Everything else as for
-    :func:`softmax_decode`; the state is a ParallaxState.
+    r: as for :func:`parallax_attention`. Everything else as for :func:`softmax_decode`; the state is a
+    ParallaxState.
     """
     arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, r=r)
     described = _describe_decode("parallax_decode", arrays, scale, window_size)
@@ -198,6 +198,11 @@ def _arrays(**given: Any) -> dict[str, np.ndarray]:
     return {name: exchange.to_numpy(name, x) for name, x in present.items()}
 
 
+def _wide(r: np.ndarray | None) -> np.dtype:
+    """float64 of a float64 probe, as the minimum-norm solver gives; float32 of any other."""
+    return np.dtype(np.float64 if r is not None and r.dtype == np.float64 else np.float32)
+
+
 def _is_array(x) -> bool:
     return any(hasattr(x, a) for a in ("__dlpack__", "__cuda_array_interface__"))
 
@@ -235,7 +240,8 @@ def _describe_decode(operation: str, arrays: dict[str, np.ndarray], scale, windo
     described = problem.describe_decode(
         operation, arrays["q"], arrays["k"], arrays["v"], arrays.get("r"), scale=scale,
         window_size=window_size, cache_seqlens=arrays.get("cache_seqlens"),
-        cache_leftpad=arrays.get("cache_leftpad"), page_table=arrays.get("page_table"), max_head_dim=MAX_HEAD_DIM,
+        cache_leftpad=arrays.get("cache_leftpad"), page_table=arrays.get("page_table"),
+        max_head_dim=MAX_HEAD_DIM,
     )  # fmt: skip
     if "out" in arrays:
         _check_out(arrays, described)

@@ -123,6 +123,8 @@ def study_regression(
     settings = _read_config(config)
     if seed is not None:
         settings = settings.model_copy(update={"seed": seed})
+    if data is not None and settings.real is None:
+        raise InputError(f"--data: the configuration has no part 'real' that would read {data}")
     sample = _read_data("--data", data) if settings.real else None
     try:
         points(settings, sample)
@@ -133,7 +135,12 @@ def study_regression(
             folder = stack.enter_context(output_folder(output))
         began = time.perf_counter()
         with _progress("regression study") as progress:
-            study = run_regression(settings, sample, engine=engine.value, workers=workers, progress=progress)
+            try:
+                study = run_regression(
+                    settings, sample, engine=engine.value, workers=workers, progress=progress
+                )
+            except ValueError as error:  # which begins with the name of the argument
+                raise InputError(f"--{error}") from error
         seconds = time.perf_counter() - began
         findings = find(settings, study.rows)
         actors = f"{workers} workers" if workers else "a worker on every CPU"

@@ -28,6 +28,8 @@ _NUMPY_DTYPES = {
     **{(_UINT, 8 * n): np.dtype(f"u{n}") for n in (1, 2, 4, 8)},
 }
 
+_NO_DLPACK = "{name} is a {kind}; expected an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy, ...)"
+
 # XLA takes a CPU buffer without a copy only where it is aligned so.
 ALIGNMENT = 64
 
@@ -140,9 +142,7 @@ def device(name: str, x: Any) -> tuple[int, int]:
         return (CPU, 0) if int(kind) in (CPU, CUDA_HOST) else (int(kind), int(index))
     if hasattr(x, "__cuda_array_interface__"):
         return CUDA, 0
-    raise TypeError(
-        f"{name} is a {type(x).__name__}; expected an array with __dlpack__ (NumPy, PyTorch, JAX, CuPy, ...)"
-    )
+    raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
 
 
 def to_numpy(name: str, x: Any) -> np.ndarray:
@@ -150,13 +150,12 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
 
     Raises TypeError where ``x`` is no array, is not on the CPU, or has a dtype that NumPy and ml_dtypes lack.
     """
-    where = device(name, x)
-    if where[0] != CPU:
-        raise TypeError(f"{name} is on {device_name(where)}; expected the CPU")
     if isinstance(x, np.ndarray):
         if not x.dtype.isnative:
             raise TypeError(f"{name} has dtype {x.dtype.str}; expected native byte order")
         return x
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
     try:
         try:
             capsule = x.__dlpack__(max_version=(1, 1))
@@ -173,6 +172,10 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
     else:
         managed = _Managed.from_address(_capsule_pointer(capsule, b"dltensor"))
     tensor = managed.tensor
+    if tensor.device.type not in (CPU, CUDA_HOST):
+        raise TypeError(
+            f"{name} is on {device_name((tensor.device.type, tensor.device.id))}; expected the CPU"
+        )
     dtype = _NUMPY_DTYPES.get((tensor.dtype.code, tensor.dtype.bits)) if tensor.dtype.lanes == 1 else None
     if dtype is None:
         raise TypeError(

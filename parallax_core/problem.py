@@ -55,6 +55,7 @@ class Problem:
     head_dim: int
     value_dim: int
     dtype: np.dtype
+    probe_dtype: np.dtype | None
     scale: float
     causal: bool
     window_size: int | None = None
@@ -71,8 +72,9 @@ class Problem:
 
     @property
     def compute_dtype(self) -> np.dtype:
-        """float64 for float64 inputs, float32 otherwise; also the dtype of states and probes."""
-        return DTYPES[0] if self.dtype == DTYPES[0] else DTYPES[1]
+        """float64 where an input is float64, float32 otherwise; that of states and solved probes too."""
+        probe_dtype = self.dtype if self.probe_dtype is None else self.probe_dtype
+        return DTYPES[0] if DTYPES[0] in (self.dtype, probe_dtype) else DTYPES[1]
 
     @property
     def output_shape(self) -> tuple[int, int, int, int]:
@@ -141,6 +143,7 @@ def describe_attention(
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=np.dtype(q.dtype),
+        probe_dtype=None if r is None else np.dtype(r.dtype),
         scale=_checked_scale(scale, head_dim),
         causal=bool(causal),
         window_size=window_size,
@@ -212,6 +215,7 @@ def describe_decode(
         head_dim=head_dim,
         value_dim=value_dim,
         dtype=np.dtype(q.dtype),
+        probe_dtype=None if r is None else np.dtype(r.dtype),
         scale=_checked_scale(scale, head_dim),
         causal=True,
         window_size=_checked_window(window_size, True),
@@ -264,10 +268,11 @@ def checked_bandwidth(scale, bandwidth, head_dim: int) -> float:
         )
     if not _is_real(bandwidth):
         raise TypeError(f"bandwidth must be a number, got {bandwidth!r}")
-    # 1/h**2 of a denormal h is infinite, which is no scale either
-    if not bandwidth > 0 or (math.isfinite(bandwidth) and float(bandwidth) ** 2 == 0.0):
-        raise ValueError(f"bandwidth is {bandwidth!r}; expected a positive number")
-    return _checked_scale(1.0 / float(bandwidth) ** 2, head_dim)
+    # Of a bandwidth below 1e-154 the scale 1/h**2 is infinite, and no scale.
+    inverse = 1.0 / float(bandwidth) if bandwidth > 0 else math.nan
+    if not math.isfinite(inverse * inverse):
+        raise ValueError(f"bandwidth is {bandwidth!r}; expected a positive number of at least 1e-154")
+    return inverse * inverse
 
 
 def check_family(probe, kernel, intercept, amplification, ridge, scale: float) -> None:
@@ -280,14 +285,17 @@ def check_family(probe, kernel, intercept, amplification, ridge, scale: float) -
         if not isinstance(value, (bool, np.bool_)):
             raise TypeError(f"{name} must be True or False, got {value!r}")
     if probe is None and not intercept:
-        raise ValueError("intercept is False without a probe; expected a probe, the output would be 0")
+        raise ValueError("probe is None with intercept=False, which leaves nothing; expected a probe")
     if amplification and (probe is None or not intercept):
-        raise ValueError("amplification needs a probe and an intercept")
+        raise ValueError(
+            f"amplification is True with {'probe=None' if probe is None else 'intercept=False'}; "
+            "it divides the part of a probe beside an intercept"
+        )
     solves = isinstance(probe, str) and probe == "solve"
     if solves and ridge is None:
-        raise ValueError("ridge is missing; probe='solve' needs one")
+        raise ValueError("ridge is None with probe='solve'; expected a number or an array of numbers")
     if not solves and ridge is not None:
-        raise ValueError(f"ridge is {ridge!r} with a probe that is not solved for; expected None")
+        raise ValueError("ridge is given, but only probe='solve' takes one")
     if kernel == "gaussian" and scale < 0:
         raise ValueError(f"scale is {scale!r}; expected 0 or more with the Gaussian kernel")
 
@@ -335,10 +343,11 @@ def _check_dtypes(q, k, v, r, suffix: str = "") -> None:
         if x is not None and np.dtype(x.dtype) != dtype:
             raise TypeError(f"{name} has dtype {np.dtype(x.dtype)}; expected {dtype}, that of q")
     if r is not None and np.dtype(r.dtype) != dtype:
-        if dtype.itemsize != 2:
-            raise TypeError(f"r has dtype {np.dtype(r.dtype)}; expected {dtype}, that of q")
-        if np.dtype(r.dtype) != DTYPES[1]:
-            raise TypeError(f"r has dtype {np.dtype(r.dtype)}; expected {dtype}, that of q, or float32")
+        # Solved probes are float32 or float64, and lose percents of the output in half precision.
+        wider = [t for t in DTYPES[:2] if t.itemsize > dtype.itemsize]
+        if np.dtype(r.dtype) not in wider:
+            expected = " or ".join([f"{dtype}, that of q", *(t.name for t in reversed(wider))])
+            raise TypeError(f"r has dtype {np.dtype(r.dtype)}; expected {expected}")
 
 
 def _check_heads(q_heads, kv_heads, head_dim, value_dim, max_head_dim, suffix: str = "") -> None:

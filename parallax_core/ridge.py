@@ -37,8 +37,12 @@ def solve_ridge(C: np.ndarray, b: np.ndarray, ridge: np.ndarray, solver: str, ep
         )
         u[finite] = np.einsum("nij,nj->ni", vectors, coefficients)
         return u
+    shifted = C64 + lam[:, None, None] * np.eye(D)
     try:
-        factor = np.linalg.cholesky(C64 + lam[:, None, None] * np.eye(D))
+        factor = np.linalg.cholesky(shifted)
+        pivots, entries = (np.diagonal(x, axis1=1, axis2=2) for x in (factor, shifted))
+        if (pivots**2 <= D * eps * entries).any():
+            raise np.linalg.LinAlgError("a pivot vanished by rounding")
     except np.linalg.LinAlgError as error:
         raise SolverError(
             f"cholesky: C_kk + ridge I is not numerically positive definite at ridge {lam.min():.3g}; "

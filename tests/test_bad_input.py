@@ -75,7 +75,12 @@ CASES = [
         TypeError,
         "v has dtype float64; expected float32",
     ),
-    (attend, {"r": array(B, L, HQ, D, dtype=np.float16)}, TypeError, "r has dtype float16; expected float32"),
+    (
+        attend,
+        {"r": array(B, L, HQ, D, dtype=np.float16)},
+        TypeError,
+        "r has dtype float16; expected float32, that of q or float64",
+    ),
     (attend, {"scale": np.nan}, ValueError, "scale is nan; expected a finite number"),
     (attend, {"scale": np.inf}, ValueError, "scale is inf"),
     (attend, {"scale": "1"}, TypeError, "scale must be a number"),
@@ -124,12 +129,13 @@ CASES = [
     (solve, {"solver": "lu"}, ValueError, "solver is 'lu'; expected one of 'cholesky', 'cg', 'lstsq'"),
     (local, {"kernel": "box"}, ValueError, "kernel is 'box'"),
     (local, {"probe": "learned"}, ValueError, "probe is 'learned'"),
-    (local, {"intercept": False}, ValueError, "intercept is False without a probe"),
-    (local, {"amplification": True}, ValueError, "amplification needs a probe"),
-    (local, {"probe": "solve"}, ValueError, "ridge is missing"),
-    (local, {"probe": "query", "ridge": 0.1}, ValueError, "ridge is 0.1 with a probe that is not solved for"),
+    (local, {"intercept": False}, ValueError, "probe is None with intercept=False"),
+    (local, {"amplification": True}, ValueError, "amplification is True with probe=None"),
+    (local, {"probe": "solve"}, ValueError, "ridge is None with probe='solve'"),
+    (local, {"probe": "query", "ridge": 0.1}, ValueError, "ridge is given, but only probe='solve' takes one"),
     (local, {"scale": 1.0, "bandwidth": 1.0}, ValueError, "scale is 1.0 and bandwidth is 1.0"),
     (local, {"bandwidth": 0.0}, ValueError, "bandwidth is 0.0"),
+    (local, {"bandwidth": 1e-160}, ValueError, "bandwidth is 1e-160"),
     (local, {"kernel": "gaussian", "scale": -1.0}, ValueError, "scale is -1.0; expected 0 or more"),
 ]
 
@@ -156,11 +162,17 @@ def test_bad_packing(cu_seqlens, message):
         plx.softmax_attention(x, x, x, cu_seqlens=np.array(cu_seqlens, np.int64))
 
 
-def test_probes_wider_than_the_compute_dtype_are_for_the_reference():
-    wide = {**good(np.float16), "r": array(B, L, HQ, D, dtype=np.float64)}
-    with pytest.raises(TypeError, match="r has dtype float64; expected float16, that of q, or float32"):
-        attend(plx, **wide)
-    assert attend(plx.reference, **wide).dtype == np.float64
+@pytest.mark.parametrize("width", [np.float32, np.float64])
+def test_probes_may_be_wider_than_the_rest(width):
+    random = np.random.default_rng(0)
+    call = {name: random.standard_normal(x.shape).astype(np.float16) for name, x in good().items()}
+    call["r"] = random.standard_normal(call["r"].shape).astype(width)
+    o, state = attend(plx, **call, return_state=True)
+    assert o.dtype == np.float16
+    assert state.m.dtype == width
+    expected = attend(plx.reference, **call)
+    # What is computed in the probe's dtype is not rounded to half precision on the way.
+    assert np.abs(state.finish() - expected).max() < 50 * np.finfo(width).eps
 
 
 def test_packed_queries_and_keys_have_one_length():
@@ -230,6 +242,14 @@ def test_systems_that_cannot_be_solved_are_named_errors():
     k[..., 4:] = k[..., :4]
     with pytest.raises(plx.SolverError, match=r"cholesky.*not numerically positive definite.*lstsq"):
         plx.lla_attention(k, k, k, ridge=1e-9, scale=1e-9)
+    # Three keys in eight dimensions: rounding leaves nothing of the pivots that the ridge should hold up.
+    few = np.random.default_rng(1).standard_normal((1, 3, 1, 8))
+    for solve in (plx.lla_attention, plx.reference.lla_attention):
+        with pytest.raises(plx.SolverError, match="cholesky"):
+            solve(few, few, few, ridge=1e-16, scale=0.0, causal=False)
+    state = plx.lla_attention(few, few, few, ridge=1.0, scale=0.0, causal=False, return_state=True)[1]
+    with pytest.raises(plx.SolverError, match="cholesky"):
+        state._replace(ridge=np.full_like(state.ridge, 1e-16)).finish()
     # A spectrum over fourteen decades, against seven digits.
     k = np.random.default_rng(0).standard_normal((1, 300, 1, 64)) * np.geomspace(1e4, 1e-3, 64)
     k = k.astype(np.float32)

@@ -195,6 +195,13 @@ def test_bad_input_of_compare_is_one_line(run, qkv, arguments, message):
     assert len(err.splitlines()) == 1
 
 
+def test_data_that_nothing_would_read_is_refused(run, config, qkv):
+    path = qkv(q=random(1, 4, 2, 3), k=random(1, 4, 2, 3), v=random(1, 4, 2, 3))
+    status, _, err = run("study", "regression", "--engine", "local", "--config", config, "--data", path)
+    assert status == 2
+    assert "--data: the configuration has no part 'real'" in err
+
+
 def test_the_traceback_is_shown_only_on_request(run):
     assert "Traceback" not in run("compare", "absent")[2]
     assert "Traceback" in run("compare", "absent", "--debug")[2]

@@ -68,5 +68,10 @@ def test_layers_and_heads_that_the_file_lacks_are_named():
         points(parse_config(real.format(choice="heads: [1, 3]")), sample)
     with pytest.raises(ValueError, match=r"layer: .* has layer0, layer5, got 'layer7'"):
         points(parse_config(real.format(choice="layers: [layer7]")), sample)
+    layer0 = tuple(array[:1] for array in sample.layers["layer0"])
+    alone = type(sample)({"layer0": layer0}, sample.heads, {}, "one.safetensors")
+    fitted = "real: {estimators: [parallax-fitted], ridge: 0.1}"
+    with pytest.raises(ValueError, match=r"estimators: parallax-fitted .* one.safetensors has 1"):
+        points(parse_config(fitted), alone)
     with pytest.raises(ValueError, match="real: needs a file"):
         points(parse_config(real.format(choice="heads: all")), None)

@@ -206,3 +206,12 @@ def test_a_failing_point_is_named():
 def test_bad_engine_arguments(arguments):
     with pytest.raises(ValueError, match=r"^(workers|engine): expected"):
         run_regression(parse_config(SMALL), **arguments)
+
+
+def test_a_ridge_of_zero_is_the_minimum_norm_solution_for_both_ways_to_lla():
+    # Three keys in four dimensions leave C_kk singular; a wide kernel gives each of them some weight.
+    rows = [
+        evaluate(synthetic(problem="piecewise", n=3, d=4, bandwidth=2.0, ridge=0.0, estimator=e))
+        for e in ("lla", "parallax-solved")
+    ]
+    np.testing.assert_allclose(rows[1]["interior_errors"], rows[0]["interior_errors"], rtol=1e-6)

@@ -44,8 +44,11 @@ def centre_rows(X, keys, head_dim, origin, weights, first, root):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def solve_cholesky(C, b, ridge, n, L, u):
-    """u = (C + ridge I)^-1 b from the upper triangle of C; False where it is not positive definite."""
+def solve_cholesky(C, b, ridge, n, eps, L, u):
+    """u = (C + ridge I)^-1 b from the upper triangle of C.
+
+    False where a pivot is negative, or rounding of C (by ``eps``) has left nothing of it.
+    """
     for i in range(n):
         for j in range(i + 1):
             total = C[j, i] - dot(L[i], L[j], j)
@@ -53,7 +56,7 @@ def solve_cholesky(C, b, ridge, n, L, u):
                 L[i, j] = total / L[j, j]
             else:
                 total += ridge
-                if not total > 0:
+                if not total > n * eps * (C[i, i] + ridge):
                     return False
                 L[i, i] = np.sqrt(total)
         u[i] = (b[i] - dot(L[i], u, i)) / L[i, i]
@@ -150,6 +153,7 @@ def solve_probes(
     result. The moments of the LLA state go to ``w*_out`` unless these are of size 0.
     """
     dtype = kbar.dtype
+    eps = np.finfo(dtype).eps
     stated = wkk_out.size > 0
     probing = r.size > 0
     width = (head_dim + NR - 1) // NR * NR
@@ -271,7 +275,7 @@ def solve_probes(
                 continue
             if solver == LSTSQ:
                 solve_minimum_norm(C, b64, ridge[batch, query, h], head_dim, L, u)
-            elif not solve_cholesky(C, b64, ridge[batch, query, h], head_dim, L, u):
+            elif not solve_cholesky(C, b64, ridge[batch, query, h], head_dim, eps, L, u):
                 status[FAILED] += 1
                 u[:] = np.nan
             for d in range(head_dim):

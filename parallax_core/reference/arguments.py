@@ -14,7 +14,7 @@ def attention_arguments(operation, q, k, v, r=None, *, cu_seqlens=None, **option
     Raises ValueError for shapes, ranges and lengths, TypeError for dtypes and for what is no CPU array.
     """
     q, k, v, r, cu_seqlens = _to_numpy(q=q, k=k, v=v, r=r, cu_seqlens=cu_seqlens)
-    problem = describe_attention(operation, q, k, v, _probe_to_check(r, q), cu_seqlens=cu_seqlens, **options)
+    problem = describe_attention(operation, q, k, v, r, cu_seqlens=cu_seqlens, **options)
     return problem, _to_float64(q), _to_float64(r), k, v
 
 
@@ -31,7 +31,7 @@ def decode_arguments(
         q,
         k_cache,
         v_cache,
-        _probe_to_check(r, q),
+        r,
         cache_seqlens=cache_seqlens,
         cache_leftpad=cache_leftpad,
         page_table=page_table,
@@ -52,13 +52,6 @@ def _to_numpy(**arrays) -> list:
 
 def _to_float64(x):
     return None if x is None else x.astype(np.float64)
-
-
-def _probe_to_check(r, q):
-    # Probes solved here are float64 whatever the dtype of q, so a float64 probe goes with every q.
-    if r is None or r.dtype != np.float64:
-        return r
-    return np.broadcast_to(np.zeros((), q.dtype), r.shape)
 
 
 def _output(out, problem: Problem) -> np.ndarray:

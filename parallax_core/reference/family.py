@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..problem import KERNELS, checked_bandwidth
+from ..problem import check_family, checked_bandwidth
 from .arguments import attention_arguments, ridge_argument
 from .lla import solve_slopes
 from .rows import blocks
@@ -47,7 +47,6 @@ def local_attention(
     Source: Parallax, arXiv 2605.29157; LLA, arXiv 2510.01450; docs/math.md, "The family".
     """
     array = None if probe is None or isinstance(probe, str) else probe
-    _check_options(probe, kernel, intercept, amplification, ridge)
     problem, q, r, k, v = attention_arguments(
         "local_attention",
         q,
@@ -59,8 +58,7 @@ def local_attention(
         window_size=window_size,
         cu_seqlens=cu_seqlens,
     )
-    if kernel == "gaussian" and problem.scale < 0:
-        raise ValueError(f"scale is {scale!r}; expected 0 or more with kernel='gaussian'")
+    check_family(probe, kernel, intercept, amplification, ridge, problem.scale)
     if isinstance(probe, str) and probe == "solve":
         ridge = ridge_argument(ridge, problem, solver)
     elif isinstance(probe, str):
@@ -87,25 +85,3 @@ def local_attention(
                 deviation = np.where(block.visible, deviation / (1 - alpha[:, None]), 0.0)
             out[rows] = (p * (1 - deviation)) @ block.values
     return out
-
-
-def _check_options(probe, kernel, intercept, amplification, ridge) -> None:
-    if isinstance(probe, str) and probe not in ("query", "solve"):
-        raise ValueError(f"probe is {probe!r}; expected None, 'query', 'solve' or an array")
-    if kernel not in KERNELS:
-        raise ValueError(f"kernel is {kernel!r}; expected one of {', '.join(map(repr, KERNELS))}")
-    for name, option in (("intercept", intercept), ("amplification", amplification)):
-        if not isinstance(option, (bool, np.bool_)):
-            raise TypeError(f"{name} must be True or False, got {option!r}")
-    if probe is None and not intercept:
-        raise ValueError("probe is None with intercept=False, which leaves nothing; expected a probe")
-    if amplification and (probe is None or not intercept):
-        raise ValueError(
-            f"amplification is True with {'probe=None' if probe is None else 'intercept=False'}; "
-            "it divides the part of a probe beside an intercept"
-        )
-    solves = isinstance(probe, str) and probe == "solve"
-    if solves and ridge is None:
-        raise ValueError("ridge is None with probe='solve'; expected a number or an array of numbers")
-    if ridge is not None and not solves:
-        raise ValueError("ridge is given, but only probe='solve' takes one")
