@@ -6,11 +6,11 @@ import sys
 
 import numpy as np
 import pytest
-from parallax_core.distributed import study as study_module
-from parallax_core.distributed.point import PointError
 from safetensors.numpy import save_file
 
 from parallax_core.cli import main
+from parallax_core.distributed import study as study_module
+from parallax_core.distributed.point import PointError
 
 SMALL = """
 resamples: 100

@@ -6,12 +6,12 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
+from parallax_core.data import load_sample
 from parallax_core.distributed.config import parse_config
 from parallax_core.distributed.findings import find
 from parallax_core.distributed.report import Provenance, write_report
 from parallax_core.distributed.study import run_regression
-
-from parallax_core.data import load_sample
 
 TEXT = """
 seed: 11

@@ -1,10 +1,10 @@
 """A study's configuration is validated before anything runs, in one line that names the key."""
 
 import pytest
-from parallax_core.distributed.config import ConfigError, default_config_text, load_config, parse_config
-from parallax_core.distributed.grid import points
 
 from parallax_core.data import load_sample
+from parallax_core.distributed.config import ConfigError, default_config_text, load_config, parse_config
+from parallax_core.distributed.grid import points
 
 CONVERGENCE = """
 convergence:

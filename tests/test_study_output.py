@@ -1,6 +1,7 @@
 """A study's folder receives all of its files or none."""
 
 import pytest
+
 from parallax_core.distributed.output import output_folder
 
 

@@ -4,10 +4,11 @@ import math
 
 import numpy as np
 import pytest
+from scipy import integrate, stats
+
 from parallax_core.distributed import theory
 from parallax_core.distributed.problems import CORNER, draw, seed_sequence, synthetic_problem
 from parallax_core.distributed.regression import squared_bias_and_variance
-from scipy import integrate, stats
 
 
 @pytest.mark.parametrize("name", ["linear", "smooth"])

@@ -2,6 +2,9 @@
 
 import numpy as np
 import pytest
+
+import parallax_core
+from parallax_core.data import AttentionSample, load_sample
 from parallax_core.distributed.config import parse_config
 from parallax_core.distributed.engine import run_ray
 from parallax_core.distributed.findings import find
@@ -9,9 +12,6 @@ from parallax_core.distributed.grid import points
 from parallax_core.distributed.point import Point, PointError
 from parallax_core.distributed.regression import evaluate
 from parallax_core.distributed.study import run_regression
-
-import parallax_core
-from parallax_core.data import AttentionSample, load_sample
 from parallax_core.leave_one_out import fraction_of_variance, leave_one_out
 
 SMALL = """

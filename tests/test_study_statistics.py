@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from parallax_core.distributed.statistics import bias_exponent, error_exponent, mean_interval
 
 H = np.geomspace(0.01, 0.1, 10)
