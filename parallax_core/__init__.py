@@ -5,12 +5,15 @@ from typing import Any
 from ._version import __version__
 from .attention import (
     lla_attention,
+    lla_attention_backward,
     lla_decode,
     lla_probe,
     local_attention,
     parallax_attention,
+    parallax_attention_backward,
     parallax_decode,
     softmax_attention,
+    softmax_attention_backward,
     softmax_decode,
 )
 from .compare import compare
@@ -28,14 +31,17 @@ __all__ = [
     "compare",
     "fit_probe",
     "lla_attention",
+    "lla_attention_backward",
     "lla_decode",
     "lla_probe",
     "local_attention",
     "merge_states",
     "parallax_attention",
+    "parallax_attention_backward",
     "parallax_decode",
     "reference",
     "softmax_attention",
+    "softmax_attention_backward",
     "softmax_decode",
 ]
 

@@ -14,6 +14,7 @@ import numpy as np
 from . import exchange, problem
 from .errors import BackendUnavailableError
 from .problem import Problem
+from .state import LLAState, ParallaxState, SoftmaxState, State
 
 MAX_HEAD_DIM = 256
 
@@ -178,6 +179,88 @@ def lla_decode(
     return _attend_lla(
         described, arrays, ridge, solver, like=q, out=out, return_state=return_state, split=True
     )
+
+
+def softmax_attention_backward(
+    do, q, k, v, o, state, *, scale=None, causal=True, window_size=None, cu_seqlens=None
+):
+    """Gradients of a loss by the inputs of :func:`softmax_attention`.
+
+    do: ``(B, Lq, Hq, Dv)`` in q's dtype, the gradient of the loss by ``o``. o, state: what the forward call
+    returned with ``return_state``; state None computes it again. Everything else as for the forward call.
+
+    Returns ``dq, dk, dv`` in the shapes and dtype of q, k and v; rows that see no key, and keys that no row
+    sees, have gradients of 0. The same bits come out on any number of threads. Source: docs/math.md,
+    "Gradients".
+
+    Raises, beside what the forward call does, TypeError for a state of another kind and ValueError for a
+    gradient, an output or a state of another problem's shape.
+    """
+    arrays = _arrays(q=q, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o)
+    described = _describe("softmax_attention_backward", arrays, scale, causal, window_size)
+    state = _checked_gradient(described, arrays, state, SoftmaxState)
+    from .cpu import gradients
+
+    gradient = gradients.softmax_backward(described, *(arrays[n] for n in ("do", "q", "k", "v")), state)
+    return tuple(_result(x, described.dtype, like=q) for x in gradient)
+
+
+def parallax_attention_backward(
+    do, q, r, k, v, o, state, *, scale=None, causal=True, window_size=None, cu_seqlens=None
+):
+    """Gradients of a loss by the inputs of :func:`parallax_attention`.
+
+    Arguments and errors as for :func:`softmax_attention_backward`, the state a ParallaxState. Returns
+    ``dq, dr, dk, dv``, dr in the dtype of r.
+    """
+    arrays = _arrays(q=q, r=r, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o)
+    described = _describe("parallax_attention_backward", arrays, scale, causal, window_size)
+    state = _checked_gradient(described, arrays, state, ParallaxState)
+    from .cpu import gradients
+
+    given = (arrays[name] for name in ("do", "q", "r", "k", "v"))
+    gradient = gradients.parallax_backward(described, *given, state)
+    dtypes = described.dtype, arrays["r"].dtype, described.dtype, described.dtype
+    return tuple(_result(x, dtype, like=q) for x, dtype in zip(gradient, dtypes))
+
+
+def lla_attention_backward(
+    do, q, k, v, o, state, *, ridge, solver="cholesky", scale=None, causal=True, window_size=None,
+    cu_seqlens=None,
+):  # fmt: skip
+    """Gradients of a loss by the inputs of :func:`lla_attention` and by its ridge.
+
+    Arguments and errors as for :func:`softmax_attention_backward`, ridge and solver as for the forward call,
+    the state an LLAState or None: it is only checked, since the weights and slopes cost less to compute again
+    than to keep. At a ridge of 0 the keys of every row must span the space; SolverError otherwise. Returns
+    ``dq, dk, dv, dridge``, dridge ``(B, Lq, Hq)`` float32 (float64 for float64 inputs).
+    """
+    arrays = _arrays(q=q, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o, ridge=ridge)
+    described = _describe("lla_attention_backward", arrays, scale, causal, window_size)
+    lam = problem.checked_ridge(arrays.get("ridge", ridge), described.row_shape, solver)
+    _checked_gradient(described, arrays, state, LLAState)
+    from .cpu import gradients
+
+    given = (arrays[name] for name in ("do", "q", "k", "v"))
+    *gradient, dridge = gradients.lla_backward(described, *given, lam, solver)
+    return (
+        *(_result(x, described.dtype, like=q) for x in gradient),
+        _result(dridge, described.compute_dtype, like=q),
+    )
+
+
+def _checked_gradient(described: Problem, arrays, state, kind):
+    """The state as NumPy arrays, computed again where there is none, after every check of a gradient."""
+    if isinstance(state, State):
+        state = type(state)(*(exchange.to_numpy(f"state.{n}", x) for n, x in zip(state._fields, state)))
+    problem.check_gradient(described, arrays["do"], arrays["o"], state, kind)
+    if state is not None or kind is LLAState:
+        return state
+    from .cpu import forward
+
+    return forward.attend(
+        described, arrays["q"], arrays["k"], arrays["v"], arrays.get("r"), return_state=True
+    )[1]
 
 
 def _arrays(**given: Any) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from .. import exchange
 from ..problem import Problem
 from ..state import ParallaxState, SoftmaxState
 from . import threads, tile_loop, work
-from .tiles import Tensors, tensors
+from .tiles import tensors
 
 _NO_PAGES = np.zeros((0, 0), np.int64)
 KERNELS = {"dot": tile_loop.DOT, "gaussian": tile_loop.GAUSSIAN}
@@ -82,7 +82,7 @@ def attend(
     m, d1, O1 = rows(stored), rows(stored), channels(stored)
     d2, t0, O2 = rows(stored and probed), rows(stored and probed), channels(stored and probed)
     if len(cut.items):
-        described: Tensors = tensors(q, k, v, r)
+        described = tensors(q, k, v, r)
         threads.run(
             tile_loop.attend, len(cut.items),
             cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,

@@ -33,8 +33,20 @@ def solve_probe(
     ridge: float64, broadcasts to ``(B, Lq, Hq)``. Returns ``(B, Lq, Hq, D)`` in the compute dtype, 0 in rows
     that see no key, NaN in rows whose system is not finite. Raises SolverError.
     """
-    probe, _, _ = _moments(problem, q, k, None, ridge, solver, kernel, intercept, probing=True)
+    probe, _, _ = _moments(problem, q, k, None, ridge, solver, kernel, intercept)
     return probe
+
+
+def solve_slopes(
+    problem: Problem, q: np.ndarray, k: np.ndarray, ridge: np.ndarray, solver: str, adjoint: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The slopes' ``u``, the solution ``y`` for a second right-hand side, and ``kbar``.
+
+    adjoint: ``(B, Lq, Hq, D)`` in the dtype of the solver, overwritten by ``y``. Raises SolverError, also
+    where C_kk at ridge 0 lacks full rank: the solution of least norm has no derivative there.
+    """
+    probe, (_, _, kbar), _ = _moments(problem, q, k, None, ridge, solver, "dot", True, adjoint)
+    return -probe, adjoint, kbar
 
 
 def attend(
@@ -50,9 +62,9 @@ def attend(
 ):
     """Local linear attention ``(out, state)``; shapes as for the tiled loop, ridge as for the probe."""
     probe, normalisers, moments = _moments(
-        problem, q, k, v if return_state else None, ridge, solver, "dot", True, probing=True
+        problem, q, k, v if return_state else None, ridge, solver, "dot", True
     )
-    out, _ = forward.attend(problem, q, k, v, probe, split=split, dtype=_dtype(problem, solver))
+    out, _ = forward.attend(problem, q, k, v, probe, split=split, dtype=compute_dtype(problem, solver))
     if not return_state:
         return out, None
     dtype = problem.compute_dtype
@@ -65,16 +77,18 @@ def attend(
     return out, LLAState(*(x.astype(dtype, copy=False) for x in (m, d1, k0, wk, wv, wkk, wvk, queries, lam)))
 
 
-def _dtype(problem: Problem, solver: str) -> np.dtype:
+def compute_dtype(problem: Problem, solver: str) -> np.dtype:
+    """What a solver computes in."""
     # What counts as rank would be lost in float32, where noise fills the directions the keys do not span.
     return np.dtype(np.float64) if solver == "lstsq" else problem.compute_dtype
 
 
-def _moments(problem, q, k, v, ridge, solver, kernel, intercept, probing):
-    dtype = _dtype(problem, solver)
+def _moments(problem, q, k, v, ridge, solver, kernel, intercept, adjoint=None):
+    dtype = compute_dtype(problem, solver)
     keys_as_values = dataclasses.replace(problem, value_dim=problem.head_dim)
     kbar, state = forward.attend(keys_as_values, q, k, k, kernel=kernel, dtype=dtype, return_state=True)
-    probe = exchange.empty(kbar.shape, dtype) if probing else np.zeros((0,) * 4, dtype)
+    probe = exchange.empty(kbar.shape, dtype)
+    adjoint = np.zeros((0,) * 4, dtype) if adjoint is None else adjoint
     stated = v is not None
     rows, D, Dv = problem.row_shape, problem.head_dim, problem.value_dim
     shapes = ((*rows, D), (*rows, Dv), (*rows, D, D), (*rows, Dv, D))
@@ -89,7 +103,7 @@ def _moments(problem, q, k, v, ridge, solver, kernel, intercept, probing):
             cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
             int((cut.items[:, 5] - cut.items[:, 4]).max()), D, Dv, problem.group_size, problem.causal,
             problem.window_size or 0, forward.KERNELS[kernel], dtype.type(problem.scale), intercept,
-            _SOLVERS[solver], _tolerance(dtype), np.ascontiguousarray(lam), state.m, state.d1, kbar, probe,
+            _SOLVERS[solver], _tolerance(dtype), np.ascontiguousarray(lam), state.m, state.d1, kbar, probe, adjoint,
             status, *moments,
         )  # fmt: skip
     if status[probe_kernels.FAILED]:
@@ -103,13 +117,15 @@ def _tolerance(dtype: np.dtype) -> float:
 
 
 def _failure(solver: str, rows: int, residual: float, ridge: float) -> str:
+    where = f"in {rows} rows (smallest ridge {ridge:.3g})"
     if solver == "cg":
         return (
-            f"cg: {rows} rows did not converge "
-            f"(worst relative residual {residual:.1e}, smallest ridge {ridge:.3g}); "
+            f"cg: no convergence {where}, worst relative residual {residual:.1e}; "
             "use a larger ridge or solver='cholesky'"
         )
+    if solver == "lstsq":
+        return f"lstsq: C_kk lacks full rank {where} and has no derivative there; use a ridge above 0"
     return (
-        f"{solver}: C_kk + ridge I is not numerically positive definite in {rows} rows "
-        f"(smallest ridge {ridge:.3g}); use a larger ridge or solver='lstsq'"
+        f"cholesky: C_kk + ridge I is not numerically positive definite {where}; "
+        "use a larger ridge or solver='lstsq'"
     )

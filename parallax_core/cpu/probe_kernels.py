@@ -44,49 +44,63 @@ def centre_rows(X, keys, head_dim, origin, weights, first, root):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def solve_cholesky(C, b, ridge, n, eps, L, u):
-    """u = (C + ridge I)^-1 b from the upper triangle of C.
+def factor_cholesky(C, ridge, n, eps, L):
+    """L L^T = C + ridge I from the upper triangle of C.
 
     False where a pivot is negative, or rounding of C (by ``eps``) has left nothing of it.
     """
     for i in range(n):
-        for j in range(i + 1):
-            total = C[j, i] - dot(L[i], L[j], j)
-            if j < i:
-                L[i, j] = total / L[j, j]
-            else:
-                total += ridge
-                if not total > n * eps * (C[i, i] + ridge):
-                    return False
-                L[i, i] = np.sqrt(total)
+        for j in range(i):
+            L[i, j] = (C[j, i] - dot(L[i], L[j], j)) / L[j, j]
+        pivot = C[i, i] + ridge - dot(L[i], L[i], i)
+        if not pivot > n * eps * (C[i, i] + ridge):
+            return False
+        L[i, i] = np.sqrt(pivot)
+    return True
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def solve_factored(L, b, n, u):
+    """u = (L L^T)^-1 b."""
+    for i in range(n):
         u[i] = (b[i] - dot(L[i], u, i)) / L[i, i]
     for i in range(n - 1, -1, -1):
         u[i] /= L[i, i]
         for j in range(i):
             u[j] -= u[i] * L[i, j]
-    return True
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def solve_minimum_norm(C, b, ridge, n, L, u):
-    """u = (C + ridge I)^+ b; eigenvalues below ``n * eps`` of the largest count as zero without a ridge."""
+def factor_eigen(C, n, L):
+    """Eigenvalues, those that count as zero exactly so, and eigenvectors of C from its upper triangle.
+
+    Zero is what lies below ``n * eps`` of the largest.
+    """
     for i in range(n):
         for j in range(i + 1):
             L[i, j] = C[j, i]
             L[j, i] = C[j, i]
     values, vectors = np.linalg.eigh(L[:n, :n])
     cut = n * np.finfo(np.float64).eps * max(values[n - 1], 0.0)
+    for e in range(n):
+        if not values[e] > cut:
+            values[e] = 0
+    return values, vectors
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def solve_minimum_norm(values, vectors, b, ridge, n, u):
+    """u = (C + ridge I)^+ b."""
     u[:n] = 0
     for e in range(n):
-        value = max(values[e], 0.0) + ridge
-        if ridge > 0 or values[e] > cut:
+        value = values[e] + ridge
+        if value > 0:
             coefficient = 0.0
             for i in range(n):
                 coefficient += vectors[i, e] * b[i]
             coefficient /= value
             for i in range(n):
                 u[i] += coefficient * vectors[i, e]
-    return True
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -143,19 +157,20 @@ def solve_conjugate_gradients(
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def solve_probes(
     counter, items, sequences, tensors, page_table, page_size, tile_rows, longest, head_dim, value_dim, group,
-    causal, window, kernel, scale, centred, solver, tolerance, ridge, m, d1, kbar, r, status,
+    causal, window, kernel, scale, centred, solver, tolerance, ridge, m, d1, kbar, r, adjoint, status,
     wk_out, wv_out, wkk_out, wvk_out,
 ):  # fmt: skip
     """Take items of work until none is left, and write the probe ``r = -u`` of every row.
 
     items: as for the tiled loop; ``longest``: the most keys of an item. m, d1, ridge: ``(B, Lq, Hq)``; kbar
     and r: ``(B, Lq, Hq, D)``, the weighted mean key, about which moments are taken (``centred``), and the
-    result. The moments of the LLA state go to ``w*_out`` unless these are of size 0.
+    result. adjoint: of size 0, or ``(B, Lq, Hq, D)``, right-hand sides that the same systems are solved for
+    in place; a system without full rank then counts as failed. The moments of the LLA state go to ``w*_out`` unless these are of size 0.
     """
     dtype = kbar.dtype
     eps = np.finfo(dtype).eps
     stated = wkk_out.size > 0
-    probing = r.size > 0
+    adjoined = adjoint.size > 0
     width = (head_dim + NR - 1) // NR * NR
     value_width = (value_dim + NR - 1) // NR * NR
     A = np.zeros((tile_rows + MR, head_dim), dtype)
@@ -203,8 +218,9 @@ def solve_probes(
             h = head * group + (row + i) % group
             f, e = visible(sequence, (row + i) // group, causal, window)
             if e <= f:
-                if probing:
-                    r[batch, query, h, :] = 0
+                r[batch, query, h, :] = 0
+                if adjoined:
+                    adjoint[batch, query, h, :] = 0
                 if stated:
                     wk_out[batch, query, h, :], wv_out[batch, query, h, :] = 0, 0
                     wkk_out[batch, query, h, :, :], wvk_out[batch, query, h, :, :] = 0, 0
@@ -216,17 +232,24 @@ def solve_probes(
             for d in range(head_dim):
                 origin[d] = kbar[batch, query, h, d] if centred else dtype.type(0)
                 b[d] = A[i, d] - origin[d]
-            if solver == CG and probing:
-                residual = solve_conjugate_gradients(
-                    tensors[1], sequence, page_table, page_size, head, begin, w, f, e, origin,
-                    ridge[batch, query, h], b, head_dim, X, u, x, p, s, y, tolerance,
-                )  # fmt: skip
-                if residual > tolerance:
-                    status[FAILED] += 1
-                    status[WORST] = max(status[WORST], np.int64(min(residual, 1.0) * 1e18))
-                for d in range(head_dim):
+            if solver == CG:
+                for side in range(2 if adjoined else 1):
+                    if side == 1:
+                        b[:] = adjoint[batch, query, h]
+                    residual = solve_conjugate_gradients(
+                        tensors[1], sequence, page_table, page_size, head, begin, w, f, e, origin,
+                        ridge[batch, query, h], b, head_dim, X, u, x, p, s, y, tolerance,
+                    )  # fmt: skip
+                    if residual > tolerance:
+                        status[FAILED] += 1
+                        status[WORST] = max(status[WORST], np.int64(min(residual, 1.0) * 1e18))
                     # A row that is not finite ends at once, with no residual to judge by.
-                    r[batch, query, h, d] = -u[d] if np.isfinite(residual) else np.nan
+                    for d in range(head_dim):
+                        value = u[d] if np.isfinite(residual) else np.nan
+                        if side == 0:
+                            r[batch, query, h, d] = -value
+                        else:
+                            adjoint[batch, query, h, d] = value
                 if not stated:
                     continue
             C[:] = 0
@@ -259,7 +282,7 @@ def solve_probes(
                     wv_out[batch, query, h, a] = wv[a] * normaliser
                     for d in range(head_dim):
                         wvk_out[batch, query, h, a, d] = C_vk[a, d] * normaliser
-            if not probing or solver == CG:
+            if solver == CG:
                 continue
             # The mean was rounded: what is left of it about the origin is moved off.
             finite = True
@@ -272,11 +295,31 @@ def solve_probes(
                 finite = finite and _finite(C[a, a:], head_dim - a)
             if not finite:
                 r[batch, query, h, :] = np.nan
+                if adjoined:
+                    adjoint[batch, query, h, :] = np.nan
                 continue
+            lam = ridge[batch, query, h]
+            solved = True
             if solver == LSTSQ:
-                solve_minimum_norm(C, b64, ridge[batch, query, h], head_dim, L, u)
-            elif not solve_cholesky(C, b64, ridge[batch, query, h], head_dim, eps, L, u):
+                values, vectors = factor_eigen(C, head_dim, L)
+                solve_minimum_norm(values, vectors, b64, lam, head_dim, u)
+                # Where the rank can change, the solution of least norm has no derivative.
+                solved = not adjoined or values.min() + lam > 0
+            else:
+                solved = factor_cholesky(C, lam, head_dim, eps, L)
+                if solved:
+                    solve_factored(L, b64, head_dim, u)
+            if not solved:
                 status[FAILED] += 1
-                u[:] = np.nan
+                continue
             for d in range(head_dim):
                 r[batch, query, h, d] = -u[d]
+            if adjoined:
+                for d in range(head_dim):
+                    b64[d] = adjoint[batch, query, h, d]
+                if solver == LSTSQ:
+                    solve_minimum_norm(values, vectors, b64, lam, head_dim, u)
+                else:
+                    solve_factored(L, b64, head_dim, u)
+                for d in range(head_dim):
+                    adjoint[batch, query, h, d] = u[d]

@@ -26,19 +26,19 @@ _ABSENT = (0, 0, 0, 0, 0)
 
 
 class Tensors(NamedTuple):
-    """Address, element strides of the first three axes and storage code of q, k, v and r.
+    """Address, element strides of the first three axes and storage code of a call's arrays.
 
     The kernels see arrays as these numbers alone, so that one compiled kernel serves every layout and
-    storage type. ``table`` is ``(4, 5)`` int64; ``owners`` keeps the arrays alive.
+    storage type. ``table`` is ``(n, 5)`` int64; ``owners`` keeps the arrays alive.
     """
 
     table: np.ndarray
     owners: tuple
 
 
-def tensors(q: np.ndarray, k: np.ndarray, v: np.ndarray, r: np.ndarray | None = None) -> Tensors:
-    """Describe four-axis arrays for the kernels; only a strided last axis is copied."""
-    owners = tuple(x if x is None or _dense_last_axis(x) else np.ascontiguousarray(x) for x in (q, k, v, r))
+def tensors(*arrays: np.ndarray | None) -> Tensors:
+    """Describe four-axis arrays for the kernels, None as absent; only a strided last axis is copied."""
+    owners = tuple(x if x is None or _dense_last_axis(x) else np.ascontiguousarray(x) for x in arrays)
     rows = [
         _ABSENT if x is None else (x.ctypes.data, *(s // x.itemsize for s in x.strides[:3]), _CODES[x.dtype])
         for x in owners
