@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from . import _checkout
 from ._version import __version__
 from .attention import (
     lla_attention,
@@ -20,6 +21,8 @@ from .compare import compare
 from .errors import BackendUnavailableError, SolverError
 from .probes import fit_probe
 from .state import LLAState, ParallaxState, SoftmaxState, merge_states
+
+_checkout.map_folders()
 
 __all__ = [
     "BackendUnavailableError",

@@ -226,6 +226,44 @@ def describe_decode(
     )
 
 
+def check_gradient(problem: Problem, do, o, state, kind: type, *, float64: bool = False) -> None:
+    """Check what a backward call takes beside the inputs of its forward call.
+
+    do, o: the gradient of the output and the output, of shape ``(B, Lq, Hq, Dv)`` and the dtype of q, or also
+    float64 where ``float64`` is True (the reference returns float64 for every dtype). state: the forward
+    call's, a ``kind`` of :mod:`parallax_core.state` in the compute dtype or float64, or None. All have
+    ``shape`` and a NumPy ``dtype``; no value is read. Raises ValueError for shapes, TypeError for dtypes and
+    for a state of another kind.
+    """
+    dtypes = dict.fromkeys((problem.dtype, DTYPES[0]) if float64 else (problem.dtype,))
+    for name, x in (("do", do), ("o", o)):
+        if _shape(x) != problem.output_shape:
+            raise ValueError(
+                f"{name} has shape {_shape(x)}; expected {problem.output_shape}, that of the output"
+            )
+        if np.dtype(x.dtype) not in dtypes:
+            allowed = " or ".join(t.name for t in dtypes)
+            raise TypeError(f"{name} has dtype {np.dtype(x.dtype)}; expected {allowed}")
+    if state is None:
+        return
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"state is a {type(state).__name__}; expected the {kind.__name__} of the forward call, or None"
+        )
+    rows, D, Dv = problem.row_shape, problem.head_dim, problem.value_dim
+    tails = dict(O1=(Dv,), O2=(Dv,), k0=(D,), wk=(D,), wv=(Dv,), wkk=(D, D), wvk=(Dv, D), q=(D,))
+    dtypes = dict.fromkeys((problem.compute_dtype, DTYPES[0]))
+    for field, x in zip(state._fields, state):
+        expected = (*rows, *tails.get(field, ()))
+        if _shape(x) != expected:
+            raise ValueError(
+                f"state.{field} has shape {_shape(x)}; expected {expected}: the state is of another problem"
+            )
+        if np.dtype(x.dtype) not in dtypes:
+            allowed = " or ".join(t.name for t in dtypes)
+            raise TypeError(f"state.{field} has dtype {np.dtype(x.dtype)}; expected {allowed}")
+
+
 def checked_ridge(ridge, row_shape: tuple[int, int, int], solver: str) -> np.ndarray:
     """The ridge as a float64 array that broadcasts to ``(B, Lq, Hq)``.
 

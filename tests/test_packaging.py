@@ -98,6 +98,12 @@ def test_wheel_in_an_empty_environment(built, environment, tmp_path):
     assert "numba" in run(command, "info", cwd=tmp_path).lower()
 
 
+def test_checkout_imports_as_it_lies(source, environment):
+    """With the checkout first on the path, as in its own folder and on Ray's workers."""
+    origin = run(environment, "-c", "import parallax_core.distributed as d; print(d.__file__)", cwd=source)
+    assert Path(origin.strip()) == source / "distributed" / "__init__.py"
+
+
 def test_editable_install(source, environment, tmp_path):
     """After the wheel's test, whose dependencies it uses."""
     run(environment, "-m", "pip", "install", "--quiet", "--no-deps", "--editable", source, cwd=tmp_path)

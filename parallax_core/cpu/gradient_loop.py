@@ -9,9 +9,19 @@ import numpy as np
 from numba import njit
 
 from .intrinsics import exp, fetch_add
-from .microkernel import MR, NR, SQUARE, multiply_add
+from .microkernel import MR, multiply_add
 from .tile_loop import accumulate_visible, hide, project, row_dot, scale_row, within
-from .tiles import KEY_TILE, all_finite, read_keys, read_query_rows, read_row, transpose, visible
+from .tiles import (
+    KEY_STRIDE,
+    KEY_TILE,
+    all_finite,
+    read_keys,
+    read_query_rows,
+    read_row,
+    stride,
+    transpose,
+    visible,
+)
 
 SOFTMAX, PARALLAX, LLA = 0, 1, 2
 PROBE, SLOPE, ADJOINT = 3, 3, 4
@@ -100,16 +110,15 @@ def differentiate(
     stack = 1 + kind
     # The rows whose product with the keys is wanted: q's, and r's.
     outward = stack if kind == PARALLAX else 1
-    width = (head_dim + max(NR, SQUARE) - 1) // max(NR, SQUARE) * max(NR, SQUARE)
-    value_width = (value_dim + max(NR, SQUARE) - 1) // max(NR, SQUARE) * max(NR, SQUARE)
+    width, value_width = stride(head_dim), stride(value_dim)
     tiles = (longest + tile_rows - 1) // tile_rows
     A = np.zeros((stack * tile_rows + MR, width), dtype)
-    S = np.zeros((stack * tile_rows + MR, KEY_TILE), dtype)
+    S = np.zeros((stack * tile_rows + MR, KEY_STRIDE), dtype)
     g = np.zeros((tile_rows + MR, value_width), dtype)
-    G = np.zeros((tile_rows + MR, KEY_TILE), dtype)
-    W = np.zeros((tile_rows + MR, KEY_TILE), dtype)
-    K, KT = np.zeros((KEY_TILE, width), dtype), np.zeros((width, KEY_TILE), dtype)
-    V, VT = np.zeros((KEY_TILE, value_width), dtype), np.zeros((value_width, KEY_TILE), dtype)
+    G = np.zeros((tile_rows + MR, KEY_STRIDE), dtype)
+    W = np.zeros((tile_rows + MR, KEY_STRIDE), dtype)
+    K, KT = np.zeros((KEY_TILE, width), dtype), np.zeros((width, KEY_STRIDE), dtype)
+    V, VT = np.zeros((KEY_TILE, value_width), dtype), np.zeros((value_width, KEY_STRIDE), dtype)
     # Blocks of the transposed products may overrun the tile's keys by less than a block.
     DK = np.zeros((KEY_TILE + MR, width), dtype)
     DV = np.zeros((KEY_TILE + MR, value_width), dtype)

@@ -72,7 +72,18 @@ def _numbers(problem, kind, do, q, k, v, r, state, dtype=None) -> np.ndarray:
     if kind == PARALLAX:
         d2, t0, O2 = (np.ascontiguousarray(x, dtype) for x in (state.d2, state.t0, state.O2))
     gradient_loop.row_numbers(
-        described.table, 0, work.sequence_table(problem), problem.group_size, kind, m, d1, d2, t0, O1, O2, numbers
+        described.table,
+        0,
+        work.sequence_table(problem),
+        problem.group_size,
+        kind,
+        m,
+        d1,
+        d2,
+        t0,
+        O1,
+        O2,
+        numbers,
     )
     return numbers
 

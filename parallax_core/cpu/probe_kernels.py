@@ -9,9 +9,9 @@ import numpy as np
 from numba import njit
 
 from .intrinsics import exp, fetch_add
-from .microkernel import MR, NR, SQUARE, multiply_add
+from .microkernel import MR, multiply_add
 from .tile_loop import score
-from .tiles import KEY_TILE, read_keys, read_query_rows, transpose, visible
+from .tiles import KEY_STRIDE, KEY_TILE, read_keys, read_query_rows, stride, transpose, visible
 
 CHOLESKY, CG, LSTSQ = 0, 1, 2
 FAILED, WORST = 0, 1
@@ -171,16 +171,15 @@ def solve_probes(
     eps = np.finfo(dtype).eps
     stated = wkk_out.size > 0
     adjoined = adjoint.size > 0
-    width = (head_dim + NR - 1) // NR * NR
-    value_width = (value_dim + NR - 1) // NR * NR
-    A = np.zeros((tile_rows + MR, head_dim), dtype)
-    K = np.zeros((KEY_TILE, (head_dim + SQUARE - 1) // SQUARE * SQUARE), dtype)
-    KT = np.zeros((K.shape[1], KEY_TILE), dtype)
-    S = np.zeros((tile_rows + MR, KEY_TILE), dtype)
+    width, value_width = stride(head_dim), stride(value_dim)
+    A = np.zeros((tile_rows + MR, width), dtype)
+    K = np.zeros((KEY_TILE, width), dtype)
+    KT = np.zeros((width, KEY_STRIDE), dtype)
+    S = np.zeros((tile_rows + MR, KEY_STRIDE), dtype)
     weights = np.zeros((tile_rows, longest), dtype)
     # The microkernel reads A^T in blocks of MR columns, which may pass the last one.
-    X = np.zeros((KEY_TILE + 1, width + MR), dtype)
-    V = np.zeros((KEY_TILE + 1, value_width + MR), dtype)
+    X = np.zeros((KEY_TILE + 1, width), dtype)
+    V = np.zeros((KEY_TILE + 1, value_width), dtype)
     C = np.zeros((width + MR, width), dtype)
     C_vk = np.zeros((value_width + MR, width), dtype)
     L = np.zeros((head_dim, head_dim), np.float64)

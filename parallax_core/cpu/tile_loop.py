@@ -9,8 +9,17 @@ import numpy as np
 from numba import njit
 
 from .intrinsics import exp, fetch_add, maximum, total
-from .microkernel import MR, NR, SQUARE, multiply_add
-from .tiles import KEY_TILE, all_finite, read_keys, read_query_rows, transpose, visible
+from .microkernel import MR, multiply_add
+from .tiles import (
+    KEY_STRIDE,
+    KEY_TILE,
+    all_finite,
+    read_keys,
+    read_query_rows,
+    stride,
+    transpose,
+    visible,
+)
 
 DOT, GAUSSIAN = 0, 1
 
@@ -110,7 +119,7 @@ def weigh_row(S, O, i, t_row, first, end, m, d1, d2, t0, shifted):
         if t_row >= 0:
             # A hidden probe score may be NaN, which a weight of 0 would not silence.
             hide(S, t_row, first, end, 0.0)
-    largest = maximum(S, i * KEY_TILE, KEY_TILE)
+    largest = maximum(S, i * KEY_STRIDE, KEY_TILE)
     if largest > m[i]:
         correction = exp(m[i] - largest)
         d1[i] *= correction
@@ -121,7 +130,7 @@ def weigh_row(S, O, i, t_row, first, end, m, d1, d2, t0, shifted):
         m[i] = largest
     # Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
     exponentials(S, i, m[i] if m[i] != -np.inf else m.dtype.type(0))
-    weight = total(S, i * KEY_TILE, KEY_TILE)
+    weight = total(S, i * KEY_STRIDE, KEY_TILE)
     d1[i] += weight
     if t_row < 0:
         return
@@ -131,7 +140,7 @@ def weigh_row(S, O, i, t_row, first, end, m, d1, d2, t0, shifted):
         t0[i] = row_dot(S, i, S, t_row, KEY_TILE) / weight
         shifted[i] = True
     shifted_product(S, t_row, i, t0[i])
-    d2[i] += total(S, t_row * KEY_TILE, KEY_TILE)
+    d2[i] += total(S, t_row * KEY_STRIDE, KEY_TILE)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -184,11 +193,11 @@ def attend(
     probed = tensors[3, 0] != 0
     stacked = tile_rows * 2 if probed else tile_rows
     # A microkernel's last block may overrun the rows in use.
-    A = np.zeros((stacked + MR, head_dim), dtype)
-    S = np.zeros((stacked + MR, KEY_TILE), dtype)
-    O = np.zeros((stacked + MR, (value_dim + NR - 1) // NR * NR), dtype)
-    K = np.zeros((KEY_TILE, (head_dim + SQUARE - 1) // SQUARE * SQUARE), dtype)
-    KT = np.zeros((K.shape[1], KEY_TILE), dtype)
+    A = np.zeros((stacked + MR, stride(head_dim)), dtype)
+    S = np.zeros((stacked + MR, KEY_STRIDE), dtype)
+    O = np.zeros((stacked + MR, stride(value_dim)), dtype)
+    K = np.zeros((KEY_TILE, stride(head_dim)), dtype)
+    KT = np.zeros((K.shape[1], KEY_STRIDE), dtype)
     V = np.zeros((KEY_TILE, O.shape[1]), dtype)
     m, d1, d2 = np.empty(tile_rows, dtype), np.empty(tile_rows, dtype), np.empty(tile_rows, dtype)
     t0, shifted = np.empty(tile_rows, dtype), np.empty(tile_rows, np.bool_)

@@ -9,12 +9,17 @@ import numpy as np
 from numba import njit
 
 from .intrinsics import BF16, F16, F32, F64, load_bf16, load_f16, load_f32, load_f64
-from .microkernel import SQUARE, transpose_block
+from .microkernel import NR, SQUARE, transpose_block
 
 KEY_TILE = 64
 """Keys of a tile."""
+KEY_STRIDE = KEY_TILE + 16
+"""Columns between the rows of a tile of scores; see ``stride``."""
 ROW_TILE = 96
 """Query rows of a tile at most; a multiple of every microkernel's row count."""
+
+_LINE = 16
+"""float32 elements of a cache line."""
 
 _CODES = {
     np.dtype(np.float64): F64,
@@ -48,6 +53,17 @@ def tensors(*arrays: np.ndarray | None) -> Tensors:
 
 def _dense_last_axis(x: np.ndarray) -> bool:
     return (x.shape[-1] <= 1 or x.strides[-1] == x.itemsize) and all(s % x.itemsize == 0 for s in x.strides)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def stride(columns):
+    """Columns between the rows of a workspace: padded for the microkernel, and an odd number of lines.
+
+    A microkernel walks down columns of a tile. With rows a power of two apart all of its lines would fall
+    into the same few sets of the first-level cache and evict one another.
+    """
+    width = (columns + NR - 1) // NR * NR
+    return width if width // _LINE % 2 else width + _LINE
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
