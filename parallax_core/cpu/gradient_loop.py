@@ -176,8 +176,8 @@ def differentiate(
                         parallax_row(S, G, W, i, rows + i, n[OUTPUT], n[MEAN], n[SHIFT], n[CENTRE], scale)
                     else:
                         lla_row(
-                            S, G, W, i, rows + i, 2 * rows + i, n[OUTPUT], n[MEAN], n[CENTRE], n[ADJOINT_CENTRE],
-                            scale,
+                            S, G, W, i, rows + i, 2 * rows + i, n[OUTPUT], n[MEAN], n[CENTRE],
+                            n[ADJOINT_CENTRE], scale,
                         )  # fmt: skip
                 at = tile * outward * tile_rows
                 if partial and not (

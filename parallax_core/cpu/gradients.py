@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from ..problem import Problem
 from ..state import ParallaxState, SoftmaxState
 from . import forward, gradient_loop, lla, threads, work
 from .gradient_loop import LLA, PARALLAX, SOFTMAX
+from .microkernel import padded
 from .tiles import KEY_TILE, tensors
 
 # Pieces of work per call, at least: key heads are cut into chunks of keys where there are fewer. Fixed, so
@@ -127,7 +130,7 @@ def _items(problem: Problem, sequences: np.ndarray, chunks: int) -> np.ndarray:
     for n, (_, begin, end, first, last) in enumerate(sequences.tolist()):
         if end == begin or last == first:
             continue
-        size = -(-(-(-(last - first) // chunks)) // KEY_TILE) * KEY_TILE
+        size = padded(math.ceil((last - first) / chunks), KEY_TILE)
         for chunk in range(chunks):
             low, high = first + chunk * size, min(last, first + (chunk + 1) * size)
             # Every chunk has its place in the sums, filled with zeros where no keys are left.

@@ -103,8 +103,8 @@ def _moments(problem, q, k, v, ridge, solver, kernel, intercept, adjoint=None):
             cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
             int((cut.items[:, 5] - cut.items[:, 4]).max()), D, Dv, problem.group_size, problem.causal,
             problem.window_size or 0, forward.KERNELS[kernel], dtype.type(problem.scale), intercept,
-            _SOLVERS[solver], _tolerance(dtype), np.ascontiguousarray(lam), state.m, state.d1, kbar, probe, adjoint,
-            status, *moments,
+            _SOLVERS[solver], _tolerance(dtype), np.ascontiguousarray(lam), state.m, state.d1, kbar, probe,
+            adjoint, status, *moments,
         )  # fmt: skip
     if status[probe_kernels.FAILED]:
         raise SolverError(_failure(solver, int(status[0]), int(status[1]) * 1e-18, float(np.min(ridge))))
