@@ -10,7 +10,7 @@ from .. import exchange
 from ..problem import Problem
 from ..state import ParallaxState, SoftmaxState
 from . import threads, tile_loop, work
-from .tiles import tensors
+from .tiles import KEY_STRIDE, KEY_TILE, pack, stride, tensors
 
 _NO_PAGES = np.zeros((0, 0), np.int64)
 KERNELS = {"dot": tile_loop.DOT, "gaussian": tile_loop.GAUSSIAN}
@@ -83,11 +83,12 @@ def attend(
     d2, t0, O2 = rows(stored and probed), rows(stored and probed), channels(stored and probed)
     if len(cut.items):
         described = tensors(q, k, v, r)
+        packed = _pack(problem, cut, described.table, dtype)
         threads.run(
             tile_loop.attend, len(cut.items),
             cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
             problem.head_dim, problem.value_dim, problem.group_size, problem.causal, problem.window_size or 0,
-            KERNELS[kernel], dtype.type(problem.scale), intercept, amplification,
+            KERNELS[kernel], dtype.type(problem.scale), intercept, amplification, *packed,
             out if cut.splits == 1 else np.zeros((0,) * 4, dtype), m, d1, d2, t0, O1, O2,
         )  # fmt: skip
         if cut.splits > 1:
@@ -97,3 +98,22 @@ def attend(
     if probed:
         return out, ParallaxState(m[0], d1[0], d2[0], O1[0], O2[0], t0[0])
     return out, SoftmaxState(m[0], d1[0], O1[0])
+
+
+def _pack(problem: Problem, cut: Plan, table: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
+    """Keys and values as tiles, where several tiles of rows read each; else arrays of size 0."""
+    queries = cut.sequences[:, 2] - cut.sequences[:, 1]
+    if cut.page_size or problem.kv_len == 0 or queries.max() * problem.group_size <= 2 * cut.rows:
+        none = (np.zeros((0,) * 4, dtype) for _ in range(2))
+        return np.zeros(0, np.int64), *none, np.zeros((0,) * 2, np.bool_)
+    counts = -(-(cut.sequences[:, 4] - cut.sequences[:, 3]) // KEY_TILE)
+    starts = np.cumsum(counts) - counts
+    tiles = problem.kv_heads, int(counts.sum())
+    keys = np.zeros((*tiles, problem.head_dim, KEY_STRIDE), dtype)
+    values = np.zeros((*tiles, KEY_TILE, stride(problem.value_dim)), dtype)
+    finite = np.zeros(tiles, np.bool_)
+    threads.run(
+        pack, len(starts) * problem.kv_heads, cut.sequences, starts, table, problem.kv_heads,
+        problem.head_dim, problem.value_dim, keys, values, finite,
+    )  # fmt: skip
+    return starts, keys, values, finite

@@ -148,6 +148,7 @@ def _minimax_exp_coefficients(degree: int) -> np.ndarray:
 _EXP_COEFFICIENTS = [float(np.float32(c)) for c in _minimax_exp_coefficients(5)]
 _LOG2_HIGH, _LOG2_LOW = 0.693359375, -2.12194440e-4  # nine bits and the rest: n * high is exact
 _EXP_MINIMUM = -87.0
+_ROUND = 1.5 * 2**23
 
 
 @intrinsic
@@ -160,28 +161,25 @@ def exp_f32(typingctx, x):
     def codegen(context, builder, signature, args):
         (x,) = args
         f32, i32 = ir.FloatType(), ir.IntType(32)
-        module = builder.module
-        rint = module.declare_intrinsic("llvm.rint", [f32])
-        muladd = cgutils.get_or_insert_function(module, ir.FunctionType(f32, [f32] * 3), "llvm.fmuladd.f32")
-
-        def step(a, b, c):
-            return builder.call(muladd, [a, b, f32(c) if isinstance(c, float) else c])
-
-        low = builder.fcmp_ordered("<", x, f32(_EXP_MINIMUM))
-        # NaN is put aside too: its conversion to an integer is undefined.
-        inside = builder.fcmp_ordered(">=", x, f32(_EXP_MINIMUM))
-        y = builder.select(inside, x, f32(0.0))
-        n = builder.call(rint, [builder.fmul(y, f32(1.0 / math.log(2)))])
-        r = step(n, f32(-_LOG2_HIGH), y)
-        r = step(n, f32(-_LOG2_LOW), r)
+        fma = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(f32, [f32] * 3), "llvm.fmuladd.f32"
+        )
+        # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits.
+        shifted = builder.call(fma, [x, f32(1.0 / math.log(2)), f32(_ROUND)])
+        n = builder.fsub(shifted, f32(_ROUND))
+        r = builder.call(fma, [n, f32(-_LOG2_HIGH), x])
+        r = builder.call(fma, [n, f32(-_LOG2_LOW), r])
         p = f32(_EXP_COEFFICIENTS[-1])
         for c in reversed(_EXP_COEFFICIENTS[:-1]):
-            p = step(p, r, c)
-        p = step(builder.fmul(p, r), r, r)
+            p = builder.call(fma, [p, r, f32(c)])
+        p = builder.call(fma, [builder.fmul(p, r), r, r])
         p = builder.fadd(p, f32(1.0))
-        bits = builder.add(builder.bitcast(p, i32), builder.shl(builder.fptosi(n, i32), i32(23)))
-        value = builder.bitcast(bits, f32)
-        return builder.select(inside, value, builder.select(low, f32(0.0), x))
+        exponent = builder.shl(builder.bitcast(shifted, i32), i32(23))
+        power = builder.bitcast(builder.add(exponent, i32(0x3F800000)), f32)
+        # Of a NaN the power is anything, but the product NaN: its payload must not reach the exponent.
+        value = builder.fmul(p, power)
+        low = builder.fcmp_ordered("<", x, f32(_EXP_MINIMUM))
+        return builder.select(low, f32(0.0), value)
 
     return types.float32(types.float32), codegen
 

@@ -20,6 +20,10 @@ NR = 32 if _WIDE else 16
 """float32 columns of C in a block, and the padding of column counts; half as many for float64."""
 
 
+UNROLL = 4
+"""Steps of the depth that a turn of the inner loop takes, a power of two."""
+
+
 @intrinsic
 def _block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth):
     """C[c0 + i*ldc + j] += sum_l A[a0 + i*rsa + l*csa] * B[b0 + l*ldb + j] for an MR x NR block."""
@@ -48,39 +52,53 @@ def _block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth):
             vector_at(c_data, builder.add(c0, builder.mul(ir.Constant(i64, i), ldc))) for i in range(MR)
         ]
         a_rows = [builder.add(a0, builder.mul(ir.Constant(i64, i), rsa)) for i in range(MR)]
-        start = [builder.load(p, align=align) for p in c_rows]
-        entry = builder.block
-        loop = builder.append_basic_block("depth")
-        end = builder.append_basic_block("stored")
-        builder.cbranch(builder.icmp_signed(">", depth, ir.Constant(i64, 0)), loop, end)
-        builder.position_at_end(loop)
-        step = builder.phi(i64)
-        step.add_incoming(ir.Constant(i64, 0), entry)
-        accumulators = [builder.phi(vector) for _ in range(MR)]
-        for phi, value in zip(accumulators, start):
-            phi.add_incoming(value, entry)
-        b = builder.load(vector_at(b_data, builder.add(b0, builder.mul(step, ldb))), align=align)
-        a_step = builder.mul(step, csa)
         undefined = ir.Constant(vector, ir.Undefined)
         spread = ir.Constant(ir.VectorType(i32, columns), [0] * columns)
-        sums = []
-        for row, accumulator in zip(a_rows, accumulators):
-            a = builder.load(builder.gep(a_data, [builder.add(row, a_step)]))
-            broadcast = builder.shuffle_vector(
-                builder.insert_element(undefined, a, i32(0)), undefined, spread
-            )
-            sums.append(builder.call(muladd, [broadcast, b, accumulator]))
-        following = builder.add(step, ir.Constant(i64, 1))
-        step.add_incoming(following, loop)
-        for phi, value in zip(accumulators, sums):
-            phi.add_incoming(value, loop)
-        builder.cbranch(builder.icmp_signed("<", following, depth), loop, end)
-        builder.position_at_end(end)
-        results = [builder.phi(vector) for _ in range(MR)]
-        for result, pointer, first, value in zip(results, c_rows, start, sums):
-            result.add_incoming(first, entry)
-            result.add_incoming(value, loop)
-            builder.store(result, pointer, align=align)
+
+        def step(l, accumulators):
+            b = builder.load(vector_at(b_data, builder.add(b0, builder.mul(l, ldb))), align=align)
+            a_step = builder.mul(l, csa)
+            sums = []
+            for row, accumulator in zip(a_rows, accumulators):
+                a = builder.load(builder.gep(a_data, [builder.add(row, a_step)]))
+                broadcast = builder.shuffle_vector(
+                    builder.insert_element(undefined, a, i32(0)), undefined, spread
+                )
+                sums.append(builder.call(muladd, [broadcast, b, accumulator]))
+            return sums
+
+        def loop(name, first, end, steps, accumulators):
+            """Steps ``first .. end``, so many a turn, over and over; the accumulators after it."""
+            entry = builder.block
+            body, after = builder.append_basic_block(name), builder.append_basic_block(f"after {name}")
+            builder.cbranch(builder.icmp_signed("<", first, end), body, after)
+            builder.position_at_end(body)
+            l = builder.phi(i64)
+            phis = [builder.phi(vector) for _ in range(MR)]
+            sums = phis
+            for s in range(steps):
+                sums = step(builder.add(l, ir.Constant(i64, s)), sums)
+            following = builder.add(l, ir.Constant(i64, steps))
+            l.add_incoming(first, entry)
+            l.add_incoming(following, body)
+            for phi, before, value in zip(phis, accumulators, sums):
+                phi.add_incoming(before, entry)
+                phi.add_incoming(value, body)
+            builder.cbranch(builder.icmp_signed("<", following, end), body, after)
+            builder.position_at_end(after)
+            results = [builder.phi(vector) for _ in range(MR)]
+            for result, before, value in zip(results, accumulators, sums):
+                result.add_incoming(before, entry)
+                result.add_incoming(value, body)
+            return results
+
+        zero = ir.Constant(i64, 0)
+        whole = builder.and_(depth, ir.Constant(i64, -UNROLL))
+        accumulators = [builder.load(p, align=align) for p in c_rows]
+        accumulators = loop("unrolled", zero, whole, UNROLL, accumulators)
+        accumulators = loop("rest", whole, depth, 1, accumulators)
+        for pointer, value in zip(c_rows, accumulators):
+            builder.store(value, pointer, align=align)
         return context.get_dummy_value()
 
     return types.void(C, *([types.int64] * 2), A, *([types.int64] * 3), B, *([types.int64] * 3)), codegen

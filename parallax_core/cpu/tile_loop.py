@@ -45,7 +45,7 @@ def score(S, A, KT, rows, head_dim, kernel, scale):
         scale_row(S, i, scale)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def scale_row(S, i, factor):
     for j in range(KEY_TILE):
         S[i, j] *= factor
@@ -58,7 +58,7 @@ def project(S, first, A, KT, rows, head_dim):
     multiply_add(S, first, A, first, False, KT, rows, KEY_TILE, head_dim, False)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def within(first, end, key, keys):
     """The keys ``first .. end`` of a row as columns of the tile that starts at ``key``."""
     f = min(max(first - key, 0), keys)
@@ -70,7 +70,7 @@ def within(first, end, key, keys):
 # number, since a view would cost as much in reference counts as the row's arithmetic.
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def hide(S, i, first, end, value):
     """Everything of S[i] but S[i, first:end] becomes ``value``."""
     for j in range(first):
@@ -79,14 +79,14 @@ def hide(S, i, first, end, value):
         S[i, j] = value
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def exponentials(S, i, m):
     """S[i] becomes exp(S[i] - m)."""
     for j in range(KEY_TILE):
         S[i, j] = exp(S[i, j] - m)
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"})
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"}, forceinline=True)
 def row_dot(A, i, B, b, size):
     total = A.dtype.type(0)
     for j in range(size):
@@ -94,20 +94,20 @@ def row_dot(A, i, B, b, size):
     return total
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def shifted_product(S, t_row, i, shift):
     """S[t_row] becomes S[i] * (S[t_row] - shift)."""
     for j in range(KEY_TILE):
         S[t_row, j] = S[i, j] * (S[t_row, j] - shift)
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def multiply_row(O, i, factor):
     for d in range(O.shape[1]):
         O[i, d] *= factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, forceinline=True)
 def weigh_row(S, O, i, t_row, first, end, m, d1, d2, t0, shifted):
     """Scores of row ``i`` become weights, its running sums move on to the new maximum.
 
@@ -178,19 +178,21 @@ def finish_row(out, O, i, t_row, d1, d2, t0, rq, intercept, amplification, value
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def attend(
     counter, items, sequences, tensors, page_table, page_size, tile_rows, head_dim, value_dim, group,
-    causal, window, kernel, scale, intercept, amplification, out, m_out, d1_out, d2_out, t0_out, O1_out,
-    O2_out,
+    causal, window, kernel, scale, intercept, amplification, tiles_from, keys_packed, values_packed,
+    finite_packed, out, m_out, d1_out, d2_out, t0_out, O1_out, O2_out,
 ):  # fmt: skip
     """Take items of work until none is left.
 
     items: ``(n, 7)`` int64: sequence, key head, first row and the one after the last (the rows of a key head
     are its query heads' interleaved, at most ``tile_rows``), first key and the one after the last, index of
-    the split. out: ``(B, Lq, Hq, Dv)``, or of size 0 where only states are wanted; the states:
+    the split. tiles_from, ``*_packed``: what :func:`tiles.pack` takes and writes, or of
+    size 0. out: ``(B, Lq, Hq, Dv)``, or of size 0 where only states are wanted; the states:
     ``(splits, B, Lq, Hq[, Dv])``, or of size 0. All are of one dtype, in which everything is accumulated.
     """
     dtype = m_out.dtype
     zero = dtype.type(0)
     probed = tensors[3, 0] != 0
+    packed = keys_packed.size > 0
     stacked = tile_rows * 2 if probed else tile_rows
     # A microkernel's last block may overrun the rows in use.
     A = np.zeros((stacked + MR, stride(head_dim)), dtype)
@@ -222,11 +224,18 @@ def attend(
         m[:], d1[:], d2[:], t0[:] = -np.inf, 0, 0, 0
         shifted[:] = False
         O[:] = 0
+        if packed:
+            begin -= (begin - sequence[3]) % KEY_TILE
+        tile = 0
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
-            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
-            transpose(K, head_dim, KT)
-            read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
+            if packed:
+                tile = tiles_from[items[taken, 0]] + (key - sequence[3]) // KEY_TILE
+                KT, V = keys_packed[head, tile], values_packed[head, tile]
+            else:
+                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
+                transpose(K, head_dim, KT)
+                read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
             if kernel == DOT and probed:
                 # Queries and probes are rows of one product.
                 project(S, 0, A, KT, stack, head_dim)
@@ -241,7 +250,7 @@ def attend(
                 f, e = within(firsts[i], ends[i], key, keys)
                 partial = partial or f > 0 or e < keys
                 weigh_row(S, O, i, rows + i if probed else -1, f, e, m, d1, d2, t0, shifted)
-            if partial and not all_finite(V, keys, value_dim):
+            if partial and not (finite_packed[head, tile] if packed else all_finite(V, keys, value_dim)):
                 for i in range(rows):
                     f, e = within(firsts[i], ends[i], key, keys)
                     accumulate_visible(O[i], S[i], V, f, e, value_dim)

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numba import njit
 
-from .intrinsics import BF16, F16, F32, F64, load_bf16, load_f16, load_f32, load_f64
+from .intrinsics import BF16, F16, F32, F64, fetch_add, load_bf16, load_f16, load_f32, load_f64
 from .microkernel import NR, SQUARE, transpose_block
 
 KEY_TILE = 64
@@ -132,3 +132,32 @@ def all_finite(tile, rows, columns):
         for j in range(columns):
             total += row[j] * tile.dtype.type(0)
     return total == 0
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def pack(counter, sequences, starts, tensors, heads, head_dim, value_dim, keys_out, values_out, finite_out):
+    """Write all keys and values of whole sequences as the tiles that a row tile would read.
+
+    With heads between the positions every key lies in a page of its own; read again for each tile of rows
+    that costs more than the copy. keys_out: ``(H, tiles, D, KEY_STRIDE)``, transposed; values_out:
+    ``(H, tiles, KEY_TILE, stride(Dv))``; finite_out: ``(H, tiles)``, whether all values are. The tiles of
+    sequence ``n`` are those from ``starts[n]``. The rest of a last tile is left as it is.
+    """
+    K = np.zeros((KEY_TILE, stride(head_dim)), keys_out.dtype)
+    KT = np.zeros((K.shape[1], KEY_STRIDE), keys_out.dtype)
+    no_pages = np.zeros((0, 0), np.int64)
+    while True:
+        taken = fetch_add(counter)
+        if taken >= sequences.shape[0] * heads:
+            break
+        n, head = taken // heads, taken % heads
+        sequence = sequences[n]
+        for key in range(sequence[3], sequence[4], KEY_TILE):
+            tile = starts[n] + (key - sequence[3]) // KEY_TILE
+            keys = min(KEY_TILE, sequence[4] - key)
+            read_keys(tensors[1], sequence, no_pages, 0, head, key, keys, head_dim, K)
+            transpose(K, head_dim, KT)
+            keys_out[head, tile] = KT[:head_dim]
+            V = values_out[head, tile]
+            read_keys(tensors[2], sequence, no_pages, 0, head, key, keys, value_dim, V)
+            finite_out[head, tile] = all_finite(V, keys, value_dim)

@@ -1,0 +1,151 @@
+"""Time the CPU backend beside PyTorch's scaled dot-product attention, in one process on the same inputs.
+
+    python tests/benchmarks/cpu.py [--rounds 9] [--threads 2]
+
+The competitors of a row take turns, and a row shows the median times and the median of the ratios turn by
+turn, which holds where the machine's speed drifts. PyTorch computes softmax, half of Parallax's arithmetic.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import statistics
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import parallax_core as plx
+from parallax_core.cpu import threads
+
+
+def turns(rounds, **functions):
+    """Seconds of each function in each of the rounds, all in turn, after one call to warm up."""
+    seconds = {name: [] for name in functions}
+    for function in functions.values():
+        function()
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def row(title, seconds, peer, target=None):
+    milliseconds = {name: 1e3 * statistics.median(times) for name, times in seconds.items()}
+    for name in seconds:
+        if name == peer:
+            continue
+        ratio = statistics.median(a / b for a, b in zip(seconds[name], seconds[peer]))
+        goal = "" if target is None or name not in target else f"{target[name]:.2f}"
+        print(
+            f"| {title} | {name} | {milliseconds[name]:.1f} | {peer} {milliseconds[peer]:.1f} | {ratio:.2f} | {goal} |",
+            flush=True,
+        )
+
+
+def arrays(*shapes, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
+def plain_parallax(q, r, k, v):
+    """The formula in PyTorch's own operations, (B, H, L, D)."""
+    L = q.shape[-2]
+    scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(torch.ones(L, L).triu(1).bool(), -math.inf)
+    p, t = scores.softmax(-1), r @ k.mT
+    return (p * (1 + (p * t).sum(-1, keepdim=True) - t)) @ v
+
+
+def whole_sequences(rounds):
+    for B, H, L, D in ((1, 8, 1024, 64), (1, 8, 2048, 128)):
+        q, r, k, v, do = arrays(*[(B, L, H, D)] * 5)
+        heads_first = [x.transpose(1, 2) for x in (q, r, k, v)]
+        sq, sr, sk, sv = heads_first
+        title = f"B{B} H{H} L{L} D{D} float32 causal"
+        seconds = turns(
+            rounds,
+            Parallax=lambda: plx.parallax_attention(q, r, k, v),
+            softmax=lambda: plx.softmax_attention(q, k, v),
+            SDPA=lambda: F.scaled_dot_product_attention(sq, sk, sv, is_causal=True),
+        )
+        row(f"{title}, forward", seconds, "SDPA", {"Parallax": 1.6 if D == 128 else 1.7, "softmax": 0.95})
+        seconds = turns(
+            max(3, rounds // 3),
+            Parallax=lambda: plx.parallax_attention(q, r, k, v),
+            plain=lambda: plain_parallax(*heads_first),
+        )
+        row(f"{title}, forward", seconds, "plain", {"Parallax": 0.25})
+        o, state = plx.parallax_attention(q, r, k, v, return_state=True)
+        so, softmax_state = plx.softmax_attention(q, k, v, return_state=True)
+        leaves = [x.clone().requires_grad_() for x in (sq, sk, sv)]
+        graph, gradient = F.scaled_dot_product_attention(*leaves, is_causal=True), do.transpose(1, 2)
+        seconds = turns(
+            rounds,
+            Parallax=lambda: plx.parallax_attention_backward(do, q, r, k, v, o, state),
+            softmax=lambda: plx.softmax_attention_backward(do, q, k, v, so, softmax_state),
+            SDPA=lambda: torch.autograd.grad(graph, leaves, gradient, retain_graph=True),
+        )
+        row(f"{title}, backward", seconds, "SDPA", {"Parallax": 1.8})
+
+
+def decode(rounds):
+    B, H, L, D = 8, 8, 4096, 128
+    for dtype, target in ((torch.float32, 0.6), (torch.bfloat16, 0.3)):
+        q, r = arrays((B, 1, H, D), (B, 1, H, D), dtype=dtype)
+        k, v = arrays((B, L, H, D), (B, L, H, D), dtype=dtype)
+        sq, sk, sv = (x.transpose(1, 2) for x in (q, k, v))
+        seconds = turns(
+            rounds,
+            Parallax=lambda: plx.parallax_decode(q, r, k, v),
+            SDPA=lambda: F.scaled_dot_product_attention(sq, sk, sv),
+            read=lambda: (k.view(torch.int32).sum(), v.view(torch.int32).sum()),
+        )
+        title = f"B{B} H{H} L{L} D{D} {str(dtype)[6:]}, decode"
+        row(title, {n: s for n, s in seconds.items() if n != "read"}, "SDPA", {"Parallax": target})
+        row(title, {n: s for n, s in seconds.items() if n != "SDPA"}, "read", {"Parallax": 1 / 0.7})
+
+
+def lla(rounds):
+    B, H, L, D = 1, 8, 1024, 64
+    q, k, v = (x.numpy() for x in arrays(*[(B, L, H, D)] * 3))
+    expected = plx.reference.lla_attention(q[:, :256], k[:, :256], v[:, :256], ridge=0.1)
+    seconds = turns(
+        max(3, rounds // 3),
+        **{s: lambda s=s: plx.lla_attention(q, k, v, ridge=0.1, solver=s) for s in ("cholesky", "cg")},
+    )
+    for solver, times in seconds.items():
+        o = plx.lla_attention(q[:, :256], k[:, :256], v[:, :256], ridge=0.1, solver=solver)
+        error = np.linalg.norm(o - expected) / np.linalg.norm(expected)
+        print(
+            f"| B{B} H{H} L{L} D{D} float32 LLA, forward | {solver} | {1e3 * statistics.median(times):.0f} "
+            f"| error {error:.1e} | | 700 ms, 1e-5 |"
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every competitor")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every competitor")
+    arguments = parser.parse_args()
+    threads.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
+    print(
+        f"{platform.machine()}, {os.cpu_count()} processors, {arguments.threads} threads each, torch {torch.__version__}"
+    )
+    print("| case | ours | ms | peer ms | ratio | target |")
+    print("|---|---|---|---|---|---|")
+    whole_sequences(arguments.rounds)
+    decode(arguments.rounds)
+    lla(arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()
