@@ -148,7 +148,7 @@ def softmax_decode(
     """
     arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out)
     described = _describe_decode("softmax_decode", arrays, scale, window_size)
-    return _attend(described, arrays, like=q, out=out, return_state=return_state, split=True)
+    return _attend(described, arrays, like=q, out=out, return_state=return_state)
 
 
 def parallax_decode(
@@ -162,7 +162,7 @@ def parallax_decode(
     """
     arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, r=r)
     described = _describe_decode("parallax_decode", arrays, scale, window_size)
-    return _attend(described, arrays, like=q, out=out, return_state=return_state, split=True)
+    return _attend(described, arrays, like=q, out=out, return_state=return_state)
 
 
 def lla_decode(
@@ -176,9 +176,7 @@ def lla_decode(
     """
     arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, ridge=ridge)
     described = _describe_decode("lla_decode", arrays, scale, window_size)
-    return _attend_lla(
-        described, arrays, ridge, solver, like=q, out=out, return_state=return_state, split=True
-    )
+    return _attend_lla(described, arrays, ridge, solver, like=q, out=out, return_state=return_state)
 
 
 def softmax_attention_backward(
@@ -344,7 +342,7 @@ def _check_out(arrays: dict[str, np.ndarray], described: Problem) -> None:
             raise ValueError(f"out overlaps {name} in memory; inputs are never written to")
 
 
-def _attend(described: Problem, arrays, *, like, return_state, out=None, split=False):
+def _attend(described: Problem, arrays, *, like, return_state, out=None):
     from .cpu import forward
 
     o, state = forward.attend(
@@ -353,18 +351,17 @@ def _attend(described: Problem, arrays, *, like, return_state, out=None, split=F
         arrays["k"],
         arrays["v"],
         arrays.get("r"),
-        split=split,
         return_state=return_state,
     )
     return _outcome(o, state, described, arrays, like, out)
 
 
-def _attend_lla(described: Problem, arrays, ridge, solver, *, like, return_state, out=None, split=False):
+def _attend_lla(described: Problem, arrays, ridge, solver, *, like, return_state, out=None):
     lam = problem.checked_ridge(arrays.get("ridge", ridge), described.row_shape, solver)
     from .cpu import lla
 
     o, state = lla.attend(
-        described, arrays["q"], arrays["k"], arrays["v"], lam, solver, split=split, return_state=return_state
+        described, arrays["q"], arrays["k"], arrays["v"], lam, solver, return_state=return_state
     )
     return _outcome(o, state, described, arrays, like, out)
 

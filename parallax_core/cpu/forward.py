@@ -10,6 +10,7 @@ from .. import exchange
 from ..problem import Problem
 from ..state import ParallaxState, SoftmaxState
 from . import threads, tile_loop, work
+from .few_rows import MOST_ROWS
 from .tiles import KEY_STRIDE, KEY_TILE, pack, stride, tensors
 
 _NO_PAGES = np.zeros((0, 0), np.int64)
@@ -17,28 +18,35 @@ KERNELS = {"dot": tile_loop.DOT, "gaussian": tile_loop.GAUSSIAN}
 
 
 class Plan(NamedTuple):
-    """A problem as the kernels take it."""
+    """A problem as the kernels take it: ``rows`` of a tile, ``heads`` of an item."""
 
     sequences: np.ndarray
     items: np.ndarray
     splits: int
     rows: int
+    heads: int
     page_table: np.ndarray
     page_size: int
 
 
-def plan(problem: Problem, most_rows: int, split: bool) -> Plan:
-    """Cut a problem into pieces; with ``split`` the keys of a single tile of rows are cut too."""
+def plan(problem: Problem, most_rows: int, *, few: bool = False, split: bool = False) -> Plan:
+    """Cut a problem into pieces.
+
+    few: take all heads of a position together where there are few rows a head. split: cut the keys too
+    where that is all that can be cut.
+    """
     sequences = work.sequence_table(problem)
     rows = work.tile_rows(problem, sequences, most_rows)
     splits = 1
-    if split and rows >= problem.q_len * problem.group_size:
+    if split and rows >= (sequences[:, 2] - sequences[:, 1]).max(initial=0) * problem.group_size:
         splits = max(1, -(-int(sequences[:, 4].max(initial=0)) // work.SPLIT_KEYS))
+    heads = max(1, problem.kv_heads) if few and rows <= MOST_ROWS else 1
     return Plan(
         sequences,
-        work.items(problem, sequences, rows, splits),
+        work.items(problem, sequences, rows, splits, heads),
         splits,
         rows,
+        heads,
         _NO_PAGES if problem.page_table is None else problem.page_table,
         problem.page_size or 0,
     )
@@ -51,7 +59,6 @@ def attend(
     v: np.ndarray,
     r: np.ndarray | None = None,
     *,
-    split: bool = False,
     return_state: bool = False,
     kernel: str = "dot",
     intercept: bool = True,
@@ -60,15 +67,17 @@ def attend(
 ):
     """The reduction over the keys that every estimator shares.
 
-    q, k, v, r: NumPy arrays of any strides, as ``problem`` describes them. ``split`` cuts long caches over
-    the threads. ``dtype``: what to compute in, the problem's compute dtype unless given.
+    q, k, v, r: NumPy arrays of any strides, as ``problem`` describes them. dtype: what to compute in, the
+    problem's compute dtype unless given.
     Returns ``(out, state)``: ``(B, Lq, Hq, Dv)`` in the compute dtype and a SoftmaxState, a ParallaxState or
     None.
     """
     dtype = problem.compute_dtype if dtype is None else np.dtype(dtype)
     shape, rows_shape = problem.output_shape, problem.row_shape
     out = exchange.empty(shape, dtype)
-    cut = plan(problem, work.ROW_TILE, split)
+    dot = kernel == "dot"
+    cut = plan(problem, work.ROW_TILE, few=dot, split=intercept and not amplification)
+    few = dot and cut.rows <= MOST_ROWS
     stored = return_state or cut.splits > 1
     none = np.zeros((0,) * 4, dtype), np.zeros((0,) * 5, dtype)
 
@@ -86,8 +95,9 @@ def attend(
         packed = _pack(problem, cut, described.table, dtype)
         threads.run(
             tile_loop.attend, len(cut.items),
-            cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
-            problem.head_dim, problem.value_dim, problem.group_size, problem.causal, problem.window_size or 0,
+            cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows * cut.heads,
+            problem.head_dim, problem.value_dim, problem.group_size, cut.heads, few, problem.causal,
+            problem.window_size or 0,
             KERNELS[kernel], dtype.type(problem.scale), intercept, amplification, *packed,
             out if cut.splits == 1 else np.zeros((0,) * 4, dtype), m, d1, d2, t0, O1, O2,
         )  # fmt: skip

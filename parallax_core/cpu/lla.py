@@ -57,14 +57,13 @@ def attend(
     ridge: np.ndarray,
     solver: str,
     *,
-    split: bool = False,
     return_state: bool = False,
 ):
     """Local linear attention ``(out, state)``; shapes as for the tiled loop, ridge as for the probe."""
     probe, normalisers, moments = _moments(
         problem, q, k, v if return_state else None, ridge, solver, "dot", True
     )
-    out, _ = forward.attend(problem, q, k, v, probe, split=split, dtype=compute_dtype(problem, solver))
+    out, _ = forward.attend(problem, q, k, v, probe, dtype=compute_dtype(problem, solver))
     if not return_state:
         return out, None
     dtype = problem.compute_dtype
@@ -93,7 +92,7 @@ def _moments(problem, q, k, v, ridge, solver, kernel, intercept, adjoint=None):
     rows, D, Dv = problem.row_shape, problem.head_dim, problem.value_dim
     shapes = ((*rows, D), (*rows, Dv), (*rows, D, D), (*rows, Dv, D))
     moments = [np.empty(shape if stated else (0,) * len(shape), dtype) for shape in shapes]
-    cut = forward.plan(problem, PROBE_ROWS, split=False)
+    cut = forward.plan(problem, PROBE_ROWS)
     status = np.zeros(2, np.int64)
     if len(cut.items):
         described = tensors(q, k, k if v is None else v)

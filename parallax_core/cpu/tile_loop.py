@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from .few_rows import accumulate_few, score_few
 from .intrinsics import exp, fetch_add, maximum, total
 from .microkernel import MR, multiply_add
 from .tiles import (
@@ -177,16 +178,17 @@ def finish_row(out, O, i, t_row, d1, d2, t0, rq, intercept, amplification, value
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def attend(
-    counter, items, sequences, tensors, page_table, page_size, tile_rows, head_dim, value_dim, group,
-    causal, window, kernel, scale, intercept, amplification, tiles_from, keys_packed, values_packed,
+    counter, items, sequences, tensors, page_table, page_size, tile_rows, head_dim, value_dim, group, heads,
+    few, causal, window, kernel, scale, intercept, amplification, tiles_from, keys_packed, values_packed,
     finite_packed, out, m_out, d1_out, d2_out, t0_out, O1_out, O2_out,
 ):  # fmt: skip
     """Take items of work until none is left.
 
-    items: ``(n, 7)`` int64: sequence, key head, first row and the one after the last (the rows of a key head
-    are its query heads' interleaved, at most ``tile_rows``), first key and the one after the last, index of
-    the split. tiles_from, ``*_packed``: what :func:`tiles.pack` takes and writes, or of
-    size 0. out: ``(B, Lq, Hq, Dv)``, or of size 0 where only states are wanted; the states:
+    items: ``(n, 7)`` int64: sequence, first of its ``heads`` key heads, first row and the one after the last
+    (the rows of a key head are its query heads' interleaved), first key and the one after the last, index of
+    the split. tile_rows: the most rows of an item, all heads together. few: take the way for a few rows a
+    head, the only one for several heads at a time. tiles_from, ``*_packed``: what :func:`tiles.pack` takes
+    and writes, or of size 0. out: ``(B, Lq, Hq, Dv)``, or of size 0 where only states are wanted; the states:
     ``(splits, B, Lq, Hq[, Dv])``, or of size 0. All are of one dtype, in which everything is accumulated.
     """
     dtype = m_out.dtype
@@ -209,14 +211,18 @@ def attend(
         if taken >= items.shape[0]:
             break
         sequence, head, row = sequences[items[taken, 0]], items[taken, 1], items[taken, 2]
-        rows, split = items[taken, 3] - row, items[taken, 6]
-        read_query_rows(tensors[0], sequence, head, group, row, rows, head_dim, A, 0)
-        if probed:
-            read_query_rows(tensors[3], sequence, head, group, row, rows, head_dim, A, rows)
+        each, split = items[taken, 3] - row, items[taken, 6]
+        rows = heads * each
+        for h in range(heads):
+            read_query_rows(tensors[0], sequence, head + h, group, row, each, head_dim, A, h * each)
+            if probed:
+                read_query_rows(
+                    tensors[3], sequence, head + h, group, row, each, head_dim, A, rows + h * each
+                )
         stack = rows * 2 if probed else rows
         begin, end = items[taken, 5], items[taken, 4]
         for i in range(rows):
-            f, e = visible(sequence, (row + i) // group, causal, window)
+            f, e = visible(sequence, (row + i % each) // group, causal, window)
             firsts[i] = max(f, items[taken, 4])
             ends[i] = max(firsts[i], min(e, items[taken, 5]))
             if ends[i] > firsts[i]:
@@ -229,16 +235,22 @@ def attend(
         tile = 0
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
-            if packed:
+            if few:
+                score_few(
+                    S, A, heads, each, probed, tensors[1], sequence, page_table, page_size, head, key, keys,
+                    end, head_dim,
+                )  # fmt: skip
+            elif packed:
                 tile = tiles_from[items[taken, 0]] + (key - sequence[3]) // KEY_TILE
                 KT, V = keys_packed[head, tile], values_packed[head, tile]
             else:
                 read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
                 transpose(K, head_dim, KT)
                 read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
-            if kernel == DOT and probed:
-                # Queries and probes are rows of one product.
-                project(S, 0, A, KT, stack, head_dim)
+            if few or (kernel == DOT and probed):
+                if not few:
+                    # Queries and probes are rows of one product.
+                    project(S, 0, A, KT, stack, head_dim)
                 for i in range(rows):
                     scale_row(S, i, scale)
             else:
@@ -250,7 +262,12 @@ def attend(
                 f, e = within(firsts[i], ends[i], key, keys)
                 partial = partial or f > 0 or e < keys
                 weigh_row(S, O, i, rows + i if probed else -1, f, e, m, d1, d2, t0, shifted)
-            if partial and not (finite_packed[head, tile] if packed else all_finite(V, keys, value_dim)):
+            if few:
+                accumulate_few(
+                    O, S, heads, each, probed, firsts, ends, tensors[2], sequence, page_table, page_size,
+                    head, key, keys, end, value_dim,
+                )  # fmt: skip
+            elif partial and not (finite_packed[head, tile] if packed else all_finite(V, keys, value_dim)):
                 for i in range(rows):
                     f, e = within(firsts[i], ends[i], key, keys)
                     accumulate_visible(O[i], S[i], V, f, e, value_dim)
@@ -259,8 +276,8 @@ def attend(
             else:
                 multiply_add(O, 0, S, 0, False, V, stack, value_dim, keys, False)
         for i in range(rows):
-            b, query = sequence[0], sequence[1] + (row + i) // group
-            query_head = head * group + (row + i) % group
+            b, query = sequence[0], sequence[1] + (row + i % each) // group
+            query_head = (head + i // each) * group + (row + i % each) % group
             if m[i] == -np.inf and ends[i] > firsts[i]:
                 d1[i] = np.nan
             if m_out.size > 0:

@@ -7,7 +7,7 @@ import numpy as np
 from ..problem import Problem
 from .tiles import ROW_TILE
 
-SPLIT_KEYS = 2048
+SPLIT_KEYS = 512
 """Keys of a split of a cache. Fixed, so that a sequence gives the same bits on any number of threads."""
 
 
@@ -22,17 +22,21 @@ def tile_rows(problem: Problem, sequences: np.ndarray, most: int = ROW_TILE) -> 
     return max(1, min(most, longest))
 
 
-def items(problem: Problem, sequences: np.ndarray, rows: int, splits: int = 1) -> np.ndarray:
-    """``(n, 7)`` int64 items for :func:`tile_loop.attend`, the longest first so that threads end together."""
+def items(problem: Problem, sequences: np.ndarray, rows: int, splits: int = 1, heads: int = 1) -> np.ndarray:
+    """``(n, 7)`` int64 items for :func:`tile_loop.attend`, the longest first so that threads end together.
+
+    rows: of a tile; splits: of the keys; heads: key heads of an item.
+    """
+    item_heads = problem.kv_heads // heads
     per_head = (sequences[:, 2] - sequences[:, 1]) * problem.group_size
     tiles = -(-per_head // rows)
-    counts = tiles * problem.kv_heads * splits
+    counts = tiles * item_heads * splits
     total = int(counts.sum())
     table = np.empty((total, 7), np.int64)
     sequence = np.repeat(np.arange(len(sequences)), counts)
     rest = np.arange(total) - np.repeat(np.cumsum(counts) - counts, counts)
     split, rest = rest % splits, rest // splits
-    head, tile = rest % problem.kv_heads, rest // problem.kv_heads
+    head, tile = rest % item_heads * heads, rest // item_heads
     first, end = sequences[sequence, 3], sequences[sequence, 4]
     table[:, 0], table[:, 1] = sequence, head
     table[:, 2] = tile * rows
