@@ -6,7 +6,6 @@ device, and returns an array of ``q``'s framework on that device. Inputs are nev
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import numpy as np
@@ -261,12 +260,15 @@ def _checked_gradient(described: Problem, arrays, state, kind):
     )[1]
 
 
+_OPTIONAL = {"cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out", "probe"}
+
+
 def _arrays(**given: Any) -> dict[str, np.ndarray]:
-    """The arrays of a call as NumPy arrays, ``q`` first; None and numbers are left out."""
+    """The arrays of a call as NumPy arrays, ``q`` first; options that are None and numbers are left out."""
     present = {
         name: x
         for name, x in given.items()
-        if x is not None and not (name == "ridge" and (isinstance(x, numbers.Number) or not _is_array(x)))
+        if not (x is None and name in _OPTIONAL) and not (name == "ridge" and not _is_array(x))
     }
     devices = {name: exchange.device(name, x) for name, x in present.items()}
     for name, where in devices.items():
@@ -288,10 +290,10 @@ def _is_array(x) -> bool:
     return any(hasattr(x, a) for a in ("__dlpack__", "__cuda_array_interface__"))
 
 
-def _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, r=None, ridge=None):
+def _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, **more):
     arrays = _arrays(
-        q=q, r=r, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad,
-        page_table=page_table, out=out, ridge=ridge,
+        q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad,
+        page_table=page_table, out=out, **more,
     )  # fmt: skip
     arrays["k"], arrays["v"] = arrays.pop("k_cache"), arrays.pop("v_cache")
     return arrays

@@ -39,6 +39,11 @@ def lla_backward(problem: Problem, do, q, k, v, ridge: np.ndarray, solver: str):
     The forward's weights, means and slopes are computed again: they cost less than keeping every row's
     second moments would.
     """
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite shows in its rows
+        return _lla_backward(problem, do, q, k, v, ridge, solver)
+
+
+def _lla_backward(problem: Problem, do, q, k, v, ridge: np.ndarray, solver: str):
     dtype = lla.compute_dtype(problem, solver)
     rows = problem.row_shape
     vbar, values = forward.attend(problem, q, k, v, return_state=True, dtype=dtype)
