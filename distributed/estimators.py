@@ -50,9 +50,7 @@ def predict(
             probe = -np.linalg.solve(system, (q - kbar)[..., None])[..., 0]
         return apply_mechanism("parallax", q, k, v, probe=probe, **options)
     if estimator == "parallax-fitted":
-        fit = fit_probe(
-            training.q, *training[:3], training.target, ridge=probe_ridge, held_out=0, **options
-        )
+        fit = fit_probe(training.q, *training[:3], training.target, ridge=probe_ridge, held_out=0, **options)
         probe = np.einsum("hdx,blhx->blhd", fit.W_R, q)
         return apply_mechanism("parallax", q, k, v, probe=probe, **options)
     return apply_mechanism(estimator, q, k, v, ridge=ridge, **options)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
 import shlex
 import sys
 import time
@@ -175,18 +176,32 @@ def compare(
             "--causal/--bidirectional", help="Mask of the outputs compared.  [default: as the file says]"
         ),
     ] = None,
+    fit: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            metavar="RIDGE",
+            help="Also fit a probe linear in the query to LLA's output, with this ridge.",
+        ),
+    ] = None,
     plot: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="Write the comparison as a figure: .svg, .pdf or .png."),
+    ] = None,
+    json_file: Annotated[
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the numbers as JSON."),
     ] = None,
 ) -> None:
     """Put estimators side by side on the queries, keys and values of a file.
 
     For each layer: the error with which each estimator predicts every value from the other keys and values,
-    as a fraction of the values' variance (leave one out, bidirectional), and how far the estimators' outputs
-    are from each other, as a fraction of the larger norm.
+    as a fraction of the values' variance (leave one out, bidirectional); how far the estimators' outputs are
+    from each other, as a fraction of the larger norm; over the rows, the effective number of neighbours, and
+    the effective rank and condition of the covariance of the keys; with --fit, how far the fitted probe is
+    from the solved one.
 
-    Example: `parallax-core compare heads.safetensors --heads 0,3 --plot compare.svg`
+    Example: `parallax-core compare heads.safetensors --heads 0,3 --plot compare.svg --json compare.json`
     """
     from parallax_core.compare import compare as compare_arrays
 
@@ -199,19 +214,37 @@ def compare(
         causal = sample.metadata.get("causal", "true").lower() != "false"
     if plot is not None:
         _check_plot(plot)
+    if json_file is not None:
+        _check_folder("--json", json_file)
     results = {}
     with _progress("comparing") as progress:
         for done, name in enumerate(layers, 1):
             selected = _select(sample, name, chosen_heads)
-            results[name] = compare_arrays(*selected[:3], ridge=ridge, causal=causal)
+            fitted = {} if fit is None else {"x": selected.q, "probe_ridge": fit}
+            try:
+                results[name] = compare_arrays(*selected[:3], ridge=ridge, causal=causal, **fitted)
+            except ValueError as error:  # which begins with the name of the argument
+                raise InputError(f"{name}: {error}") from error
             progress(done, len(layers))
     for name, result in results.items():
         _print_comparison(f"{name}, heads {', '.join(map(str, chosen_heads))}", result)
     if plot is not None:
         from parallax_core.comparison_figure import save_comparison
 
-        save_comparison(results, plot)
+        save_comparison(results, plot.expanduser())
         print(f"Figure: {plot.expanduser().absolute()}")
+    if json_file is not None:
+        summary = {
+            "source": sample.source,
+            "heads": list(chosen_heads),
+            "ridge": ridge,
+            "causal": causal,
+            "probe_ridge": fit,
+            "layers": {name: result.to_dict() for name, result in results.items()},
+        }
+        with _input("--json", OSError):
+            json_file.expanduser().write_text(json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        print(f"JSON: {json_file.expanduser().absolute()}")
 
 
 @app.command()
@@ -283,8 +316,12 @@ def _select(sample, layer: str, heads: tuple[int, ...]):
 def _check_plot(path: Path) -> None:
     if path.suffix not in (".svg", ".pdf", ".png"):
         raise InputError(f"--plot: expected a name ending in .svg, .pdf or .png, got {path}")
+    _check_folder("--plot", path)
+
+
+def _check_folder(argument: str, path: Path) -> None:
     if not path.expanduser().absolute().parent.is_dir():
-        raise InputError(f"--plot: expected an existing folder, got {path.parent}")
+        raise InputError(f"{argument}: expected an existing folder, got {path.parent}")
 
 
 @contextmanager
@@ -335,16 +372,41 @@ def _print_findings(findings) -> None:
         console.print(table)
 
 
+_ROW_MEASURES = {
+    "effective_neighbours": "effective neighbours",
+    "effective_rank": "effective rank of C_kk",
+    "condition": "condition of C_kk",
+    "ridge_condition": "condition of C_kk + ridge I",
+}
+
+
 def _print_comparison(title: str, result) -> None:
+    from parallax_core.compare import QUANTILES
+
     console = Console()
     console.print(f"\n[bold]{title}[/bold]")
     errors = Table("leave-one-out error / variance", "", "", box=box.SIMPLE_HEAD)
     for name, error in zip(result.estimators, result.leave_one_out):
-        bar = "█" * round(30 * min(error, 1.0)) + (" →" if error > 1 else "")
-        errors.add_row(name, f"{error:.3f}", bar)
+        measured = error == error
+        bar = "█" * round(30 * min(error, 1.0)) + (" →" if error > 1 else "") if measured else ""
+        errors.add_row(name, f"{error:.3f}" if measured else "-", bar)
     console.print(errors)
-    differences = Table("difference of outputs / norm", *result.estimators, box=box.SIMPLE_HEAD)
+    # Numbers head the columns: the names of six of them would not fit on a line.
+    numbers = range(1, len(result.estimators) + 1)
+    differences = Table("difference of outputs / norm", *map(str, numbers), box=box.SIMPLE_HEAD)
     for i, name in enumerate(result.estimators):
         row = ("" if i == j else f"{value:.3f}" for j, value in enumerate(result.difference[i]))
-        differences.add_row(name, *row)
+        differences.add_row(f"{i + 1} {name}", *row)
     console.print(differences)
+    spread = Table("over the rows", *(f"{at:.0%}" for at in QUANTILES), box=box.SIMPLE_HEAD)
+    for name, words in _ROW_MEASURES.items():
+        spread.add_row(words, *(f"{value:.4g}".replace("inf", "∞") for value in result.quantiles(name)))
+    console.print(spread)
+    if result.probe_distance:
+        probes = Table("distance from the solved probe / its norm", "in C_kk", "plain", box=box.SIMPLE_HEAD)
+        for name, far in result.probe_distance.items():
+            probes.add_row(name, f"{far.in_C_kk:.3f}", f"{far.euclidean:.3f}")
+        console.print(probes)
+    if result.fit is not None:
+        scores = ", ".join(f"{score:.3f}" for score in result.fit.score)
+        console.print(f"Part of softmax's distance to LLA that the fit removes where held out: {scores}")

@@ -20,6 +20,9 @@ MOST_FACTORISED = 4096
 
 _LSMR_TOLERANCE = 1e-12
 _LSMR_ITERATIONS = 10_000
+# Divided by its root, the rounding of the design must stay below the tolerance: a direction that the rows do
+# not determine would otherwise be solved for.
+_PRECONDITIONER_SHIFT = 1e-5
 _LSMR_CONVERGED = (0, 1, 2, 4, 5)
 # Elements of the outer products that are held at a time while the normal matrix is summed.
 _CHUNK = 2**24
@@ -111,7 +114,7 @@ def covariances(q, k, v, **options) -> tuple[np.ndarray, np.ndarray]:
 
 
 def float64(name: str, x: Any) -> np.ndarray:
-    """A CPU array of any framework as a float64 NumPy array; TypeError for other dtypes and for what is none."""
+    """A CPU array of any framework as a float64 NumPy array; TypeError for what is none and other dtypes."""
     exchange.device(name, x)
     array = exchange.to_numpy(name, x)
     if array.dtype not in DTYPES:
@@ -124,15 +127,21 @@ def _is_float64(x: Any) -> bool:
 
 
 def _fit(x: np.ndarray, C_vk: np.ndarray, residual: np.ndarray, ridge: float, solver: str):
-    """``W_R (D, Dx)`` of one head, the solver used and the condition; x ``(rows, Dx)``, C_vk ``(rows, Dv, D)``."""
+    """``W_R (D, Dx)`` of one head, the solver used and the condition.
+
+    x: ``(rows, Dx)``. C_vk: ``(rows, Dv, D)``. residual: ``(rows, Dv)``.
+    """
     import scipy.linalg.lapack  # not at the top: an import of the package should not wait for it
 
+    with np.errstate(over="ignore"):
+        if not np.isfinite(np.vdot(C_vk, C_vk) * np.vdot(x, x) + np.vdot(residual, residual)):
+            raise SolverError("fit_probe: squares of x, C_vk or the target overflow float64; scale them down")
     shape = C_vk.shape[2], x.shape[1]
     unknowns = shape[0] * shape[1]
     condition, preconditioner = np.nan, None
     if solver == "normal" or (solver == "auto" and unknowns <= MOST_FACTORISED):
         gram, moment = _normal_equations(x, C_vk, residual)
-        shift = 16 * unknowns * np.finfo(np.float64).eps * gram.diagonal().max()
+        shift = _PRECONDITIONER_SHIFT * gram.diagonal().max()
         gram[np.diag_indices_from(gram)] += ridge
         norm = np.abs(gram).sum(0).max()
         factor, failed = scipy.linalg.lapack.dpotrf(gram, lower=1)
@@ -145,12 +154,12 @@ def _fit(x: np.ndarray, C_vk: np.ndarray, residual: np.ndarray, ridge: float, so
             )
         if solver == "normal" or condition <= WELL_CONDITIONED:
             solution, _ = scipy.linalg.lapack.dpotrs(factor, moment.ravel(), lower=1)
-            return _finite(solution).reshape(shape), "normal", condition
+            return solution.reshape(shape), "normal", condition
         gram[np.diag_indices_from(gram)] += shift
         factor, failed = scipy.linalg.lapack.dpotrf(gram, lower=1)
         preconditioner = None if failed else factor
     solution = _lsmr(x, C_vk, residual, ridge, preconditioner)
-    return _finite(solution).reshape(shape), "lsmr", condition
+    return solution.reshape(shape), "lsmr", condition
 
 
 def _normal_equations(x: np.ndarray, C_vk: np.ndarray, residual: np.ndarray):
@@ -169,9 +178,9 @@ def _normal_equations(x: np.ndarray, C_vk: np.ndarray, residual: np.ndarray):
 
 
 def _lsmr(x: np.ndarray, C_vk: np.ndarray, residual: np.ndarray, ridge: float, factor: np.ndarray | None):
-    """LSMR on the design stacked on the ridge, right-preconditioned by a Cholesky factor of what it squares to.
+    """LSMR on the design stacked on the ridge, right-preconditioned by a Cholesky factor of its square.
 
-    The shift that let the factor succeed is a multiple of the identity, so that among the solutions that fit
+    What the factor adds to the square is a multiple of the identity, so that among the solutions that fit
     alike the one of least norm in the factor's measure is also the one of least norm.
     """
     from scipy.linalg import solve_triangular
@@ -214,12 +223,6 @@ def _removed(W_R: np.ndarray, x: np.ndarray, C_vk: np.ndarray, residual: np.ndar
     left = residual - np.matmul(C_vk, (x @ W_R.T)[:, :, None])[:, :, 0]
     total = np.square(residual).sum()
     return float(1 - np.square(left).sum() / total) if total > 0 else np.nan
-
-
-def _finite(solution: np.ndarray) -> np.ndarray:
-    if not np.isfinite(solution).all():
-        raise SolverError("fit_probe: the squares of x, C_vk or the target overflow float64; scale them down")
-    return solution
 
 
 def _held_rows(B: int, Lq: int, fraction: float) -> np.ndarray:

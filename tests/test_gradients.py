@@ -3,6 +3,7 @@
 import functools
 import re
 
+import ml_dtypes
 import numpy as np
 import oracle
 import pytest
@@ -19,11 +20,11 @@ SAFETY = 8
 STEP = oracle.WIDE(2.0) ** -200
 ARGUMENTS = {"softmax": "qkv", "parallax": "qrkv", "lla": ("q", "k", "v", "ridge")}
 
-backends = pytest.mark.parametrize("backend", [plx.reference], ids=["reference"])
+backends = pytest.mark.parametrize("backend", [plx.reference, plx], ids=["reference", "cpu"])
 operations = pytest.mark.parametrize("operation", ARGUMENTS)
 # float64 throughout: rounding the gradients to their dtype would be the larger error.
 cases = attention_cases(dtypes=FLOAT64, max_length=6, max_group=2, max_head_dim=4, max_value_dim=3)
-examples = settings(max_examples=40)
+examples = settings(max_examples=15)
 
 
 def inputs(operation, case, seed):
@@ -89,30 +90,36 @@ def output(q, K, V, scale, r=None, ridge=None):
     return (p * (1 + p @ t - t)) @ V
 
 
-class Slope:
-    """Sums over the rows of a case: the derivative along a direction and a bound on what rounding does.
+def derivative(case, arrays, do, moves):
+    """Of ``sum(do * o)`` along ``moves``, row by row."""
+    scale, value = scale_of(case), oracle.WIDE(0)
+    for row in oracle.seen_rows(case):
+        if row.places:
+            point = {n: gather(n, x, row) for n, x in arrays.items()}
+            point |= {n: point[n] + 1j * STEP * gather(n, move, row) for n, move in moves.items()}
+            probe = {n: point[n] for n in ("r", "ridge") if n in point}
+            o = output(*(point[n] for n in "qkv"), scale, **probe)
+            value += (gather("do", do, row) @ o).imag / STEP
+    return value
 
-    The bound adds up, row by row, the magnitudes of the terms of docs/math.md times the relative error of the
-    sums over keys and, for LLA, the condition of the system.
+
+def bound(case, arrays, do, moves):
+    """What rounding may change of the derivative along ``moves``.
+
+    The magnitudes of the terms of docs/math.md times the relative error of the sums over keys and, for LLA,
+    the condition of the system, summed over the rows.
     """
+    scale, total = scale_of(case), 0.0
+    for row in oracle.seen_rows(case):
+        if row.places:
+            point, move = ({n: gather(n, x, row) for n, x in some.items()} for some in (arrays, moves))
+            total += row_bound(scale, gather("do", do, row), point, move)
+    return SAFETY * EPS * total
 
-    def __init__(self, case, arrays, do, moves):
-        self.value, self.bound = oracle.WIDE(0), 0.0
-        scale = case.options.get("scale")
-        scale = 1 / np.sqrt(oracle.WIDE(case.q.shape[-1])) if scale is None else scale
-        rows = list(oracle.seen_rows(case))
-        for row in rows:
-            if not row.places:
-                continue
-            at = row.batch, row.row, row.head
-            point, move = ({n: gather(n, x, row) for n, x in a.items()} for a in (arrays, moves))
-            g = do[at].astype(oracle.WIDE)
-            stepped = {n: x + 1j * STEP * move[n] if n in move else x for n, x in point.items()}
-            named = {n: stepped[n] for n in ("r", "ridge") if n in stepped}
-            o = output(stepped["q"], stepped["k"], stepped["v"], scale, **named)
-            self.value += (g @ o).imag / STEP
-            self.bound += row_bound(scale, g, point, move) + len(rows) * EPS
-        self.bound *= SAFETY * EPS
+
+def scale_of(case):
+    scale = case.options.get("scale")
+    return 1 / np.sqrt(oracle.WIDE(case.q.shape[-1])) if scale is None else scale
 
 
 def gather(name, x, row):
@@ -123,29 +130,43 @@ def gather(name, x, row):
 
 def row_bound(scale, g, point, move):
     q, K, V = (point[name] for name in "qkv")
-    size, norm = (lambda x: np.linalg.norm(x.astype(float), axis=-1).max(initial=0.0)), np.linalg.norm
     error = oracle.softmax(q, None, K, V, scale).sensitivity / np.abs(V).max()
-    probe = point.get("r", np.zeros(q.size, q.dtype))
+    G = norm(g) * norm(V)
+    if "ridge" not in point:
+        return error * terms(scale, q, K, g, G, norm(point.get("r", np.zeros(1))), norm(K), 0.0, move)
     p = weights(q, K, scale)
     X = K - p @ K
-    adjoint, spread, G = 0.0, size(K), size(g) * size(V)
-    if "ridge" in point:
-        probe, spread = solved_probe(q, K, point["ridge"], scale).real, size(X)
-        matrix = ((p[:, None] * X).T @ X + point["ridge"] * np.eye(q.size)).astype(float)
-        error *= np.linalg.cond(matrix) + (1 + size(K)) ** 2 / np.linalg.eigvalsh(matrix)[0]
-        adjoint = norm(np.linalg.solve(matrix, ((p * (V @ g - p @ V @ g)) @ X).astype(float)))
-    along = 1 + 4 * size(probe) * spread
+    u = solved_probe(q, K, point["ridge"], scale).real
+    matrix = ((p[:, None] * X).T @ X + point["ridge"] * np.eye(q.size)).astype(float)
+    smallest, largest = np.linalg.eigvalsh(matrix)[[0, -1]]
+    y = np.linalg.solve(matrix, ((p * (V @ g - p @ V @ g)) @ X).astype(float))
+    solving = error * (1 + (largest + norm(K) * norm(X)) / smallest)
+    # Where weights vanish the adjoint cancels to nothing, and the rounding of its terms does not.
+    uncancelled = 2 * G * norm(X) / smallest
+    return sum(
+        relative * terms(scale, q, K, g, G, norm(u), norm(X), adjoint, move)
+        for relative, adjoint in ((solving, norm(y)), (error, uncancelled))
+    )
+
+
+def terms(scale, q, K, g, G, probe, spread, adjoint, move):
+    """Magnitudes of what is added up; probe, spread, adjoint: the norms of r or u, of k_j - kbar and of y."""
+    along = 1 + 4 * probe * spread
     rest = 2 * G + adjoint * spread
-    terms = {
-        "q": lambda m: 4 * abs(scale) * size(K) * along * rest * size(m) + adjoint * size(m),
-        "r": lambda m: rest * size(K) * size(m),
-        "k": lambda m: (
-            (4 * abs(scale) * size(q) * along * rest + rest * size(probe) + along * adjoint) * size(m)
-        ),
-        "v": lambda m: along * size(g) * size(m),
-        "ridge": lambda m: adjoint * size(probe) * abs(float(m)),
+    scores = 4 * abs(scale) * along * rest
+    factors = {
+        "q": scores * norm(K) + adjoint,
+        "r": rest * norm(K),
+        "k": scores * norm(q) + rest * probe + along * adjoint,
+        "v": along * norm(g),
+        "ridge": adjoint * probe,
     }
-    return error * sum(float(terms[name](m)) for name, m in move.items())
+    return sum(float(factors[name] * norm(m)) for name, m in move.items())
+
+
+def norm(x):
+    """Of the longest vector."""
+    return np.linalg.norm(np.atleast_1d(x).astype(float), axis=-1).max(initial=0.0)
 
 
 # Against the formulas
@@ -153,7 +174,7 @@ def row_bound(scale, g, point, move):
 
 @backends
 @operations
-@examples
+@settings(max_examples=40)
 @given(case=cases, seed=seeds, size=st.sampled_from((1.0, 1.0, 1e3)))
 def test_gradients_are_the_derivatives_of_the_formulas(backend, operation, case, seed, size):
     # A thousand: scores in the thousands, where all weight is on one key.
@@ -163,8 +184,8 @@ def test_gradients_are_the_derivatives_of_the_formulas(backend, operation, case,
     for name, move in directions(arrays, seed).items():
         assert gradients[name].shape == arrays[name].shape
         assert gradients[name].dtype == np.float64
-        expected = Slope(case, arrays, do, {name: move})
-        assert abs(slope(gradients, {name: move}) - expected.value) <= expected.bound, name
+        along = case, arrays, do, {name: move}
+        assert abs(slope(gradients, {name: move}) - derivative(*along)) <= bound(*along), name
 
 
 @backends
@@ -175,10 +196,10 @@ def test_every_solver_gives_the_gradients_of_lla(backend, solver, case, seed):
     arrays, do = inputs("lla", case, seed)
     gradients = backward(backend, "lla", arrays, do, {**case.options, "solver": solver})
     for name, move in directions(arrays, seed).items():
-        expected = Slope(case, arrays, do, {name: move})
+        along = case, arrays, do, {name: move}
         # Conjugate gradients stop at a residual of 1e-13, 450 rounding units.
-        bound = expected.bound * (450 if solver == "cg" else 1)
-        assert abs(slope(gradients, {name: move}) - expected.value) <= bound, name
+        tolerance = bound(*along) * (450 if solver == "cg" else 1)
+        assert abs(slope(gradients, {name: move}) - derivative(*along)) <= tolerance, name
 
 
 @backends
@@ -193,8 +214,8 @@ def test_lla_without_a_ridge_where_the_keys_span_the_space(backend, case, seed):
     arrays["ridge"] = np.zeros_like(arrays["ridge"])
     gradients = backward(backend, "lla", arrays, do, {**case.options, "solver": "lstsq"})
     for name, move in directions(arrays, seed).items():
-        expected = Slope(case, arrays, do, {name: move})
-        assert abs(slope(gradients, {name: move}) - expected.value) <= expected.bound, name
+        along = case, arrays, do, {name: move}
+        assert abs(slope(gradients, {name: move}) - derivative(*along)) <= bound(*along), name
 
 
 @backends
@@ -208,9 +229,7 @@ def test_lla_is_parallax_with_a_probe_that_moves(backend, case, seed):
     keys, ridge = {name: arrays[name] for name in "kv"}, arrays["ridge"]
     r = backend.lla_probe(case.q, case.k, ridge=ridge, **options)
     fixed = backward(backend, "parallax", {"q": case.q, "r": r, **keys}, do, options)
-    scale = options["scale"]
-    scale = 1 / np.sqrt(oracle.WIDE(case.q.shape[-1])) if scale is None else scale
-    turn = np.zeros(r.shape)
+    scale, turn = scale_of(case), np.zeros(r.shape)
     for row in oracle.seen_rows(case):
         if row.places:
             q, K, lam = (
@@ -218,11 +237,10 @@ def test_lla_is_parallax_with_a_probe_that_moves(backend, case, seed):
             )
             turn[row.batch, row.row, row.head] = solved_probe(q, K, lam, scale).imag / STEP
     chained = slope(fixed, {"q": moves["q"], "k": moves["k"], "v": moves["v"], "r": turn})
-    bound = Slope(case, arrays, do, moves).bound
     # The terms of Parallax cancel where the probe turns; they are those of its own bound.
-    wide = {"q": case.q, "r": r, **keys}
-    bound += Slope(case, wide, do, {"r": turn, **{n: moves[n] for n in "qkv"}}).bound * condition(case, ridge)
-    assert abs(slope(gradients, moves) - chained) <= bound
+    parts = bound(case, {"q": case.q, "r": r, **keys}, do, {"r": turn, **{n: moves[n] for n in "qkv"}})
+    tolerance = bound(case, arrays, do, moves) + parts * condition(case, ridge)
+    assert abs(slope(gradients, moves) - chained) <= tolerance
 
 
 def condition(case, ridge):
@@ -243,10 +261,9 @@ def test_gradients_are_linear_in_that_of_the_output(backend, operation, case, se
     other = np.random.default_rng([seed, 2]).standard_normal(do.shape)
     compute = functools.partial(backward, backend, operation, arrays, options=case.options)
     first, second, both = compute(do=do), compute(do=other), compute(do=do + other)
-    for name, move in directions(arrays, seed).items():
-        along = {name: move}
-        bound = sum(Slope(case, arrays, x, along).bound for x in (do, other, do + other))
-        assert abs(slope(both, along) - slope(first, along) - slope(second, along)) <= bound
+    moves = directions(arrays, seed)
+    tolerance = sum(bound(case, arrays, x, moves) for x in (do, other, do + other))
+    assert abs(slope(both, moves) - slope(first, moves) - slope(second, moves)) <= tolerance
 
 
 @backends
@@ -259,7 +276,7 @@ def test_the_output_is_linear_in_the_values(backend, operation, case, seed):
     along = {"v": case.v}
     result = slope(backward(backend, operation, arrays, do, case.options), along)
     # Twice: the output's own rounding is that of the same sums.
-    assert abs(result - (do * o).sum()) <= 2 * Slope(case, arrays, do, along).bound
+    assert abs(result - (do * o).sum()) <= 2 * bound(case, arrays, do, along)
 
 
 @backends
@@ -274,8 +291,8 @@ def test_constant_values_pass_the_gradient_through(backend, operation, case, see
                                                        return_state=True)[1].lse)  # fmt: skip
     expected = (do * sees[..., None]).sum(axis=1).reshape(B, heads, -1, Dv).sum(axis=2)
     result = backward(backend, operation, arrays, do, case.options)["v"].sum(axis=1)
-    bound = Slope(case, arrays, do, {"v": np.ones_like(case.v)}).bound
-    assert (np.abs(result - expected) <= bound).all()
+    tolerance = bound(case, arrays, do, {"v": np.ones_like(case.v)})
+    assert (np.abs(result - expected) <= tolerance).all()
 
 
 @backends
@@ -285,8 +302,8 @@ def test_constant_values_pass_the_gradient_through(backend, operation, case, see
 def test_moving_all_keys_of_a_head_together_changes_nothing(backend, operation, case, seed):
     arrays, do = inputs(operation, case, seed)
     dk = backward(backend, operation, arrays, do, case.options)["k"]
-    bound = Slope(case, arrays, do, {"k": np.ones_like(case.k)}).bound
-    assert (np.abs(dk.sum(axis=1)) <= bound).all()
+    tolerance = bound(case, arrays, do, {"k": np.ones_like(case.k)})
+    assert (np.abs(dk.sum(axis=1)) <= tolerance).all()
 
 
 @backends
@@ -300,7 +317,7 @@ def test_rotating_queries_probes_and_keys_changes_nothing(backend, operation, ca
     skew -= skew.T
     turn = {name: x @ skew for name, x in arrays.items() if name in "qrk"}
     result = slope(backward(backend, operation, arrays, do, case.options), turn)
-    assert abs(result) <= Slope(case, arrays, do, turn).bound
+    assert abs(result) <= bound(case, arrays, do, turn)
 
 
 @backends
@@ -311,7 +328,7 @@ def test_keys_times_a_number_undo_queries_and_probes_over_it(backend, operation,
     arrays, do = inputs(operation, case, seed)
     stretch = {name: x if name == "k" else -x for name, x in arrays.items() if name != "v"}
     result = slope(backward(backend, operation, arrays, do, case.options), stretch)
-    assert abs(result) <= Slope(case, arrays, do, stretch).bound
+    assert abs(result) <= bound(case, arrays, do, stretch)
 
 
 @backends
@@ -322,7 +339,7 @@ def test_lla_with_uniform_weights_does_not_know_the_unit_of_length(backend, case
     case = type(case)(case.q, case.r, case.k, case.v, {**case.options, "scale": 0.0})
     stretch = {"q": case.q, "k": case.k, "ridge": 2 * arrays["ridge"]}
     result = slope(backward(backend, "lla", arrays, do, case.options), stretch)
-    assert abs(result) <= Slope(case, arrays, do, stretch).bound
+    assert abs(result) <= bound(case, arrays, do, stretch)
 
 
 @backends
@@ -334,14 +351,13 @@ def test_parallax_is_linear_in_its_probe_and_softmax_without(backend, case, seed
     still = {name: arrays[name] for name in "qkv"}
     vbar, _ = forward(backend, "softmax", still, case.options)
     result = slope(backward(backend, "parallax", arrays, do, case.options), {"r": case.r})
-    bound = Slope(case, arrays, do, {"r": case.r, "v": case.v}).bound
-    assert abs(result - (do * (o - vbar)).sum()) <= 2 * bound
+    tolerance = 2 * bound(case, arrays, do, {"r": case.r, "v": case.v})
+    assert abs(result - (do * (o - vbar)).sum()) <= tolerance
 
     zero = backward(backend, "parallax", {**arrays, "r": np.zeros_like(case.r)}, do, case.options)
     plain = backward(backend, "softmax", still, do, case.options)
-    for name, move in directions(still, seed).items():
-        along = {name: move}
-        assert abs(slope(zero, along) - slope(plain, along)) <= 2 * Slope(case, still, do, along).bound
+    moves = directions(still, seed)
+    assert abs(slope(zero, moves) - slope(plain, moves)) <= 2 * bound(case, still, do, moves)
 
 
 # What a call is given beside its inputs
@@ -353,12 +369,11 @@ def test_parallax_is_linear_in_its_probe_and_softmax_without(backend, case, seed
 @given(case=cases, seed=seeds)
 def test_a_state_that_is_left_out_is_computed_again(backend, operation, case, seed):
     arrays, do = inputs(operation, case, seed)
-    given_, left_out = (
+    passed, left_out = (
         backward(backend, operation, arrays, do, case.options, **state) for state in ({}, {"state": None})
     )
-    for name, move in directions(arrays, seed).items():
-        along = {name: move}
-        assert abs(slope(given_, along) - slope(left_out, along)) <= 2 * Slope(case, arrays, do, along).bound
+    moves = directions(arrays, seed)
+    assert abs(slope(passed, moves) - slope(left_out, moves)) <= 2 * bound(case, arrays, do, moves)
 
 
 @operations
@@ -371,6 +386,22 @@ def test_the_reference_works_in_float64_on_narrower_inputs(operation, case, seed
     expected = backward(plx.reference, operation, wide, do.astype(np.float64), case.options)
     for name in arrays:
         np.testing.assert_array_equal(result[name], expected[name])
+
+
+@operations
+@examples
+@given(case=attention_cases(max_length=6, max_head_dim=4, dtypes=DTYPES[1:]), seed=seeds)
+def test_the_cpu_works_in_the_compute_dtype_and_rounds_once(operation, case, seed):
+    arrays, do = inputs(operation, case, seed)
+    result = backward(plx, operation, arrays, do, case.options)
+    expected = backward(plx.reference, operation, arrays, do, case.options)
+    for name, move in directions(arrays, seed).items():
+        dtype = np.float32 if name == "ridge" else arrays[name].dtype
+        assert result[name].dtype == dtype
+        rounding = ml_dtypes.finfo(dtype).eps * np.abs(expected[name] * move).sum()
+        tolerance = bound(case, arrays, do, {name: move}) * (np.finfo(np.float32).eps / EPS) + rounding
+        wide = {name: result[name].astype(np.float64)}
+        assert abs(slope(wide, {name: move}) - slope(expected, {name: move})) <= tolerance, name
 
 
 # What is seen, and what is not
@@ -390,11 +421,11 @@ def test_rows_without_keys_and_keys_without_rows_have_no_gradient(backend, opera
     unseen = {"q": blind, "r": blind, "k": hidden, "v": hidden, "ridge": blind}
     spoilt = {n: np.where(unseen[n][..., None], junk, x) if n != "ridge" else x for n, x in arrays.items()}
     result = backward(backend, operation, spoilt, np.where(blind[..., None], junk, do), case.options)
-    for name, move in directions(arrays, seed).items():
+    for name in arrays:
         assert (result[name][unseen[name]] == 0).all()
         assert (expected[name][unseen[name]] == 0).all()
-        bound = 2 * Slope(case, arrays, do, {name: move}).bound
-        assert abs(slope(result, {name: move}) - slope(expected, {name: move})) <= bound
+    moves = directions(arrays, seed)
+    assert abs(slope(result, moves) - slope(expected, moves)) <= 2 * bound(case, arrays, do, moves)
 
 
 @backends
@@ -425,15 +456,15 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(backend, operation, dat
     touched = {"q": rows, "r": rows, "k": keys, "v": keys, "ridge": rows}
     # dr does not know the probe, nor dv the values; dv knows one channel of the gradient alone.
     free = {"r": "r", "v": "v"}.get(name)
-    for n, move in directions(arrays, seed).items():
+    moves, difference = directions(arrays, seed), {}
+    for n in arrays:
         depends = touched[n] if n != free else np.zeros_like(touched[n])
         spread = depends if n == "ridge" else np.broadcast_to(depends[..., None], result[n].shape).copy()
         if (name, n) == ("do", "v"):
             spread[..., np.arange(spread.shape[-1]) != place[3]] = False
         np.testing.assert_array_equal(np.isnan(result[n]), spread)
-        kept = {n: np.where(spread, 0.0, move)}
-        difference = slope({n: np.where(spread, 0.0, result[n] - clean[n])}, kept)
-        assert abs(difference) <= 2 * Slope(case, arrays, do, kept).bound
+        difference[n] = np.where(spread, 0.0, result[n] - clean[n])
+    assert abs(slope(difference, moves)) <= 2 * bound(case, arrays, do, moves)
 
 
 @backends
@@ -528,7 +559,7 @@ def test_a_ridge_of_0_needs_keys_that_span_the_space(backend):
     for call in ({**options, "causal": True}, {**options, "causal": False}):
         keys = k if call["causal"] else k * [1, 1, 1, 0]
         o, state = backend.lla_attention(q, keys, v, **call, return_state=True)
-        with pytest.raises(plx.SolverError, match=r"ridge is 0 in a row whose keys span \d of 4 dimensions"):
+        with pytest.raises(plx.SolverError, match="use a ridge above 0"):
             backend.lla_attention_backward(v, q, keys, v, o, state, **call)
 
 
