@@ -468,6 +468,28 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else(backend, operation, dat
 
 
 @backends
+@pytest.mark.parametrize(
+    "operation, name", [("softmax", "q"), ("parallax", "q"), ("parallax", "r"), ("lla", "q")]
+)
+def test_scores_that_overflow_are_nan_in_their_row_and_the_keys_it_sees(backend, operation, name):
+    random = np.random.default_rng(0)
+    arrays = {n: random.standard_normal((1, 4, 1, 2)) for n in "qrkv"}
+    # Every number is finite, and the second row's score of the first key is not.
+    arrays["k"][0, 0] = 1e10
+    arrays[name][0, 1] = 1e300
+    arrays["ridge"] = np.ones((1, 4, 1))
+    arrays = {n: arrays[n] for n in ARGUMENTS[operation]}
+    gradients = backward(backend, operation, arrays, random.standard_normal((1, 4, 1, 2)), {})
+    for n, gradient in gradients.items():
+        if n in "kv":
+            assert np.isnan(gradient[0, :2]).all()
+            assert np.isfinite(gradient[0, 2:]).all()
+        else:
+            assert np.isfinite(np.delete(gradient, 1, axis=1)).all()
+    assert np.isnan(gradients["q"][0, 1]).all()
+
+
+@backends
 @operations
 @pytest.mark.parametrize("empty", ["batch", "length", "keys", "heads"])
 def test_axes_of_size_zero_give_empty_or_zero_gradients(backend, operation, empty):

@@ -179,6 +179,11 @@ def differentiate(
                             S, G, W, i, rows + i, 2 * rows + i, n[OUTPUT], n[MEAN], n[CENTRE],
                             n[ADJOINT_CENTRE], scale,
                         )  # fmt: skip
+                    if e - f < KEY_TILE:
+                        # A row whose own numbers overflowed is NaN where it sees a key, and there alone.
+                        hide(W, i, f, e, 0.0)
+                        for s in range(stack):
+                            hide(S, s * rows + i, f, e, 0.0)
                 at = tile * outward * tile_rows
                 if partial and not (
                     tile_finite and all_finite(A, stack * rows, head_dim) and all_finite(g, rows, value_dim)
