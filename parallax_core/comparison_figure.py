@@ -14,15 +14,15 @@ _BLUE, _VERMILION = "#0072B2", "#D55E00"
 
 
 def save_comparison(results: dict[str, Comparison], path: Path) -> None:
-    """Draw comparisons, a row a layer: errors, differences, neighbours and rank, condition.
+    """Draw comparisons, two rows a layer: errors and differences, neighbours and rank, condition.
 
     results: by the name of the layer. path: of the figure; its suffix chooses the format.
     Raises OSError if the file cannot be written.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(15, 3.3 * len(results)), layout="constrained")
-    panels = figure.subplots(len(results), 4, squeeze=False, width_ratios=(1.15, 1.25, 1, 1))
+    figure = Figure(figsize=(10, 6.2 * len(results)), layout="constrained")
+    panels = figure.subplots(2 * len(results), 2, squeeze=False).reshape(-1, 4)
     for (errors, differences, counts, conditions), (layer, result) in zip(panels, results.items()):
         _draw_errors(errors, result)
         errors.set_title(f"{layer}: leave-one-out error", loc="left")
@@ -99,4 +99,4 @@ def _draw_shares(axes, measured: dict[str, np.ndarray]) -> None:
     axes.set(xscale="log", ylim=(0, 1.02), ylabel="share of rows")
     axes.grid(color="#e4e4e4", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(-0.03, 0.99))
+    axes.legend(frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(-0.02, 0.99))

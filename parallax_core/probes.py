@@ -54,7 +54,7 @@ def fit_probe(x, q, k, v, target, *, ridge=0.0, held_out=0.2, solver="auto", **o
     x: ``(B, Lq, Hq, Dx)``, what the probe is computed from, of any width ``Dx``, or ``(B, Lq, 1, Dx)`` for
     all heads. q: ``(B, Lq, Hq, D)``. k: ``(B, Lk, Hkv, D)``. v: ``(B, Lk, Hkv, Dv)``, ``Hq`` a multiple of
     ``Hkv``. target: ``(B, Lq, Hq, Dv)``. Each of any framework on the CPU; float64, float32, float16 or
-    bfloat16; computed in float64. ridge: 0 or more, in squared units of the target times those of the keys.
+    bfloat16; computed in float64. ridge: 0 or more, in squared units of the target, the keys and x together.
     held_out: the fraction of the sequences, the last ones, that the score is measured on (of the rows where
     there is one sequence); 0 measures none and saves the second fit. ``W_R`` itself is fitted to all rows.
     solver: ``normal``, Cholesky of the normal matrix; ``lsmr``, which multiplies by the design and never

@@ -197,6 +197,59 @@ def test_quantiles_leave_out_rows_without_keys_and_pass_infinity_through():
     assert np.isnan(result.rows["effective_neighbours"][:, :10]).all()
 
 
+def test_the_command_writes_the_numbers_of_every_layer(tmp_path, capsys):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    from parallax_core.cli import main
+
+    tensors = {f"{layer}.{name}": array for layer in "ab" for name, array in zip("qkv", arrays(B=3, L=10))}
+    tensors["b.v"] = tensors["b.v"] ** 2
+    save_file(tensors, tmp_path / "heads.safetensors", {"causal": "false"})
+    written = tmp_path / "compare.json"
+    with pytest.raises(SystemExit) as done:
+        main(["compare", str(tmp_path / "heads.safetensors"), "--fit", "0.5", "--json", str(written)])
+    assert done.value.code == 0
+    read = json.loads(written.read_text())
+    assert {name: read[name] for name in ("ridge", "causal", "probe_ridge", "heads")} == {
+        "ridge": 0.1, "causal": False, "probe_ridge": 0.5, "heads": [0, 1],
+    }  # fmt: skip
+    for layer in "ab":
+        q, k, v = (tensors[f"{layer}.{name}"] for name in "qkv")
+        expected = compare(q, k, v, x=q, probe_ridge=0.5, causal=False).to_dict()
+        found = read["layers"][layer]
+        assert found.keys() == expected.keys()
+        # The arrays from the file have other strides, and so other orders of summation.
+        np.testing.assert_allclose(found["difference"], expected["difference"], atol=1e-12)
+        assert found["leave_one_out"] == pytest.approx(expected["leave_one_out"], rel=1e-9)
+        assert found["fit"]["score"] == pytest.approx(expected["fit"]["score"], rel=1e-9)
+        for name, values in expected["quantiles"].items():
+            assert found["quantiles"][name] == pytest.approx(values, rel=1e-9)
+    out = capsys.readouterr().out
+    assert f"JSON: {written}" in out
+    far = expected["probe_distance"]["parallax-fitted"]
+    assert f"{far['in_C_kk']:.3f}" in out
+    assert f"{expected['quantiles']['effective_rank'][2]:.4g}" in out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--fit", "-1"], "'--fit'"),
+        (["--fit", "0"], "b: ridge: 0 needs as many equations"),
+        (["--json", "/absent/compare.json"], "--json: expected an existing folder"),
+    ],
+)
+def test_bad_input_of_the_command_is_one_line(tmp_path, capsys, arguments, message):
+    save_file = pytest.importorskip("safetensors.numpy").save_file
+    from parallax_core.cli import main
+
+    save_file({f"b.{n}": a for n, a in zip("qkv", arrays(B=1, L=3))}, tmp_path / "b.safetensors")
+    with pytest.raises(SystemExit) as done:
+        main(["compare", str(tmp_path / "b.safetensors"), *arguments])
+    assert done.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
 def test_half_precision_of_another_framework_is_taken():
     torch = pytest.importorskip("torch")
     q, k, v = (torch.tensor(array).to(torch.bfloat16) for array in arrays())

@@ -1,5 +1,7 @@
 """Print, as Markdown, the errors of softmax, Parallax and LLA against float64 of the same rounded inputs.
 
+Each cell is our error, then that of the plain formula.
+
 python tests/benchmarks/error_table.py
 """
 
@@ -76,12 +78,11 @@ def main() -> None:
         platform.processor(),
     )
     print(
-        f"`python tests/benchmarks/error_table.py`, parallax-core {plx.__version__}, {cpu}, "
-        f"{len(os.sched_getaffinity(0))} cores, {datetime.date.today()}. B={B} L={L} H={H} D={D}, causal, "
+        f"`OPENBLAS_NUM_THREADS=1 python tests/benchmarks/error_table.py`, "
+        f"parallax-core {plx.__version__}, {cpu}, {len(os.sched_getaffinity(0))} cores, {datetime.date.today()}. B={B} L={L} H={H} D={D}, causal, "
         f"ridge {RIDGE}.\n"
     )
-    print("| keys | dtype |", *(f"{name} | plain |" for name in ("softmax", "Parallax", "LLA")))
-    print("|---|---|" + "--:|--:|" * 3)
+    print("| keys | dtype | softmax | Parallax | LLA |\n|---|---|---|---|---|")
     for case, arrays in cases():
         for name, dtype in DTYPES.items():
             rounded = [array.astype(dtype) for array in arrays]
@@ -91,7 +92,7 @@ def main() -> None:
                 ours = call(plx, *rounded)
                 with np.errstate(over="ignore", invalid="ignore"):
                     simple = plain(*rounded, estimator).astype(dtype)
-                cells += [f"{relative(ours, truth):.1e}", f"{relative(simple, truth):.1e}"]
+                cells.append(f"{relative(ours, truth):.1e} / {relative(simple, truth):.1e}")
             print(f"| {case} | {name} | " + " | ".join(cells) + " |")
 
 
