@@ -79,7 +79,8 @@ def main() -> None:
     )
     print(
         f"`OPENBLAS_NUM_THREADS=1 python tests/benchmarks/error_table.py`, "
-        f"parallax-core {plx.__version__}, {cpu}, {len(os.sched_getaffinity(0))} cores, {datetime.date.today()}. B={B} L={L} H={H} D={D}, causal, "
+        f"parallax-core {plx.__version__}, {cpu}, {len(os.sched_getaffinity(0))} cores, "
+        f"{datetime.date.today()}. B={B} L={L} H={H} D={D}, causal, "
         f"ridge {RIDGE}.\n"
     )
     print("| keys | dtype | softmax | Parallax | LLA |\n|---|---|---|---|---|")
