@@ -18,7 +18,7 @@ _INTEGERS = (
     "batch", "q_len", "kv_len", "q_heads", "kv_heads",
     "sequences", "num_pages", "window", "causal",
     "cu_seqlens_wide", "cache_seqlens_wide", "cache_leftpad_wide", "page_table_wide",
-    "row_blocks", "split_steps",
+    "row_blocks", "split_steps", "share", "surplus",
 )  # fmt: skip
 
 PROBLEM = np.dtype(

@@ -7,8 +7,9 @@
 
 #include "float_tile.cuh"
 #include "half_tile.cuh"
+#include "merge.cuh"
+#include "queries.cuh"
 #include "ring.cuh"
-#include "row_state.cuh"
 
 template <bool F>
 struct TileOf {
@@ -19,27 +20,6 @@ struct TileOf<true> {
   typedef FloatTile type;
 };
 typedef TileOf<FLOAT>::type Tile;
-
-// The rows of an item: number `row` of the block of rows is query row / group of head row % group.
-struct Rows {
-  const Problem& p;
-  int batch, head, first, count;  // head: the first key head; count: rows of a key head that exist
-
-  __device__ Rows(const Problem& p, const Item& item)
-      : p(p), batch(item.batch), head(item.inner / p.row_blocks * HEADS), first(item.inner % p.row_blocks * ROWS) {
-    count = min(ROWS, p.q_len * GROUP - first);
-  }
-  __device__ int query(int row) const { return (first + row) / GROUP; }
-  __device__ int query_head(int h, int row) const { return (head + h) * GROUP + (first + row) % GROUP; }
-  __device__ long long number(int h, int row) const {
-    return (1ll * batch * p.q_len + query(row)) * p.q_heads + query_head(h, row);
-  }
-  template <class T>
-  __device__ T* at(const void* base, const long long (&stride)[3], int h, int row) const {
-    if (row >= count) return nullptr;
-    return const_cast<T*>(static_cast<const T*>(base)) + batch * stride[0] + query(row) * stride[1] + query_head(h, row) * stride[2];
-  }
-};
 
 // What a lane accumulates of its query rows.
 struct Accumulator {
@@ -73,77 +53,110 @@ __device__ __forceinline__ float largest_of_row(float x) {
   return x;
 }
 
-// Scores of a step become weights, and the running sums move on. c: S1, S2 of key g and of key g + 8, then P1, P2.
-__device__ __forceinline__ void weigh(Accumulator& a, int h, int n, float (&c)[4], bool masked, bool sees_low, bool sees_high,
-                                      float scale_log2) {
-  float s0 = c[0] * scale_log2, s1 = c[2] * scale_log2;
-  float u0 = c[1], u1 = c[3];
-  if (masked) {
-    // What is hidden may be NaN, which a weight of 0 would not silence.
-    if (!sees_low) s0 = minus_infinity(), u0 = 0;
-    if (!sees_high) s1 = minus_infinity(), u1 = 0;
-  }
-  const float m = fmaxf(a.m[h][n], largest_of_row(fmaxf(s0, s1)));
-  if (__any_sync(~0u, m != a.m[h][n])) {
-    const float correction = weight(a.m[h][n], m);
-    a.d1[h][n] *= correction, a.d2[h][n] *= correction, a.spread[h][n] *= correction;
+// Keeps P2 within float16: t is not scaled, as scores are.
+__device__ __forceinline__ void fit(Accumulator& a, float (&c)[HEADS][TILES][4]) {
 #pragma unroll
-    for (int i = 0; i < CHANNELS; i++) a.O1[h][n][i] *= correction, a.O2[h][n][i] *= correction;
-    a.m[h][n] = m;
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      const float inverse = 1 / a.scale[h][n];
+      c[h][n][1] *= inverse, c[h][n][3] *= inverse;
+      const float own = fmaxf(fabsf(c[h][n][1]), fabsf(c[h][n][3]));
+      if (!__any_sync(~0u, own > 32768.f)) continue;
+      const float largest = largest_of_row(own);
+      if (!(largest > 32768.f && largest < 3e38f)) continue;
+      // A power of two, so that nothing is rounded.
+      const float factor = exp2f(-ceilf(log2f(largest / 16384.f)));
+      a.scale[h][n] /= factor;
+      c[h][n][1] *= factor, c[h][n][3] *= factor;
+#pragma unroll
+      for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] *= factor;
+    }
+}
+
+// Scores of a step become weights, and the running sums move on. c: S1, S2 of key g and of key g + 8, then P1, P2.
+// All rows go through each phase together: a phase is a chain of dependent instructions as long as its shuffles.
+template <class Sees>
+__device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4], bool masked, Sees sees, float scale_log2) {
+  float m[HEADS][TILES];
+  bool grown = false;
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      float(&s)[4] = c[h][n];
+      s[0] *= scale_log2, s[2] *= scale_log2;
+      if (masked) {
+        // What is hidden may be NaN, which a weight of 0 would not silence.
+        if (!sees(n, 0)) s[0] = minus_infinity(), s[1] = a.t0[h][n];
+        if (!sees(n, 1)) s[2] = minus_infinity(), s[3] = a.t0[h][n];
+      }
+      m[h][n] = fmaxf(a.m[h][n], fmaxf(s[0], s[2]));
+    }
+#pragma unroll
+  for (int mask = 4; mask < 32; mask *= 2)
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) m[h][n] = fmaxf(m[h][n], __shfl_xor_sync(~0u, m[h][n], mask));
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) grown = grown || m[h][n] != a.m[h][n];
+  if (__any_sync(~0u, grown)) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const float correction = weight(a.m[h][n], m[h][n]);
+        a.d1[h][n] *= correction, a.d2[h][n] *= correction, a.spread[h][n] *= correction;
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) a.O1[h][n][i] *= correction, a.O2[h][n][i] *= correction;
+        a.m[h][n] = m[h][n];
+      }
   }
-  const float p0 = weight(s0, m), p1 = weight(s1, m);
-  a.d1[h][n] += p0 + p1;
-  c[0] = p0, c[2] = p1;
-  if constexpr (!PROBE) {
-    c[1] = c[3] = 0;
-    return;
-  }
-  if (masked) {
-    if (!sees_low) u0 = a.t0[h][n];
-    if (!sees_high) u1 = a.t0[h][n];
-  }
-  float x0 = p0 * (u0 - a.t0[h][n]), x1 = p1 * (u1 - a.t0[h][n]);
-  a.d2[h][n] += x0 + x1;
-  a.spread[h][n] += fabsf(x0) + fabsf(x1);
-  if constexpr (!FLOAT) {
-    // P2 is about to be rounded: its error is that of P1 as long as t - t0 is about 1, and that of t's own spread
-    // beyond. A lane whose keys' mean lies further from t0 calls for a look at the row's.
-    const bool drifted = fabsf(a.d2[h][n]) > fmaxf(a.d1[h][n], 0.5f * a.spread[h][n]);
-    if (__any_sync(~0u, drifted)) {
-      const float d1 = sum_of_row(a.d1[h][n]), d2 = sum_of_row(a.d2[h][n]);
-      // Neither NaN nor infinity moves a shift: they would reach rows' sums by another way than the formula's.
-      const float step = fabsf(d2) > d1 && fabsf(d2) < 3e38f ? d2 / d1 : 0.f;
-      if (step != 0) {
-        const float scaled = step / a.scale[h][n];
+  float t[HEADS][TILES][2];  // probe scores
+  bool drifted = false;
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      float(&s)[4] = c[h][n];
+      t[h][n][0] = s[1], t[h][n][1] = s[3];
+      // Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
+      const float largest = m[h][n] == minus_infinity() ? 0.f : m[h][n];
+      s[0] = exp2_fast(s[0] - largest), s[2] = exp2_fast(s[2] - largest);
+      a.d1[h][n] += s[0] + s[2];
+      s[1] = s[3] = 0;
+      if constexpr (!PROBE) continue;
+      s[1] = s[0] * (t[h][n][0] - a.t0[h][n]), s[3] = s[2] * (t[h][n][1] - a.t0[h][n]);
+      a.d2[h][n] += s[1] + s[3];
+      a.spread[h][n] += fabsf(s[1]) + fabsf(s[3]);
+      drifted = drifted || fabsf(a.d2[h][n]) > fmaxf(a.d1[h][n], 0.5f * a.spread[h][n]);
+    }
+  if constexpr (!PROBE || FLOAT) return;
+  // P2 is about to be rounded: its error is that of P1 as long as t - t0 is about 1, and that of t's own spread
+  // beyond. A lane whose keys' mean lies further from t0 calls for a look at the row's.
+  if (__any_sync(~0u, drifted)) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const float d1 = sum_of_row(a.d1[h][n]), d2 = sum_of_row(a.d2[h][n]);
+        // Neither NaN nor infinity moves a shift: they would reach a row's sums by another way than the formula's.
+        if (!(fabsf(d2) > d1 && fabsf(d2) < 3e38f)) continue;
+        const float step = d2 / d1, scaled = step / a.scale[h][n];
+        const bool low = !masked || sees(n, 0), high = !masked || sees(n, 1);
         a.t0[h][n] += step;
         a.d2[h][n] -= step * a.d1[h][n];
         a.spread[h][n] = 0;
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] -= scaled * a.O1[h][n][i];
-        x0 = p0 * (u0 - a.t0[h][n]), x1 = p1 * (u1 - a.t0[h][n]);
-        if (masked) {
-          if (!sees_low) x0 = 0;
-          if (!sees_high) x1 = 0;
-        }
+        c[h][n][1] = low ? c[h][n][0] * (t[h][n][0] - a.t0[h][n]) : 0.f;
+        c[h][n][3] = high ? c[h][n][2] * (t[h][n][1] - a.t0[h][n]) : 0.f;
       }
-    }
-    if constexpr (!BFLOAT) {
-      const float inverse = 1 / a.scale[h][n];
-      x0 *= inverse, x1 *= inverse;
-      if (__any_sync(~0u, fmaxf(fabsf(x0), fabsf(x1)) > 32768.f)) {
-        const float largest = largest_of_row(fmaxf(fabsf(x0), fabsf(x1)));
-        if (largest > 32768.f && largest < 3e38f) {
-          // A power of two, so that nothing is rounded.
-          const float factor = exp2f(-ceilf(log2f(largest / 16384.f)));
-          a.scale[h][n] /= factor;
-          x0 *= factor, x1 *= factor;
-#pragma unroll
-          for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] *= factor;
-        }
-      }
-    }
   }
-  c[1] = x0, c[3] = x1;
+  if constexpr (!BFLOAT) fit(a, c);
 }
 
 template <bool F>
@@ -196,181 +209,27 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
   return __all_sync(~0u, finite);
 }
 
-__device__ __forceinline__ void store(Element* to, float x) {
-  if constexpr (FLOAT)
-    *to = x;
-  else
-    *to = narrow<BFLOAT>(x);
-}
-
-// What a row of an item saw; blocks share no item whose rows see nothing.
-__device__ __forceinline__ Range seen_by(const Problem& p, const Item& item, const Rows& rows, int row) {
-  return VARIED || WHOLE ? keys_of_row(p, item.batch, rows.query(row)) : item.keys;
-}
-
-// The row's output in one channel, and its state where that is asked for.
-__device__ __forceinline__ void finish(const Problem& p, const Rows& rows, int h, int row, int channel, const Range& seen, Statistics s,
-                                       float O1, float O2) {
-  // Scores that are all -inf have no softmax.
-  if (!seen.valid() || (!seen.empty() && s.saw_nothing())) s.d1 = quiet_nan();
-  const float vbar = O1 / s.d1;
-  float o = vbar;
-  if constexpr (PROBE) o = (1 + s.d2 / s.d1) * vbar - O2 / s.d1;
-  if (seen.valid() && seen.empty()) o = 0;
-  if (p.out) store(rows.at<Element>(p.out, p.out_stride, h, row) + channel, o);
-  if (!p.m) return;
-  const long long number = rows.number(h, row);
-  p.O1[number * VALUE_DIM + channel] = O1;
-  if constexpr (PROBE) p.O2[number * VALUE_DIM + channel] = O2;
-  if (channel == 0) {
-    p.m[number] = s.m * 0.693147180559945f;
-    p.d1[number] = s.d1;
-    if constexpr (PROBE) p.d2[number] = s.d2, p.t0[number] = s.t0;
-  }
-}
-
-// Rows that have no step: 0, or NaN where their lengths are invalid. No block has an item for them.
-__device__ __noinline__ void finish_empty_batches(const Problem& p) {
-  if (!INDEXED && steps_of(p, keys_of_batch(p, 0))) return;
-  for (int batch = blockIdx.x; batch < p.batch; batch += gridDim.x) {
-    const Range keys = keys_of_batch(p, batch);
-    if (steps_of(p, keys)) continue;
-    for (int inner = 0; inner < items_of_a_batch(p); inner++) {
-      const Rows rows(p, item_of(p, batch, inner, 0, keys));
-#pragma unroll 1
-      for (int i = threadIdx.x; i < HEADS * rows.count * VALUE_DIM; i += THREADS) {
-        const int row = i / VALUE_DIM;
-        finish(p, rows, row / rows.count, row % rows.count, i % VALUE_DIM, keys, Statistics::none(), 0, 0);
-      }
-    }
-  }
-}
-
-// A part of an item: statistics of RECORDS rows, then their pairs (O1, O2).
-constexpr int PART_FLOATS = RECORDS * (4 + round_up(2 * VALUE_DIM, 4));
-
-struct Part {
-  float* base;
-  __device__ float4* statistics(int record) const { return reinterpret_cast<float4*>(base) + record; }
-  __device__ float2* sums(int record) const {
-    return reinterpret_cast<float2*>(base + RECORDS * 4 + record * round_up(2 * VALUE_DIM, 4));
-  }
-};
-
-struct Record {
-  int h, row;
-  __device__ explicit Record(int number) : h(number / (TILES * QUERIES)), row(number / QUERIES % TILES * 4 + number % QUERIES) {}
-  __device__ static int number(int h, int n, int t) { return (h * TILES + n) * QUERIES + t; }
-};
-
-// Merges the parts of an item in their order and writes its rows.
-template <class PartAt>
-__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, int parts, PartAt part_at) {
-  constexpr int UNROLL = 8;  // loads in flight: the latency of the second-level cache is all there is to wait for
-#pragma unroll 1
-  for (int i = threadIdx.x; i < RECORDS * VALUE_DIM; i += THREADS) {
-    const int number = i / VALUE_DIM, channel = i % VALUE_DIM;
-    const Record record(number);
-    if (record.row >= rows.count) continue;
-    Statistics s = Statistics::none();
-    float O1 = 0, O2 = 0;
-#pragma unroll 1
-    for (int from = 0; from < parts; from += UNROLL) {
-      Statistics x[UNROLL];
-      float2 sums[UNROLL];
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) {
-        x[u] = Statistics::none(), sums[u] = make_float2(0, 0);
-        if (from + u >= parts) continue;
-        const Part part = part_at(from + u);
-        const float4 y = __ldcg(part.statistics(number));
-        x[u] = {y.x, y.y, y.z, y.w};
-        sums[u] = __ldcg(part.sums(number) + channel);
-      }
-      float m = s.m;
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) m = fmaxf(m, x[u].m);
-      // The first part that saw a key gives the shift, all others move to it.
-#pragma unroll
-      for (int u = UNROLL - 1; u >= 0; u--)
-        if (s.saw_nothing() && !x[u].saw_nothing()) s.t0 = x[u].t0;
-      const float correction = s.saw_nothing() ? 0.f : weight(s.m, m);
-      s.d1 *= correction, s.d2 *= correction, O1 *= correction, O2 *= correction, s.m = m;
-#pragma unroll
-      for (int u = 0; u < UNROLL; u++) {
-        if (x[u].saw_nothing()) continue;
-        const float factor = weight(x[u].m, m), step = x[u].t0 - s.t0;
-        s.d1 += factor * x[u].d1, s.d2 += factor * (x[u].d2 + step * x[u].d1);
-        O1 += factor * sums[u].x, O2 += factor * (sums[u].y + step * sums[u].x);
-      }
-    }
-    finish(p, rows, record.h, record.row, channel, seen_by(p, item, rows, record.row), s, O1, O2);
-  }
-}
-
-// The warps' states of an item become one, of which write(record number, channel, statistics, O1, O2) gets every channel.
-template <class Write>
-__device__ __forceinline__ void merge_warps(char* shared, Accumulator& a, int lane, Write write) {
+// Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps.
+__device__ __forceinline__ void hand_over(char* shared, const Accumulator& a, int lane, int from) {
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  float4* statistics = reinterpret_cast<float4*>(shared + STATISTICS_AT);
-  float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT);
+  float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT + warp * EXCHANGE_PITCH);
 #pragma unroll
   for (int h = 0; h < HEADS; h++)
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-      const float d1 = sum_of_row(a.d1[h][n]), d2 = PROBE ? sum_of_row(a.d2[h][n]) : 0.f;
-      if (g == 0) statistics[((h * TILES + n) * WARPS + warp) * 4 + t] = make_float4(a.m[h][n], d1, d2, a.t0[h][n]);
-    }
-  __syncthreads();
-#pragma unroll
-  for (int h = 0; h < HEADS; h++)
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-      // Lane (g, t) looks at row t of warp g.
-      const float4 x = g < WARPS ? statistics[((h * TILES + n) * WARPS + g) * 4 + t] : make_float4(minus_infinity(), 0, 0, 0);
-      Statistics s = {largest_of_row(x.x), 0, 0, 0};
-      const float weight_of_warp = x.y == 0 ? 0.f : weight(x.x, s.m);
-      s.d1 = sum_of_row(weight_of_warp * x.y);
-      float step_of_warp = 0;
-      if constexpr (PROBE) {
-        s.t0 = sum_of_row(x.y == 0 ? 0.f : weight_of_warp * x.y * x.w);
-        s.t0 = s.d1 == 0 ? 0.f : s.t0 / s.d1;
-        step_of_warp = x.w - s.t0;
-        s.d2 = sum_of_row(x.y == 0 ? 0.f : weight_of_warp * (x.z + step_of_warp * x.y));
+      if (from == 0) {
+        const Statistics s = {a.m[h][n], sum_of_row(a.d1[h][n]), PROBE ? sum_of_row(a.d2[h][n]) : 0.f, a.t0[h][n]};
+        if (g == 0 && t < QUERIES) reinterpret_cast<float4*>(shared + STATISTICS_AT)[warp * RECORDS + Record::number(h, n, t)] = s.packed();
       }
-      const float factor = __shfl_sync(~0u, weight_of_warp, warp * 4 + t), step = __shfl_sync(~0u, step_of_warp, warp * 4 + t);
-      const bool nothing = __shfl_sync(~0u, x.y, warp * 4 + t) == 0;
+      if (t >= QUERIES) continue;
+      const float unit = BFLOAT || FLOAT ? 1.f : a.scale[h][n];
 #pragma unroll
-      for (int from = 0; from < VALUE_COLUMNS; from += EXCHANGE_CHANNELS) {
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) {
-          if (!Tile::within(i, from, EXCHANGE_CHANNELS) || t >= QUERIES) continue;
-          const float O1 = a.O1[h][n][i], O2 = a.O2[h][n][i] * a.scale[h][n] + step * O1;
-          exchange[warp * EXCHANGE + (Tile::channel(i, g) - from) * QUERIES + t] =
-              nothing ? make_float2(0, 0) : make_float2(factor * O1, factor * O2);
-        }
-        __syncthreads();
-#pragma unroll 1
-        for (int first = 0; first < EXCHANGE; first += THREADS) {
-          const int i = first + threadIdx.x, channel = from + i / QUERIES, row = i % QUERIES;
-          const Statistics of_row = {__shfl_sync(~0u, s.m, row), __shfl_sync(~0u, s.d1, row), __shfl_sync(~0u, s.d2, row),
-                                     __shfl_sync(~0u, s.t0, row)};
-          if (i >= EXCHANGE || channel >= VALUE_DIM) continue;
-          float O1 = 0, O2 = 0;
-#pragma unroll
-          for (int w = 0; w < WARPS; w++) O1 += exchange[w * EXCHANGE + i].x, O2 += exchange[w * EXCHANGE + i].y;
-          write(Record::number(h, n, row), channel, of_row, O1, O2);
-        }
-        __syncthreads();
+      for (int i = 0; i < CHANNELS; i++) {
+        const int channel = Tile::channel(i, g) - from;
+        if (EXCHANGE_CHANNELS < VALUE_COLUMNS && (channel < 0 || channel >= EXCHANGE_CHANNELS)) continue;
+        exchange[((h * TILES + n) * EXCHANGE_CHANNELS + channel) * QUERIES + t] = make_float2(a.O1[h][n][i], a.O2[h][n][i] * unit);
       }
     }
-}
-
-// Counts this block among those whose parts are in memory, and returns how many were there before.
-__device__ __forceinline__ unsigned arrive(unsigned* counter) {
-  unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
 }
 
 // What a block does with its range.
@@ -378,27 +237,39 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ unsigned arrived;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
   Item item;
   Schedule schedule;
-  if constexpr (WHOLE) {
+  if constexpr (GRID == 0) {
+    schedule = plan(p, item);
+    if (schedule.begin >= schedule.end) return finish_empty_batches(p);
+  } else if constexpr (GRID == 1) {
+    const int unit = p.row_blocks == 1 ? blockIdx.y : blockIdx.y / p.row_blocks;
+    item = item_of(p, blockIdx.z, unit, blockIdx.y - unit * p.row_blocks, 0, keys_of_batch(p, blockIdx.z));
+    const int cut = blockIdx.x;
+    schedule.begin = cut * p.share + min(cut, p.surplus), schedule.end = schedule.begin + p.share + (cut < p.surplus);
+  } else {
     // Later rows see more keys and go first.
-    const int items = items_of_a_batch(p);
-    const int number = blockIdx.x % items, block = p.row_blocks - 1 - number % p.row_blocks;
-    const int batch = blockIdx.x / items, inner = number / p.row_blocks * p.row_blocks + block;
-    const Rows rows(p, Item{batch, inner});
+    const int number = blockIdx.x / p.row_blocks, block = p.row_blocks - 1 - blockIdx.x % p.row_blocks;
+    const int batch = number / units_of_a_batch(p), unit = number % units_of_a_batch(p);
+    const Rows rows(p, Item{batch, unit, block});
     const Range first = keys_of_row(p, batch, rows.query(0)), last = keys_of_row(p, batch, rows.query(rows.count - 1));
     // Rows of an invalid sequence see nothing, and must not hide what the others see.
     const Range keys = PACKED && !(first.valid() && last.valid()) ? Range{0, p.kv_len} : Range{first.first, last.end};
-    item = item_of(p, batch, inner, 0, keys);
+    item = item_of(p, batch, unit, block, 0, keys);
     schedule.begin = 0, schedule.end = item.steps;
-  } else {
-    schedule = plan(p, item);
-    if (schedule.begin >= schedule.end) return finish_empty_batches(p);
   }
+  Queries queries;
+  queries.fetch(p, Rows(p, item));
   Ring ring;
   ring.start(p, maps, shared, item, schedule.begin, schedule.end);
-  if constexpr (!WHOLE) finish_empty_batches(p);
+  if constexpr (GRID == 0) finish_empty_batches(p);
+  Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
+  if constexpr (RECORDS < HEADS * ROWS) {
+    Queries::clear(query_place);
+    __syncthreads();
+  }
 
   Accumulator a;
   Tile tile;
@@ -407,14 +278,16 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
 #pragma unroll 1
   while (true) {
     const Rows rows(p, item);
-    int end = min(item.begin + item.steps, schedule.end);
-    if constexpr (PINNED) end = min(end, begin + p.split_steps);
-    tile.load(
-        shared, lane, [&](int h, int row) { return rows.at<const Element>(p.q, p.q_stride, h, row); },
-        [&](int h, int row) -> const void* {
-          if (PROBE == 2) return rows.at<const float>(p.r, p.r_stride, h, row);
-          return rows.at<const Element>(p.r, p.r_stride, h, row);
-        });
+    int end = SINGLE ? schedule.end : min(item.begin + item.steps, schedule.end);
+    if constexpr (GRID == 0 && PINNED) end = min(end, begin + p.split_steps);
+    queries.deposit(query_place);
+    __syncthreads();
+    tile.load(query_place, lane);
+    Item next = item;
+    if (!SINGLE && end < schedule.end) {
+      advance(p, next, end);
+      queries.fetch(p, Rows(p, next));
+    }
     // Where all rows see every key of a step nothing is masked; where they see the same keys nothing hidden is read.
     Range seen[TILES];
     Range by_all = item.keys, by_any = item.keys;
@@ -449,10 +322,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       float c[HEADS][TILES][4];
       tile.scores(ring.wait(), lane, c);
       ring.release(p);
-#pragma unroll
-      for (int h = 0; h < HEADS; h++)
-#pragma unroll
-        for (int n = 0; n < TILES; n++) weigh(a, h, n, c[h][n], masked, sees(n, g), sees(n, g + 8), p.scale_log2);
+      weigh(a, c, masked, [&](int n, int high) { return sees(n, g + 8 * high); }, p.scale_log2);
       char* values = ring.wait();
       bool by_row = false;
       if (masked) {
@@ -473,35 +343,74 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       ring.release(p);
     }
 
-    const bool whole = WHOLE || (begin == item.begin && end == item.begin + item.steps);
-    const int owner = WHOLE || PINNED ? 0 : schedule.owner_of(item.begin);
-    // A block shares its first item and its last one with others, the rest are its own.
+    // Whose parts make up the item, and which of them this block's is.
+    int parts = 1, own = 0, owner = 0;
+    unsigned* counter = p.counters;
+    if constexpr (GRID == 0) {
+      counter += (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block;
+      if (PINNED)
+        parts = item.steps / p.split_steps, own = (begin - item.begin) / p.split_steps;
+      else if (begin != item.begin || end != item.begin + item.steps) {
+        owner = schedule.owner_of(item.begin);
+        parts = schedule.owner_of(item.begin + item.steps - 1) - owner + 1, own = int(blockIdx.x) - owner;
+      }
+    } else if constexpr (GRID == 1) {
+      parts = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER;
+      counter += (blockIdx.z * gridDim.y + blockIdx.y) * CLUSTER + rank;
+    }
     const auto part_at = [&](int number) {
-      const long long place = PINNED ? item.begin / p.split_steps + number
-                                     : 2 * (owner + number) + (number == 0 && schedule.begin_of(owner) != item.begin);
-      return Part{p.partials + place * PART_FLOATS};
+      long long place;
+      if (GRID == 1)
+        place = (1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts + number) * CLUSTER + rank;
+      else if (PINNED)
+        place = item.begin / p.split_steps + number;
+      else  // a block shares its first item and its last one with others, the rest are its own
+        place = 2 * (owner + number) + (number == 0 && schedule.begin_of(owner) != item.begin);
+      return Part{p.partials + place * Part::FLOATS};
     };
-    const Part part = whole ? Part{nullptr} : part_at(PINNED ? (begin - item.begin) / p.split_steps : int(blockIdx.x) - owner);
-    merge_warps(shared, a, lane, [&](int number, int channel, const Statistics& s, float O1, float O2) {
+    const Part part = part_at(own);
+    // The block's, or the cluster's, state of a row in a channel of its slice.
+    const auto write = [&](int number, int channel, const RowState<1>& state) {
       const Record record(number);
-      if (!whole) {
-        part.sums(number)[channel] = make_float2(O1, O2);
-        if (channel == 0) *part.statistics(number) = make_float4(s.m, s.d1, s.d2, s.t0);
+      if (!WHOLE && parts > 1) {
+        part.sums(number)[channel] = make_float2(state.O1[0], state.O2[0]);
+        if (channel == 0) *part.statistics(number) = state.s.packed();
       } else if (record.row < rows.count)
-        finish(p, rows, record.h, record.row, channel, seen_by(p, item, rows, record.row), s, O1, O2);
-    });
-    if (!WHOLE && !whole) {
-      const int parts = PINNED ? item.steps / p.split_steps : schedule.owner_of(item.begin + item.steps - 1) - owner + 1;
-      unsigned* counter = p.counters + item.batch * items_of_a_batch(p) + item.inner;
+        finish(p, rows, record, rank * SLICE + channel, seen_by(p, item, rows, record.row), state);
+    };
+#pragma unroll
+    for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
+      hand_over(shared, a, lane, from);
+      __syncthreads();
+      if constexpr (CLUSTER > 1) {
+        merge_warps(shared, from, [&](int number, int channel, const RowState<1>& state) {
+          reinterpret_cast<float2*>(shared + RESULT_AT + RECORDS * 16)[number * VALUE_DIM + channel] = make_float2(state.O1[0], state.O2[0]);
+          if (channel == 0) reinterpret_cast<float4*>(shared + RESULT_AT)[number] = state.s.packed();
+        });
+      } else {
+        merge_warps(shared, from, write);
+      }
+      if (!SINGLE || from + EXCHANGE_CHANNELS < VALUE_DIM) __syncthreads();
+    }
+    if constexpr (CLUSTER > 1) {
+      cluster_arrive();
+      cluster_wait();
+      merge_cluster(shared, rank, write);
+      cluster_arrive();  // no block may leave before the others have read what it left
+    }
+    if (!WHOLE && parts > 1) {
+      __syncthreads();
       if (threadIdx.x == 0) arrived = arrive(counter);
       __syncthreads();
       if (arrived == parts - 1) {
-        merge_parts(p, item, rows, parts, part_at);
+        merge_parts(p, item, rows, shared, rank * SLICE, parts, part_at);
         if (threadIdx.x == 0) *counter = 0;
       }
     }
+    if constexpr (CLUSTER > 1) cluster_wait();
+    if constexpr (SINGLE) break;
     begin = end;
     if (begin >= schedule.end) break;
-    advance(p, item, begin);
+    item = next;
   }
 }

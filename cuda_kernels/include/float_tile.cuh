@@ -4,24 +4,12 @@
 #include "shape.cuh"
 
 struct FloatTile {
-  const float* queries;  // shared: (q, then r)[row][QUERY_PITCH]
+  const Element* queries;  // q, then r, of every row, in shared memory
 
   __device__ static int channel(int i, int g) { return i / 4 * 32 + g * 4 + i % 4; }
   __device__ static constexpr bool within(int i, int from, int count) { return i / 4 * 32 >= from && i / 4 * 32 < from + count; }
 
-  template <class Queries, class Probes>
-  __device__ void load(char* shared, int lane, Queries query_row, Probes probe_row) {
-    float* to = reinterpret_cast<float*>(shared + QUERIES_AT);
-    queries = to;
-    for (int i = threadIdx.x; i < ROWS * QUERY_PITCH; i += THREADS) {
-      const int row = i / QUERY_PITCH, d = i % QUERY_PITCH;
-      const float* q = query_row(0, row);
-      const float* r = PROBE ? static_cast<const float*>(probe_row(0, row)) : nullptr;
-      to[i] = q && d < HEAD_DIM ? q[d] : 0.f;
-      to[ROWS * QUERY_PITCH + i] = r && d < HEAD_DIM ? r[d] : 0.f;
-    }
-    __syncthreads();
-  }
+  __device__ void load(const Element* from, int) { queries = from; }
 
   __device__ void scores(const char* keys, int lane, float (&c)[HEADS][TILES][4]) const {
     const float4* low = reinterpret_cast<const float4*>(keys + lane / 4 * PITCH);
@@ -31,7 +19,7 @@ struct FloatTile {
       float(&s)[4] = c[0][n];
       s[0] = s[1] = s[2] = s[3] = 0;
       const float4* q = reinterpret_cast<const float4*>(queries + (n * 4 + lane % 4) * QUERY_PITCH);
-      const float4* r = q + ROWS * QUERY_PITCH / 4;
+      const float4* r = q + QUERY_ARRAY / 4;
 #pragma unroll 4
       for (int d = 0; d < KEY_COLUMNS / 4; d++) {
         const float4 a = low[d], b = high[d], x = q[d];

@@ -12,56 +12,40 @@
 
 struct HalfTile {
   static constexpr int DEPTHS = KEY_COLUMNS / 16;
-  unsigned q[HEADS][TILES][DEPTHS][2];
-  // What a float32 probe is more than its rounding; columns of queries are 0.
-  unsigned rest[PROBE == 2 ? HEADS : 1][PROBE == 2 ? TILES : 1][PROBE == 2 ? DEPTHS : 1][2];
+  // Operands of many rows would crowd the accumulators out of the registers; they are read again for every step.
+  static constexpr bool KEPT = HEADS * TILES * DEPTHS <= 8;
+  static constexpr int PARTS = PROBE == 2 ? 2 : 1;  // a float32 probe, and what it is more than its rounding
+  unsigned operand[PARTS][KEPT ? HEADS : 1][KEPT ? TILES : 1][KEPT ? DEPTHS : 2][2];
+  unsigned address;  // of this lane's row in a matrix load of operands
 
   // The channel that accumulator `i` of a lane belongs to.
   __device__ static int channel(int i, int g) { return i / 2 * 16 + i % 2 * 8 + g; }
   // Whether accumulator `i` of all lanes lies within `count` channels from `from`, both multiples of 16.
   __device__ static constexpr bool within(int i, int from, int count) { return i / 2 * 16 >= from && i / 2 * 16 < from + count; }
 
-  // query_row(head, row) and probe_row give the row's address, or null where the block has no such row.
-  template <class Queries, class Probes>
-  __device__ void load(char*, int lane, Queries query_row, Probes probe_row) {
-    const int column = lane / 4, t = lane % 4;
+  __device__ void load(const Element* queries, int lane) {
+    // Column 2 i of the second operand is query i, column 2 i + 1 its probe; two steps of 16 channels a load.
+    const int column = lane % 8;
+    address = shared_address(queries + column % 2 * QUERY_ARRAY + column / 2 * QUERY_PITCH + lane / 8 * 8);
+    if constexpr (!KEPT) return;
 #pragma unroll
-    for (int h = 0; h < HEADS; h++)
+    for (int part = 0; part < PARTS; part++)
 #pragma unroll
-      for (int n = 0; n < TILES; n++) {
-        const int row = n * 4 + column / 2;
-        const half_bits* from = column % 2 == 0 ? query_row(h, row) : nullptr;
-        const void* probe = PROBE && column % 2 ? probe_row(h, row) : nullptr;
-        if (PROBE == 1) from = column % 2 ? static_cast<const half_bits*>(probe) : from;
+      for (int h = 0; h < HEADS; h++)
 #pragma unroll
-        for (int d = 0; d < DEPTHS; d++)
+        for (int n = 0; n < TILES; n++)
 #pragma unroll
-          for (int part = 0; part < 2; part++) {
-            const int at = d * 16 + part * 8 + 2 * t;
-            if constexpr (PAIRED && PROBE != 2 && KEY_COLUMNS == HEAD_DIM) {
-              q[h][n][d][part] = from ? *reinterpret_cast<const unsigned*>(from + at) : 0;
-              continue;
-            }
-            half_bits x[2], low[2];
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-              const bool there = KEY_COLUMNS == HEAD_DIM || at + e < HEAD_DIM;
-              x[e] = there && from ? from[at + e] : half_bits(0);
-              low[e] = 0;
-              if constexpr (PROBE == 2) {
-                if (there && probe) {
-                  const float r = static_cast<const float*>(probe)[at + e];
-                  x[e] = narrow<BFLOAT>(r);
-                  const float difference = r - widen<BFLOAT>(x[e]);
-                  // Infinity less itself is no number, and is in x already.
-                  low[e] = difference == difference ? narrow<BFLOAT>(difference) : half_bits(0);
-                }
-              }
-            }
-            q[h][n][d][part] = x[0] | static_cast<unsigned>(x[1]) << 16;
-            if constexpr (PROBE == 2) rest[h][n][d][part] = low[0] | static_cast<unsigned>(low[1]) << 16;
-          }
-      }
+          for (int d = 0; d < DEPTHS; d += 2) read(part, h, n, d, lane, operand[part][h][n] + d);
+  }
+
+  // The operands of the 16 channels from 16 d and of the 16 after them.
+  __device__ void read(int part, int h, int n, int d, int lane, unsigned (*to)[2]) const {
+    unsigned a[4];
+    load_matrices(a, address + ((h * ROWS + n * 4) * QUERY_PITCH + d * 16 + part * QUERY_ARRAY) * 2);
+    // Without a probe the odd columns are nothing; the rest of a probe has no even ones.
+    const bool odd = lane / 4 % 2, used = part ? odd : PROBE || !odd;
+    to[0][0] = used ? a[0] : 0, to[0][1] = used ? a[1] : 0;
+    if (d + 1 < DEPTHS) to[1][0] = used ? a[2] : 0, to[1][1] = used ? a[3] : 0;
   }
 
   __device__ void scores(const char* keys, int lane, float (&c)[HEADS][TILES][4]) const {
@@ -73,15 +57,24 @@ struct HalfTile {
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
 #pragma unroll
-      for (int d = 0; d < DEPTHS; d++) {
-        unsigned a[4];
-        load_matrices(a, row.at(h * DEPTHS + d));
+      for (int d = 0; d < DEPTHS; d += 2) {
+        unsigned a[2][4];
+        load_matrices(a[0], row.at(h * DEPTHS + d));
+        if (d + 1 < DEPTHS) load_matrices(a[1], row.at(h * DEPTHS + d + 1));
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-          float(&s)[4] = c[h][n];
-          multiply_add<BFLOAT>(s[0], s[1], s[2], s[3], a, q[h][n][d][0], q[h][n][d][1]);
-          if constexpr (PROBE == 2) multiply_add<BFLOAT>(s[0], s[1], s[2], s[3], a, rest[h][n][d][0], rest[h][n][d][1]);
-        }
+        for (int part = 0; part < PARTS; part++)
+#pragma unroll
+          for (int n = 0; n < TILES; n++) {
+            unsigned again[2][2];
+            if constexpr (!KEPT) read(part, h, n, d, lane, again);
+            float(&s)[4] = c[h][n];
+#pragma unroll
+            for (int e = 0; e < 2; e++) {
+              if (d + e >= DEPTHS) continue;
+              const unsigned* b = KEPT ? operand[part][h][n][d + e] : again[e];
+              multiply_add<BFLOAT>(s[0], s[1], s[2], s[3], a[e], b[0], b[1]);
+            }
+          }
       }
   }
 

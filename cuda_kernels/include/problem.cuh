@@ -16,7 +16,7 @@ struct Problem {
   int batch, q_len, kv_len, q_heads, kv_heads;
   int sequences, num_pages, window, causal;
   int cu_seqlens_wide, cache_seqlens_wide, cache_leftpad_wide, page_table_wide;
-  int row_blocks, split_steps;
+  int row_blocks, split_steps, share, surplus;
   float scale, scale_log2;
 };
 

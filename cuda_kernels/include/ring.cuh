@@ -27,7 +27,7 @@ struct Ring {
   Item item;  // of the step that is copied next
   int step, end;
   bool values_next;
-  long long outer;  // batch row or page, and position in it, of this lane's box or row; -1: none, -2: no such page
+  long long outer;  // batch row or page, and position in it, of the step or of this lane's row; -1: none, -2: no such page
   int place;
 
   __device__ void start(const Problem& p, const Maps* tensor_maps, char* shared, const Item& first, int begin, int end_of_range) {
@@ -39,6 +39,7 @@ struct Ring {
     slot = 0, parity = 0, written = false;
     item = first, step = begin + warp, end = end_of_range, values_next = false;
     if constexpr (BOXES) {
+      if (lane == 0) prefetch_map(maps->k), prefetch_map(maps->v);
       if (lane < SLOTS) mbarrier_init(barriers + lane * 8, 1);
       fence_mbarrier_init();
     } else {
@@ -76,12 +77,12 @@ struct Ring {
     outer = -1;
     if (step >= end) return;
     advance(p, item, step);
-    const int position = item.position(step) + (BOXES ? lane * BOX : lane);
-    if (lane >= (BOXES ? STEP / BOX : STEP) || position >= item.keys.end) return;
+    const int position = item.position(step) + (BOXES ? 0 : lane);
+    if (lane >= (BOXES ? 32 : STEP) || position >= item.keys.end) return;
     outer = item.batch, place = position;
     if constexpr (PAGED) {
-      const long long at = item.batch * p.page_table_stride[0] + position / PAGE_SIZE * p.page_table_stride[1];
-      outer = index_at(p.page_table, at, p.page_table_wide), place = position % PAGE_SIZE;
+      const long long at = item.batch * p.page_table_stride[0] + position / PAGE * p.page_table_stride[1];
+      outer = index_at(p.page_table, at, p.page_table_wide), place = position % PAGE;
       if (outer < 0 || outer >= p.num_pages) outer = -2;
     }
   }
@@ -94,7 +95,7 @@ struct Ring {
       } else {
         const Element* from = nullptr;
         if (outer >= 0) {
-          const int head = item.inner / p.row_blocks * HEADS;
+          const int head = item.unit * HEADS;
           from = static_cast<const Element*>(values_next ? p.v : p.k);
           const long long(&stride)[3] = values_next ? p.v_stride : p.k_stride;
           from += outer * stride[0] + place * stride[1] + head * stride[2];
@@ -113,22 +114,28 @@ struct Ring {
   // A key of NaN makes every row that sees it NaN: so do those of a page that does not exist.
   __device__ static Element absent() { return FLOAT ? Element(quiet_nan()) : Element(0x7fff); }
 
+  // By one lane, the same for the whole warp.
   __device__ void copy_boxes(const Problem& p, char* to, unsigned barrier) {
-    const int bytes = values_next ? VALUE_BYTES : KEY_BYTES;
+    const int bytes = BOX * (values_next ? VALUE_BYTES : KEY_BYTES);
     if (PAGED && outer == -2) {
-      for (int i = 0; i < BOX; i++) *reinterpret_cast<Element*>(to + place_of<KEY_BYTES>(lane * BOX + i, 0)) = absent();
+      if (lane < STEP) *reinterpret_cast<Element*>(to + place_of<KEY_BYTES>(lane, 0)) = absent();
       written = true;
     }
-    if (__any_sync(~0u, written)) {
+    if (written) {
       fence_async_proxy();
+      __syncwarp();
       written = false;
     }
-    const unsigned copied = __ballot_sync(~0u, outer >= 0);
-    if (lane == 0) mbarrier_arrive_expect(barrier, __popc(copied) * BOX * bytes);
-    __syncwarp();
-    if (outer >= 0)
-      box_copy(shared_address(to) + lane * BOX * bytes, values_next ? maps->v : maps->k, 0, place, 0,
-               item.inner / p.row_blocks, int(outer), barrier);
+    if (lane == 0) {
+      // The second box of a last step may hold nothing.
+      const bool both = BOX < STEP && item.position(step) + BOX < item.keys.end;
+      mbarrier_arrive_expect(barrier, outer >= 0 ? (both ? 2 * bytes : bytes) : 0);
+      if (outer >= 0) {
+        const TensorMap& map = values_next ? maps->v : maps->k;
+        box_copy(shared_address(to), map, 0, place, 0, item.unit, int(outer), barrier);
+        if (both) box_copy(shared_address(to) + bytes, map, 0, place + BOX, 0, item.unit, int(outer), barrier);
+      }
+    }
   }
 
   template <int COLUMNS>
