@@ -266,7 +266,8 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   ring.start(p, maps, shared, item, schedule.begin, schedule.end);
   if constexpr (GRID == 0) finish_empty_batches(p);
   Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
-  if constexpr (RECORDS < HEADS * ROWS) {
+  // Rows and columns that no query is written to are read all the same.
+  if constexpr (RECORDS < HEADS * ROWS || HEAD_DIM < KEY_COLUMNS) {
     Queries::clear(query_place);
     __syncthreads();
   }
@@ -382,6 +383,10 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
       hand_over(shared, a, lane, from);
       __syncthreads();
+      if (from == 0) {
+        weigh_warps(shared);
+        __syncthreads();
+      }
       if constexpr (CLUSTER > 1) {
         merge_warps(shared, from, [&](int number, int channel, const RowState<1>& state) {
           reinterpret_cast<float2*>(shared + RESULT_AT + RECORDS * 16)[number * VALUE_DIM + channel] = make_float2(state.O1[0], state.O2[0]);

@@ -87,8 +87,8 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
                                             PartAt part_at) {
   // A thread merges WIDTH channels of a row over every TEAMS-th part: the latency of the second-level cache is all
   // there is to wait for, and should be waited for once.
-  constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH, UNROLL = 8;
-  constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4);
+  constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
+  constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4), UNROLL = TEAMS == 1 ? 8 : 4;
   const int team = TEAMS == 1 ? 0 : threadIdx.x / UNITS;
 #pragma unroll 1
   for (int first = 0; first < UNITS * TEAMS; first += THREADS) {
@@ -144,27 +144,50 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
   if constexpr (!SINGLE) __syncthreads();  // before the shared memory is used again
 }
 
-// The states that the warps left in shared memory become one, of which write(record number, channel, state) gets
-// `count` channels of every row from channel `from` on; `part` of the channels lie in the exchange.
+// Puts the weight and the shift of every warp's state towards that of the block into shared memory, and the block's
+// statistics.
+__device__ __forceinline__ void weigh_warps(char* shared) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = 0; first < RECORDS * WARPS; first += THREADS) {
+    const int i = first + threadIdx.x, record = i / WARPS, warp = i % WARPS;
+    Statistics x = Statistics::none();
+    if (record < RECORDS) x = Statistics::of(reinterpret_cast<const float4*>(shared + STATISTICS_AT)[warp * RECORDS + record]);
+    Statistics total = {x.saw_nothing() ? minus_infinity() : x.m, 0, 0, 0};
+    const unsigned peers = ((1u << WARPS) - 1) << (lane / WARPS * WARPS), seen = __ballot_sync(~0u, !x.saw_nothing()) & peers;
+    // The first state that saw a key gives the shift, all others move to it.
+    total.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
+#pragma unroll
+    for (int mask = 1; mask < WARPS; mask *= 2) total.m = fmaxf(total.m, __shfl_xor_sync(~0u, total.m, mask));
+    const float factor = x.saw_nothing() ? 0.f : weight(x.m, total.m), step = x.saw_nothing() ? 0.f : x.t0 - total.t0;
+    if (!x.saw_nothing()) total.d1 = factor * x.d1, total.d2 = factor * (x.d2 + step * x.d1);
+#pragma unroll
+    for (int mask = 1; mask < WARPS; mask *= 2)
+      total.d1 += __shfl_xor_sync(~0u, total.d1, mask), total.d2 += __shfl_xor_sync(~0u, total.d2, mask);
+    if (record >= RECORDS) continue;
+    reinterpret_cast<float2*>(shared + FACTORS_AT)[i] = make_float2(factor, step);
+    if (warp == 0) reinterpret_cast<float4*>(shared + TOTALS_AT)[record] = total.packed();
+  }
+}
+
+// The sums that the warps left in the exchange become one, of which write(record number, channel, state) gets every
+// row's channels from `from` on.
 template <class Write>
-__device__ __forceinline__ void merge_warps(char* shared, int from, Write write) {
-  const float4* statistics = reinterpret_cast<const float4*>(shared + STATISTICS_AT);
+__device__ __forceinline__ void merge_warps(const char* shared, int from, Write write) {
 #pragma unroll 1
   for (int i = threadIdx.x; i < RECORDS * EXCHANGE_CHANNELS; i += THREADS) {
     // The rows of a channel follow one another, as the lanes that wrote them do.
-    const int number = i / (EXCHANGE_CHANNELS * QUERIES) * QUERIES + i % QUERIES, place = i / QUERIES % EXCHANGE_CHANNELS;
-    const int channel = from + place;
+    const int number = i / (EXCHANGE_CHANNELS * QUERIES) * QUERIES + i % QUERIES, channel = from + i / QUERIES % EXCHANGE_CHANNELS;
     if (channel >= VALUE_DIM) continue;
-    Statistics x[WARPS];
-    float2 sums[WARPS][1];
+    RowState<1> state;
+    state.s = Statistics::of(reinterpret_cast<const float4*>(shared + TOTALS_AT)[number]);
+    state.O1[0] = state.O2[0] = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-      x[w] = Statistics::of(statistics[w * RECORDS + number]);
-      sums[w][0] = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH)[i];
+      const float2 sums = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH)[i];
+      const float2 factor = reinterpret_cast<const float2*>(shared + FACTORS_AT)[number * WARPS + w];
+      state.O1[0] += factor.x * sums.x, state.O2[0] += factor.x * (sums.y + factor.y * sums.x);
     }
-    RowState<1> state;
-    state.clear();
-    state.add(x, sums);
     write(number, channel, state);
   }
 }

@@ -5,28 +5,28 @@
 #include "rows.cuh"
 
 struct Queries {
-  static constexpr int ARRAYS = PROBE ? 2 : 1;
-  static constexpr int ELEMENTS = ARRAYS * RECORDS * KEY_COLUMNS;
-  static constexpr int EACH = (ELEMENTS + THREADS - 1) / THREADS;
-  unsigned bits[EACH];
+  // Pieces of a row: vectors of 16 bytes, or single elements.
+  static constexpr int PIECE = VECTORS ? 16 / int(sizeof(Element)) : 1, PROBE_PIECE = PROBE == 2 && VECTORS ? 4 : PIECE;
+  static constexpr int OF_QUERIES = RECORDS * HEAD_DIM / PIECE, OF_PROBES = PROBE ? RECORDS * HEAD_DIM / PROBE_PIECE : 0;
+  static constexpr int EACH = (OF_QUERIES + OF_PROBES + THREADS - 1) / THREADS;
+  uint4 pieces[EACH];
 
   __device__ void fetch(const Problem& p, const Rows& rows) {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-      const int element = threadIdx.x + i * THREADS, d = element % KEY_COLUMNS, number = element / KEY_COLUMNS;
-      const Record record(number % RECORDS);
-      bits[i] = 0;
-      if (element >= ELEMENTS || record.row >= rows.count || d >= HEAD_DIM) continue;
-      if (number < RECORDS)
-        bits[i] = raw(rows.at<const Element>(p.q, p.q_stride, record.h, record.row) + d);
-      else if (PROBE == 2)
-        bits[i] = raw(rows.at<const float>(p.r, p.r_stride, record.h, record.row) + d);
-      else
-        bits[i] = raw(rows.at<const Element>(p.r, p.r_stride, record.h, record.row) + d);
+      const Piece x(threadIdx.x + i * THREADS);
+      pieces[i] = make_uint4(0, 0, 0, 0);
+      if (!x.exists || x.record.row >= rows.count) continue;
+      if (!x.probe)
+        pieces[i] = load(rows.at<const Element>(p.q, p.q_stride, x.record.h, x.record.row) + x.column);
+      else if constexpr (PROBE == 2)
+        pieces[i] = load(rows.at<const float>(p.r, p.r_stride, x.record.h, x.record.row) + x.column);
+      else if constexpr (PROBE == 1)
+        pieces[i] = load(rows.at<const Element>(p.r, p.r_stride, x.record.h, x.record.row) + x.column);
     }
   }
 
-  // Clears what no record is written to, once.
+  // Clears what no piece is written to, once.
   __device__ static void clear(Element* to) {
     for (int i = threadIdx.x; i < (1 + PROBE) * QUERY_ARRAY; i += THREADS) to[i] = 0;
   }
@@ -35,24 +35,49 @@ struct Queries {
   __device__ void deposit(Element* to) const {
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-      const int element = threadIdx.x + i * THREADS, d = element % KEY_COLUMNS, number = element / KEY_COLUMNS;
-      if (element >= ELEMENTS) continue;
-      const Record record(number % RECORDS);
-      Element* place = to + number / RECORDS * QUERY_ARRAY + (record.h * ROWS + record.row) * QUERY_PITCH + d;
-      if constexpr (FLOAT) {
-        *place = __uint_as_float(bits[i]);
-      } else if (PROBE == 2 && number >= RECORDS) {
-        const float r = __uint_as_float(bits[i]);
-        *place = narrow<BFLOAT>(r);
-        const float rest = r - widen<BFLOAT>(*place);
-        // Infinity less itself is no number, and is in the rounding already.
-        place[QUERY_ARRAY] = rest == rest ? narrow<BFLOAT>(rest) : half_bits(0);
-      } else
-        *place = static_cast<half_bits>(bits[i]);
+      const Piece x(threadIdx.x + i * THREADS);
+      if (!x.exists) continue;
+      Element* place = to + x.probe * QUERY_ARRAY + (x.record.h * ROWS + x.record.row) * QUERY_PITCH + x.column;
+      const unsigned bits[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
+      if (PROBE == 2 && x.probe) {
+        if constexpr (!FLOAT) {
+#pragma unroll
+          for (int e = 0; e < PROBE_PIECE; e++) {
+            const float r = __uint_as_float(bits[e]);
+            place[e] = narrow<BFLOAT>(r);
+            const float rest = r - widen<BFLOAT>(place[e]);
+            // Infinity less itself is no number, and is in the rounding already.
+            place[QUERY_ARRAY + e] = rest == rest ? narrow<BFLOAT>(rest) : half_bits(0);
+          }
+        }
+      } else if constexpr (VECTORS)
+        *reinterpret_cast<uint4*>(place) = pieces[i];
+      else if constexpr (FLOAT)
+        *place = __uint_as_float(bits[0]);
+      else
+        *place = static_cast<half_bits>(bits[0]);
     }
   }
 
  private:
-  __device__ static unsigned raw(const half_bits* x) { return __ldg(x); }
-  __device__ static unsigned raw(const float* x) { return __float_as_uint(__ldg(x)); }
+  struct Piece {
+    bool exists, probe;
+    int column;
+    Record record;
+    __device__ explicit Piece(int number)
+        : exists(number < OF_QUERIES + OF_PROBES),
+          probe(number >= OF_QUERIES),
+          column(probe ? (number - OF_QUERIES) % (HEAD_DIM / PROBE_PIECE) * PROBE_PIECE : number % (HEAD_DIM / PIECE) * PIECE),
+          record(probe ? (number - OF_QUERIES) / (HEAD_DIM / PROBE_PIECE) : number / (HEAD_DIM / PIECE)) {}
+  };
+
+  template <class T>
+  __device__ static uint4 load(const T* from) {
+    if constexpr (VECTORS)
+      return __ldg(reinterpret_cast<const uint4*>(from));
+    else if constexpr (sizeof(T) == 4)
+      return make_uint4(__float_as_uint(__ldg(from)), 0, 0, 0);
+    else
+      return make_uint4(__ldg(from), 0, 0, 0);
+  }
 };

@@ -18,6 +18,7 @@
 //   PACKED       1: sequences are packed between cu_seqlens
 //   VARIED       1: rows of an item may see different keys
 //   PAGE_SIZE    positions of a page, 0 where the caches are not paged
+//   VECTORS      1: rows of q and r are whole vectors of 16 aligned bytes
 //   BOX          keys that the copy engine brings at a time, 8 or 16
 // and from the kernel: BOXES 1 where the copy engine brings the keys, ALIGNED 1 where 16 bytes can be copied at a time.
 
@@ -69,11 +70,14 @@ constexpr int RING_AT = 0;
 constexpr int EXCHANGE_AT = SINGLE ? RING_AT : RING_AT + WARPS * RING_BYTES;
 constexpr int EXCHANGE_PITCH = SINGLE ? RING_BYTES : RECORDS * EXCHANGE_CHANNELS * 8;  // of a warp
 constexpr int STATISTICS_AT = SINGLE ? WARPS * RING_BYTES : EXCHANGE_AT + WARPS * EXCHANGE_PITCH;
-constexpr int RESULT_AT = STATISTICS_AT + WARPS * RECORDS * 16;
+constexpr int FACTORS_AT = STATISTICS_AT + WARPS * RECORDS * 16;
+constexpr int TOTALS_AT = FACTORS_AT + round_up(WARPS * RECORDS * 8, 16);
+constexpr int RESULT_AT = TOTALS_AT + RECORDS * 16;
 constexpr int QUERIES_AT = RESULT_AT + (CLUSTER > 1 ? RECORDS * (16 + 8 * VALUE_DIM) : 0);
 constexpr int BARRIERS_AT = QUERIES_AT + (1 + PROBE) * QUERY_ARRAY * int(sizeof(Element));
 constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * SLOTS * 8;
 
+static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
 static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
 static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");
 static_assert(HEADS == 1 || (KEY_COLUMNS == HEAD_DIM && VALUE_COLUMNS == VALUE_DIM), "rows of several heads have no padding");
