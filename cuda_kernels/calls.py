@@ -250,19 +250,21 @@ def _prepare(operation: str, framework: Framework, arrays: Arrays, options: Opti
     copies = {n for n in _DENSE if n in described and not _dense_last_axis(described[n])}
     copies |= {n for n in _INDEX if n in described and not _contiguous(described[n])}
     copies |= {n for n in ("ridge",) if n in described and described[n].dtype != _FLOAT32}
-    pointers = {n: framework.address(getattr(arrays, n)) for n in ("k", "v")}
+    pointers = {n: framework.address(getattr(arrays, n)) for n in _DENSE if n in described}
     strides = {n: _strides(described[n]) if n in described else None for n in _DENSE}
     if strides["out"] is None:
         _, length, heads, size = shape = problem_.output_shape
         dense = length * heads * size, heads * size, size, 1
         strides["out"] = _strides(Description(shape, dense, problem_.dtype))
-    aligned = all(
-        pointers[n] % ALIGNMENT == 0 and all(s * problem_.dtype.itemsize % ALIGNMENT == 0 for s in strides[n])
-        for n in ("k", "v")
-    )
+
+    def is_aligned(name: str) -> bool:
+        size = described[name].dtype.itemsize
+        return not any(n % ALIGNMENT for n in (pointers[name], *(s * size for s in strides[name])))
+
     layout = Layout(
         device=device, capability=found.capability, multiprocessors=found.multiprocessors, **strides,
-        aligned=aligned,
+        aligned=is_aligned("k") and is_aligned("v"),
+        aligned_queries=all(is_aligned(n) for n in ("q", "r") if n in described),
         index_bits={n: 8 * described[n].dtype.itemsize for n in _INDEX if n in described},
         return_state=return_state, split_size=problem.checked_split_size(options.split_size),
         num_pages=described["k"].shape[0] if "page_table" in described else None,
@@ -275,9 +277,9 @@ def _plan(operation: str, problem_: Problem, layout: Layout, options: Options, r
         from . import lla_decode
 
         return lla_decode.plan(problem_, layout, ridge, options.solver)
-    from . import decode
+    from . import attend
 
-    return decode.plan(problem_, layout)
+    return attend.plan(problem_, layout)
 
 
 def _describe(operation: str, described: dict[str, Any], options: Options) -> Problem:

@@ -315,6 +315,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     const bool alike = by_all.first == by_any.first && by_all.end == by_any.end;
 
     a.clear();
+    if constexpr (PINNED) step = begin + warp;
 #pragma unroll 1
     for (; step < end; step += WARPS) {
       const int key = item.position(step);

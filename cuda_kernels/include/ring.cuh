@@ -26,6 +26,7 @@ struct Ring {
 
   Item item;  // of the step that is copied next
   int step, end;
+  int split_end;  // of the steps that stay together, where ranges are pinned
   bool values_next;
   long long outer;  // batch row or page, and position in it, of the step or of this lane's row; -1: none, -2: no such page
   int place;
@@ -38,6 +39,8 @@ struct Ring {
     barriers = shared_address(shared + BARRIERS_AT) + warp * SLOTS * 8;
     slot = 0, parity = 0, written = false;
     item = first, step = begin + warp, end = end_of_range, values_next = false;
+    split_end = PINNED ? begin + p.split_steps : 0;
+    deal(p);
     if constexpr (BOXES) {
       if (lane == 0) prefetch_map(maps->k), prefetch_map(maps->v);
       if (lane < SLOTS) mbarrier_init(barriers + lane * 8, 1);
@@ -72,6 +75,11 @@ struct Ring {
   }
 
  private:
+  // Every split deals its steps to the warps anew, so that they do not depend on where it lies.
+  __device__ void deal(const Problem& p) {
+    while (PINNED && step >= split_end && split_end < end) step = split_end + threadIdx.x / 32, split_end += p.split_steps;
+  }
+
   // Where this lane's box or row of the step lies.
   __device__ void find_place(const Problem& p) {
     outer = -1;
@@ -105,7 +113,7 @@ struct Ring {
         else
           copy_rows<HEAD_DIM>(to, from);
       }
-      if (values_next) step += WARPS, find_place(p);
+      if (values_next) step += WARPS, deal(p), find_place(p);
       values_next = !values_next;
     }
     if constexpr (!BOXES) copy_commit();

@@ -18,6 +18,7 @@
 //   PACKED       1: sequences are packed between cu_seqlens
 //   VARIED       1: rows of an item may see different keys
 //   PAGE_SIZE    positions of a page, 0 where the caches are not paged
+//   SHARED       bytes of shared memory that the launcher asks for
 //   VECTORS      1: rows of q and r are whole vectors of 16 aligned bytes
 //   BOX          keys that the copy engine brings at a time, 8 or 16
 // and from the kernel: BOXES 1 where the copy engine brings the keys, ALIGNED 1 where 16 bytes can be copied at a time.
@@ -32,7 +33,7 @@ constexpr int STEP = 16;  // keys that a warp takes at a time
 constexpr bool WHOLE = GRID == 2;
 constexpr bool SINGLE = GRID != 0;  // whether a block has one item alone
 
-constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+__host__ __device__ constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 template <bool F>
 struct ElementOf {
@@ -68,7 +69,7 @@ constexpr int HANDED = SINGLE ? RING_BYTES / (8 * RECORDS) / 32 * 32 : (RECORDS 
 constexpr int EXCHANGE_CHANNELS = HANDED < round_up(VALUE_COLUMNS, 32) ? HANDED : round_up(VALUE_COLUMNS, 32);
 constexpr int RING_AT = 0;
 constexpr int EXCHANGE_AT = SINGLE ? RING_AT : RING_AT + WARPS * RING_BYTES;
-constexpr int EXCHANGE_PITCH = SINGLE ? RING_BYTES : RECORDS * EXCHANGE_CHANNELS * 8;  // of a warp
+constexpr int EXCHANGE_PITCH = SINGLE ? RING_BYTES : (RECORDS * EXCHANGE_CHANNELS > 128 ? RECORDS * EXCHANGE_CHANNELS * 8 : 1024);  // of a warp
 constexpr int STATISTICS_AT = SINGLE ? WARPS * RING_BYTES : EXCHANGE_AT + WARPS * EXCHANGE_PITCH;
 constexpr int FACTORS_AT = STATISTICS_AT + WARPS * RECORDS * 16;
 constexpr int TOTALS_AT = FACTORS_AT + round_up(WARPS * RECORDS * 8, 16);
@@ -77,6 +78,7 @@ constexpr int QUERIES_AT = RESULT_AT + (CLUSTER > 1 ? RECORDS * (16 + 8 * VALUE_
 constexpr int BARRIERS_AT = QUERIES_AT + (1 + PROBE) * QUERY_ARRAY * int(sizeof(Element));
 constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * SLOTS * 8;
 
+static_assert(SHARED_BYTES == SHARED, "the launcher counts shared memory otherwise");
 static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
 static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
 static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");

@@ -1,0 +1,113 @@
+"""Softmax and Parallax attention on an NVIDIA GPU: a checked problem to a plan, a plan to launches."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+
+import numpy as np
+from cupy.cuda import driver
+
+from parallax_core.problem import Problem
+
+from . import compiler, heuristics, tensor_map, workspace
+from .heuristics import Shape
+from .layout import Layout
+from .parameters import PACK_POINTERS, PROBLEM
+
+MOST_MAPS = 256
+"""Pairs of caches of one plan whose tensor maps are kept."""
+
+
+def plan(problem: Problem, layout: Layout) -> Plan:
+    """Choose a kernel for a call that has keys and an output, compile it where that is new, and prepare launches.
+
+    Index arrays of the problem are described, not read. Raises CompilationError and BackendUnavailableError as
+    :mod:`compiler` does.
+    """
+    shape = heuristics.choose(problem, layout)
+    kernel = compiler.kernel(shape.source, "attend_kernel", shape.defines, layout.device)
+    kernel.set_shared_memory(shape.shared_bytes)
+    return Plan(problem, layout, shape, kernel)
+
+
+class Plan:
+    """A prepared call for arrays of one layout at any addresses; launches may come from several threads."""
+
+    def __init__(self, problem: Problem, layout: Layout, shape: Shape, kernel: compiler.Kernel):
+        self.shape = shape
+        self._kernel, self._device, self._function = kernel, layout.device, kernel.function
+        self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
+        self._partial_bytes, self._counters = 4 * shape.parts * shape.part_floats, shape.counters
+        self._lock = threading.Lock()
+        self._record = _record(problem, layout, shape)
+        self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
+        self._arguments_address = self._arguments.ctypes.data
+        self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
+        self._maps: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._problem, self._layout = problem, layout
+
+    def launch(
+        self, stream, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table, m, d1, d2, O1, O2, t0
+    ) -> None:  # fmt: skip
+        """Launch on a stream of the current device; all arguments are addresses, 0 where there is no array."""
+        partials = counters = 0
+        if self._counters:
+            partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
+        # The driver copies the arguments before it returns.
+        with self._lock:
+            PACK_POINTERS.pack_into(
+                self._bytes, 0, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
+                m, d1, d2, O1, O2, t0, partials, counters,
+            )  # fmt: skip
+            if self.shape.boxes:
+                self._arguments[1] = self._map_address(k, v)
+            driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)
+
+    def _map_address(self, k: int, v: int) -> int:
+        key = k, v
+        maps = self._maps.get(key)
+        if maps is None:
+            maps = self._encode(k, v)
+            if len(self._maps) >= MOST_MAPS:
+                self._maps.popitem(last=False)
+            self._maps[key] = maps
+        return maps[1]
+
+    def _encode(self, k: int, v: int) -> tuple[np.ndarray, int]:
+        problem, layout, heads = self._problem, self._layout, self.shape.heads
+        outer, length = (problem.batch, problem.kv_len)
+        if problem.page_size is not None:
+            outer, length = layout.num_pages, problem.page_size
+        maps = np.empty(2 * tensor_map.BYTES, np.uint8)
+        for place, (address, strides, size) in enumerate(
+            ((k, layout.k, problem.head_dim), (v, layout.v, problem.value_dim))
+        ):
+            maps[place * tensor_map.BYTES :][: tensor_map.BYTES] = tensor_map.encode(
+                address, (outer, length, problem.kv_heads // heads), strides, heads, heads * size, heuristics.BOX
+            )
+        return maps, maps.ctypes.data
+
+
+def _record(problem: Problem, layout: Layout, shape: Shape) -> np.ndarray:
+    """The kernel's argument, all but the addresses."""
+    record = np.zeros(1, PROBLEM)
+    fields = dict(
+        q_stride=layout.q, k_stride=layout.k, v_stride=layout.v, out_stride=layout.out,
+        cu_seqlens_stride=1, cache_seqlens_stride=1, cache_leftpad_stride=1,
+        batch=problem.batch, q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads,
+        kv_heads=problem.kv_heads, window=problem.window_size or 0, causal=problem.causal,
+        row_blocks=shape.row_blocks, split_steps=shape.split_steps, share=shape.share, surplus=shape.surplus,
+        scale=problem.scale, scale_log2=problem.scale * math.log2(math.e),
+    )  # fmt: skip
+    if layout.r is not None:
+        fields["r_stride"] = layout.r
+    if problem.cu_seqlens is not None:
+        fields["sequences"] = problem.cu_seqlens.shape[0] - 1
+    if problem.page_table is not None:
+        fields |= dict(page_table_stride=(problem.page_table.shape[1], 1), num_pages=layout.num_pages)
+    fields |= {f"{name}_wide": bits == 64 for name, bits in layout.index_bits.items()}
+    for name, value in fields.items():
+        record[name] = value
+    return record

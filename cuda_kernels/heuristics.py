@@ -1,0 +1,265 @@
+"""Which kernel runs a call of softmax or Parallax attention, in what shape: no CUDA needed to read or test it.
+
+Measured on an H200 unless said otherwise; docs/gpu.md tells what was compared.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from parallax_core.problem import BFLOAT16, Problem
+
+from .layout import Layout
+
+STEP = 16
+"""Keys that a warp takes at a time."""
+MOST_SLOTS = 16
+BOX = 8
+"""Keys that the copy engine brings at a time; 16 were as fast in large calls and slower in small ones."""
+LONGEST_GRID = 65535
+"""Blocks along y and z."""
+MOST_STEPS = 2**31 - 1
+"""Steps of a launch are numbered in 32 bits."""
+
+EQUAL_RANGES, ALIKE, WHOLE = range(3)
+"""How blocks share the work; GRID in include/shape.cuh."""
+
+_PORTABLE_BYTES = 99 * 1024
+_SM90_BYTES = 227 * 1024
+_BLOCK_BYTES = 1024
+"""Shared memory that the system takes of every block, from sm_80 on."""
+_STATIC_BYTES = 64
+_ELEMENTS = {BFLOAT16: 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
+
+
+class Shape(NamedTuple):
+    """A compiled kernel and how it is launched.
+
+    source, defines: what the compiler takes. grid, cluster: blocks. shared_bytes: of a block. boxes: whether
+    the copy engine brings keys and values. parts: partial results of the workspace, of ``part_floats`` floats
+    each, and counters beside them.
+    """
+
+    source: str
+    defines: tuple[tuple[str, int], ...]
+    grid: tuple[int, int, int]
+    warps: int
+    shared_bytes: int
+    boxes: bool
+    heads: int
+    row_blocks: int
+    split_steps: int
+    share: int
+    surplus: int
+    parts: int
+    part_floats: int
+    counters: int
+
+
+def choose(problem: Problem, layout: Layout) -> Shape:
+    """The shape of a call that has an output and keys."""
+    size = problem.dtype.itemsize
+    rows = problem.q_len * problem.group_size
+    heads = _adjacent_heads(problem, layout)
+    boxes = _takes_boxes(problem, layout, heads)
+    if not boxes:
+        heads = 1
+    half = size == 2
+    channels = _round_up(problem.value_dim, 16 if half else 32) // 8
+    tiles = _tiles(rows, heads, channels, half)
+    queries = 4 if tiles > 1 or rows > 2 else rows
+    row_blocks = -(-rows // (4 * tiles))
+    items = problem.batch * (problem.kv_heads // heads) * row_blocks
+    split_steps = 0 if layout.split_size is None else layout.split_size // STEP
+    indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
+    varied = problem.causal and (problem.q_len > 1 or problem.cu_seqlens is not None)
+    steps = _steps(problem, boxes)
+    grid = _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps)
+
+    # Two blocks a multiprocessor hide each other's beginnings and ends, where their registers fit.
+    blocks = 2 if heads * tiles * channels <= 16 else 1
+    cluster, cuts = 1, 1
+    if grid == ALIKE:
+        cuts = _cuts(steps, items, 8, blocks * layout.multiprocessors)
+        # Where items are cut, fewer blocks with deeper rings leave fewer parts to merge.
+        if boxes and cuts > 1:
+            blocks = 1
+            cuts = _cuts(steps, items, 8, layout.multiprocessors)
+        cluster = _cluster(cuts, items, problem.value_dim, layout.multiprocessors) if boxes else 1
+
+    def plan(warps: int) -> tuple[int, int]:
+        """Slots of a warp's ring, and bytes of shared memory."""
+        records = heads * tiles * queries
+        fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster)
+        slot = STEP * (_row_bytes(problem, heads) + (0 if boxes else 16))
+        limit = _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
+        slots = min(MOST_SLOTS, (limit - fixed) // (warps * (slot + 8)))
+        return slots, fixed + slots * warps * (slot + 8)
+
+    warps = next(w for w in (8, 4, 2, 1) if plan(w)[0] >= 2)
+    slots, shared_bytes = plan(warps)
+
+    part_channels = problem.value_dim // cluster
+    records = heads * tiles * queries
+    grids, parts, counters = (items, 1, 1), 0, 0
+    if grid == ALIKE:
+        grids = cuts, problem.kv_heads // heads * row_blocks, problem.batch
+        if cuts > cluster:
+            parts, counters = items * cuts, items * cluster
+    elif grid == EQUAL_RANGES:
+        most = -(-items * steps // warps)
+        grids = max(1, min(blocks * layout.multiprocessors, most)), 1, 1
+        parts = items * -(-steps // split_steps) if split_steps else 2 * grids[0]
+        counters = items
+    defines = {
+        "ELEMENT": _ELEMENTS[problem.dtype],
+        "HEAD_DIM": problem.head_dim,
+        "VALUE_DIM": problem.value_dim,
+        "GROUP": problem.group_size,
+        "PROBE": 0 if problem.probe_dtype is None else 1 if problem.probe_dtype == problem.dtype else 2,
+        "HEADS": heads,
+        "TILES": tiles,
+        "QUERIES": queries,
+        "WARPS": warps,
+        "BLOCKS": blocks,
+        "SLOTS": slots,
+        "GRID": grid,
+        "PINNED": int(split_steps > 0),
+        "INDEXED": int(indexed),
+        "PACKED": int(problem.cu_seqlens is not None),
+        "VARIED": int(varied),
+        "PAGE_SIZE": problem.page_size or 0,
+        "VECTORS": int(_vectors(problem, layout)),
+        "SHARED": shared_bytes,
+    }
+    if boxes:
+        defines |= {"CLUSTER": cluster, "BOX": BOX}
+    else:
+        defines["ALIGNED"] = int(
+            layout.aligned and all(d * size % 16 == 0 for d in (problem.head_dim, problem.value_dim))
+        )
+    return Shape(
+        source="sm90/attend.cu" if boxes else "portable/attend.cu",
+        defines=tuple(defines.items()),
+        grid=grids,
+        warps=warps,
+        shared_bytes=shared_bytes,
+        boxes=boxes,
+        heads=heads,
+        row_blocks=row_blocks,
+        split_steps=split_steps,
+        share=steps // cuts,
+        surplus=steps % cuts,
+        parts=parts,
+        part_floats=records * (4 + _round_up(2 * part_channels, 4)),
+        counters=counters,
+    )
+
+
+def _adjacent_heads(problem: Problem, layout: Layout) -> int:
+    """Key heads that share a row: runs of 256 bytes are read faster than runs of 128."""
+    alike = problem.head_dim == problem.value_dim == 64 and problem.dtype.itemsize == 2
+    adjacent = layout.k[2] == layout.v[2] == 64
+    return 2 if alike and adjacent and problem.kv_heads % 2 == 0 else 1
+
+
+def _takes_boxes(problem: Problem, layout: Layout, heads: int) -> bool:
+    """Whether the copy engine can bring rows of at least 256 bytes; shorter ones go faster without it."""
+    if layout.capability < (9, 0) or problem.dtype.itemsize != 2 or not layout.aligned:
+        return False
+    if any(heads * size % 64 or heads * size < 128 for size in (problem.head_dim, problem.value_dim)):
+        return False
+    if any(stride < 0 for stride in (*layout.k, *layout.v)):
+        return False
+    return problem.page_size is None or problem.page_size % STEP == 0
+
+
+def _tiles(rows: int, heads: int, channels: int, half: bool) -> int:
+    """Groups of four query rows a block takes; as many as its registers hold accumulators for."""
+    most = max(1, (64 if half else 32) // (heads * channels))
+    return min(1 if rows <= 4 else 2 if rows <= 8 else 4, 4 if most >= 4 else 2 if most >= 2 else 1)
+
+
+def _steps(problem: Problem, boxes: bool) -> int:
+    """Steps of an item that sees all the keys that its lengths can give it."""
+    first, end = 0, problem.kv_len
+    if problem.causal and problem.window_size is not None:
+        indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
+        visible = min(end, problem.window_size + problem.q_len - 1)
+        if indexed:  # a window may begin anywhere in a step
+            return -(-visible // STEP) + 1
+        first = max(0, end - problem.q_len + 1 - problem.window_size)
+    if boxes and problem.page_size is not None:
+        first = first // STEP * STEP
+    return -(-(end - first) // STEP)
+
+
+def _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps) -> int:
+    if problem.cu_seqlens is not None:
+        return WHOLE
+    if split_steps or indexed:
+        return EQUAL_RANGES if items * _round_up(steps, max(1, split_steps)) <= MOST_STEPS else WHOLE
+    # Blocks of rows see ranges of their own, which only a block that has them to itself keeps to.
+    if row_blocks > 1 and problem.causal and items >= layout.multiprocessors:
+        return WHOLE
+    inner = problem.kv_heads // heads * row_blocks
+    return ALIKE if max(inner, problem.batch) <= LONGEST_GRID else WHOLE
+
+
+def _cuts(steps: int, items: int, warps: int, places: int) -> int:
+    """How many blocks share an item, by the time that all of them take with ``places`` of them at once.
+
+    A block costs about as much as two steps of a warp beside its steps.
+    """
+    most = max(1, min(-(-steps // warps), 8 * places // items))
+
+    def cost(cuts: int) -> float:
+        return -(-items * cuts // places) * (-(-steps // cuts) / warps + 2)
+
+    best = min(map(cost, range(1, most + 1)))
+    return next(cuts for cuts in range(1, most + 1) if cost(cuts) <= 1.001 * best)
+
+
+def _cluster(cuts: int, items: int, value_dim: int, multiprocessors: int) -> int:
+    """Blocks that merge through distributed shared memory.
+
+    Clusters of more than two leave multiprocessors of a full grid without a place, and the rest of it waits.
+    """
+    for cluster in (8, 4, 2):
+        few = items * cuts <= multiprocessors // 2 if cluster > 2 else items * cuts <= multiprocessors
+        if few and cuts % cluster == 0 and value_dim % cluster == 0:
+            return cluster
+    return 1
+
+
+def _vectors(problem: Problem, layout: Layout) -> bool:
+    sizes = [problem.dtype.itemsize] + ([] if problem.probe_dtype is None else [problem.probe_dtype.itemsize])
+    return layout.aligned_queries and all(problem.head_dim * size % 16 == 0 for size in sizes)
+
+
+def _row_bytes(problem: Problem, heads: int) -> int:
+    half = problem.dtype.itemsize == 2
+    columns = max(_round_up(problem.head_dim, 16 if half else 4), _round_up(problem.value_dim, 16 if half else 32))
+    return heads * columns * problem.dtype.itemsize
+
+
+def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster) -> int:
+    """Shared memory beside the rings and their barriers; include/shape.cuh lays it out."""
+    size = problem.dtype.itemsize
+    columns = _round_up(problem.head_dim, 16 if size == 2 else 4)
+    array = _round_up(heads * 4 * tiles * (columns + 16 // size) - 64 // size, 128 // size) + 64 // size
+    probe = 0 if problem.probe_dtype is None else 1 if problem.probe_dtype == problem.dtype else 2
+    total = warps * records * 16 + _round_up(warps * records * 8, 16) + records * 16 + (1 + probe) * array * size
+    if grid == EQUAL_RANGES:
+        value_columns = _round_up(problem.value_dim, 32)
+        handed = min(value_columns, 128 // records if records < 4 else 32)
+        total += warps * max(1024, records * handed * 8)
+    if cluster > 1:
+        total += records * (16 + 8 * problem.value_dim)
+    return total
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple
