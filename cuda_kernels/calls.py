@@ -327,7 +327,7 @@ def _attend_foreign(operation: str, arrays: Arrays, options: Options, return_sta
     present = {name: x for name, x in zip(names, arrays) if x is not None}
     device = _common_device(present)
     stream = gpu_exchange.current_stream(arrays.q, device)
-    with gpu_exchange.on(device, stream):
+    with gpu_exchange.on(device, stream, arrays):
         views = Arrays(
             *(
                 None if x is None else gpu_exchange.as_cupy(name, x, device, stream)
@@ -377,15 +377,17 @@ def _broadcast_strides(ridge: Description) -> tuple[int, ...]:
 
 
 def _dense_last_axis(x: Description) -> bool:
-    return x.shape[-1] <= 1 or x.strides[-1] == 1
+    return x.shape[-1] <= 1 or x.strides[-1] == 1 or 0 in x.shape
 
 
 def _contiguous(x: Description) -> bool:
+    if 0 in x.shape:
+        return True
     expected = 1
     for n, s in zip(reversed(x.shape), reversed(x.strides)):
         if n != 1 and s != expected:
             return False
-        expected *= max(n, 1)
+        expected *= n
     return True
 
 

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+
+from .errors import BackendUnavailableError
 
 CPU, CUDA, CUDA_HOST, CUDA_MANAGED = 1, 2, 3, 13
 _INT, _UINT, _FLOAT, _BFLOAT, _BOOL = 0, 1, 2, 4, 6
@@ -165,6 +168,38 @@ def device(name: str, x: Any) -> tuple[int, int]:
     raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
 
 
+@contextmanager
+def opened(arrays: dict[str, Any]) -> Iterator[list]:
+    """Arrays by name, all on one device, as NumPy arrays over the same memory, or CuPy arrays on a GPU.
+
+    There CuPy computes on the current stream of the first array's framework. Raises TypeError where an array
+    cannot be exchanged or is on another device than the first, BackendUnavailableError where CuPy cannot run.
+    """
+    places = {name: device(name, x) for name, x in arrays.items()}
+    first = next(iter(places))
+    for name, place in places.items():
+        if place != places[first]:
+            raise TypeError(
+                f"{name} is on {device_name(place)}; expected {device_name(places[first])}, where {first} is"
+            )
+    kind, index = places[first]
+    if kind not in (CUDA, CUDA_MANAGED):
+        yield [to_numpy(name, x) for name, x in arrays.items()]
+        return
+    from . import cuda_kernels
+
+    reason = cuda_kernels.availability()
+    if reason is not None:
+        raise BackendUnavailableError(f"{first} is on {device_name(places[first])}, and {reason}")
+    from . import gpu_exchange
+
+    stream = gpu_exchange.current_stream(arrays[first], index)
+    with gpu_exchange.on(index, stream, arrays.values()):
+        views = [gpu_exchange.as_cupy(name, x, index, stream) for name, x in arrays.items()]
+        yield views
+        gpu_exchange.hold(views, stream)
+
+
 def to_numpy(name: str, x: Any) -> np.ndarray:
     """A CPU array of any framework as a NumPy array over the same memory.
 
@@ -236,7 +271,11 @@ def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
 
 
 def hand_back(array: np.ndarray, like: Any) -> Any:
-    """A NumPy array as an array of ``like``'s framework, over the same memory."""
+    """A NumPy array, or a CuPy array on a GPU, as an array of ``like``'s framework, over the same memory."""
+    if not isinstance(array, np.ndarray):
+        from . import gpu_exchange
+
+        return gpu_exchange.hand_back(array, like)
     if isinstance(like, np.ndarray):
         return array
     if array.dtype.byteorder not in "=|" or not array.flags.c_contiguous or array.ctypes.data % ALIGNMENT:

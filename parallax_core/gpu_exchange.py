@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
@@ -206,6 +206,8 @@ def current_stream(like: Any, device: int) -> int:
 
 def as_cupy(name: str, x: Any, device: int, stream: int) -> cupy.ndarray:
     """An array of any framework on a GPU as a CuPy array over the same memory, ready on a stream."""
+    if type(x) is cupy.ndarray:
+        return x
     if hasattr(x, "__dlpack__"):
         # 0 would mean "no handshake" to some producers: the legacy default stream is number 1 there.
         tensor, read_only, capsule = exchange.imported(name, x, stream=stream or 1)
@@ -239,8 +241,10 @@ def hand_back(array: cupy.ndarray, like: Any) -> Any:
 
 
 @contextmanager
-def on(device: int, stream: int):
-    """A device and one of its streams as CuPy's current ones."""
+def on(device: int, stream: int, arrays: Iterable):
+    """A device and one of its streams as CuPy's current ones; what is CuPy's of the arrays is ready there."""
+    if any(isinstance(x, cupy.ndarray) for x in arrays):
+        _wait(stream, cupy.cuda.get_current_stream(device).ptr)
     with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
         yield
 

@@ -16,7 +16,7 @@ def solve_ridge(C: np.ndarray, b: np.ndarray, ridge: np.ndarray, solver: str, ep
     Raises SolverError where ``C + ridge I`` is not numerically positive definite.
     """
     D = C.shape[-1]
-    u = np.full(b.shape, np.nan)
+    u = np.full_like(b, np.nan, dtype=np.float64)
     finite = np.isfinite(C).all((-1, -2)) & np.isfinite(b).all(-1)
     if not finite.any():
         return u
@@ -37,15 +37,16 @@ def solve_ridge(C: np.ndarray, b: np.ndarray, ridge: np.ndarray, solver: str, ep
         )
         u[finite] = np.einsum("nij,nj->ni", vectors, coefficients)
         return u
-    shifted = C64 + lam[:, None, None] * np.eye(D)
+    shifted = C64 + lam[:, None, None] * np.eye(D, like=C64)
     try:
         factor = np.linalg.cholesky(shifted)
         pivots, entries = (np.diagonal(x, axis1=1, axis2=2) for x in (factor, shifted))
-        if (pivots**2 <= D * eps * entries).any():
+        # On a GPU a factorisation that fails leaves a pivot that is no positive number.
+        if not ((pivots > 0) & (pivots**2 > D * eps * entries)).all():
             raise np.linalg.LinAlgError("a pivot vanished by rounding")
     except np.linalg.LinAlgError as error:
         raise SolverError(
-            f"cholesky: C_kk + ridge I is not numerically positive definite at ridge {lam.min():.3g}; "
+            f"cholesky: C_kk + ridge I is not numerically positive definite at ridge {float(lam.min()):.3g}; "
             "use a larger ridge or solver='lstsq'"
         ) from error
     y = np.linalg.solve(factor, b64[..., None])

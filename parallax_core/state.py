@@ -4,6 +4,8 @@ A state is what a row of queries must remember of the keys it has seen. Two stat
 two disjoint sets of keys merge to the state of the union: tiles, splits of a cache, shards and machines all
 use this one merge. The type of a state is its kind.
 
+The formulas are written with NumPy's functions, which CuPy's arrays take over where a state is on a GPU.
+
 Source: docs/math.md, "One pass over the keys".
 """
 
@@ -29,8 +31,8 @@ class SoftmaxState(NamedTuple):
 
     def finish(self):
         """The output ``(B, Lq, Hq, Dv)``, 0 in a row that saw no key, in the state's dtype and framework."""
-        m, d1, O1 = _arrays(self)
-        return exchange.hand_back(_zero_where_empty(m, d1, _divide(O1, d1)), self.m)
+        with _opened(self) as (m, d1, O1):
+            return exchange.hand_back(_zero_where_empty(m, d1, _divide(O1, d1)), self.m)
 
     @property
     def lse(self):
@@ -54,9 +56,9 @@ class ParallaxState(NamedTuple):
 
     def finish(self):
         """The output ``(B, Lq, Hq, Dv)``, 0 in a row that saw no key, in the state's dtype and framework."""
-        m, d1, d2, O1, O2, _ = _arrays(self)
-        out = _divide(O1, d1) * (1 + _divide(d2, d1))[..., None] - _divide(O2, d1)
-        return exchange.hand_back(_zero_where_empty(m, d1, out), self.m)
+        with _opened(self) as (m, d1, d2, O1, O2, _):
+            out = _divide(O1, d1) * (1 + _divide(d2, d1))[..., None] - _divide(O2, d1)
+            return exchange.hand_back(_zero_where_empty(m, d1, out), self.m)
 
     @property
     def lse(self):
@@ -90,18 +92,18 @@ class LLAState(NamedTuple):
         ``solver``: ``cholesky``, or ``lstsq`` for the minimum-norm solution that a ridge of 0 needs.
         Raises SolverError where a system is not positive definite.
         """
-        m, d1, k0, wk, wv, wkk, wvk, q, lam = _arrays(self)
         if solver not in ("cholesky", "lstsq"):
             raise ValueError(f"solver is {solver!r}; expected 'cholesky' or 'lstsq'")
-        if solver != "lstsq" and (lam == 0).any():
-            raise ValueError(f"ridge is 0 with solver={solver!r}; a ridge of 0 needs solver='lstsq'")
-        kbar = _divide(wk, d1)
-        vbar = _divide(wv, d1)
-        C_kk = _divide(wkk, d1) - kbar[..., :, None] * kbar[..., None, :]
-        C_vk = _divide(wvk, d1) - vbar[..., :, None] * kbar[..., None, :]
-        u = solve_ridge(C_kk, (q - k0) - kbar, lam, solver, eps=np.finfo(m.dtype).eps)
-        out = vbar + np.einsum("...vk,...k->...v", C_vk, u).astype(m.dtype)
-        return exchange.hand_back(_zero_where_empty(m, d1, out), self.m)
+        with _opened(self) as (m, d1, k0, wk, wv, wkk, wvk, q, lam):
+            if solver != "lstsq" and (lam == 0).any():
+                raise ValueError(f"ridge is 0 with solver={solver!r}; a ridge of 0 needs solver='lstsq'")
+            kbar = _divide(wk, d1)
+            vbar = _divide(wv, d1)
+            C_kk = _divide(wkk, d1) - kbar[..., :, None] * kbar[..., None, :]
+            C_vk = _divide(wvk, d1) - vbar[..., :, None] * kbar[..., None, :]
+            u = solve_ridge(C_kk, (q - k0) - kbar, lam, solver, eps=np.finfo(m.dtype).eps)
+            out = vbar + np.einsum("...vk,...k->...v", C_vk, u).astype(m.dtype)
+            return exchange.hand_back(_zero_where_empty(m, d1, out), self.m)
 
     @property
     def lse(self):
@@ -132,15 +134,16 @@ def merge_states(a: State, b: State) -> State:
         raise TypeError(
             f"a is a {type(a).__name__} and b is a {type(b).__name__}; expected two states of one kind"
         )
-    xs, ys = _arrays(a), _arrays(b)
-    for field, x, y in zip(a._fields, xs, ys):
-        if x.shape != y.shape:
-            raise ValueError(f"b.{field} has shape {y.shape}; expected {x.shape}, that of a.{field}")
-        if x.dtype != y.dtype:
-            raise TypeError(f"b.{field} has dtype {y.dtype}; expected {x.dtype}, that of a.{field}")
-    a_side, b_side = type(a)(*xs), type(b)(*ys)
-    merged = _MERGES[type(a)](_without_minus_inf(a_side, b_side), _without_minus_inf(b_side, a_side))
-    return type(a)(*(exchange.hand_back(x, a.m) for x in merged))
+    with _opened(a, b) as arrays:
+        xs, ys = arrays[: len(a)], arrays[len(a) :]
+        for field, x, y in zip(a._fields, xs, ys):
+            if x.shape != y.shape:
+                raise ValueError(f"b.{field} has shape {y.shape}; expected {x.shape}, that of a.{field}")
+            if x.dtype != y.dtype:
+                raise TypeError(f"b.{field} has dtype {y.dtype}; expected {x.dtype}, that of a.{field}")
+        a_side, b_side = type(a)(*xs), type(b)(*ys)
+        merged = _MERGES[type(a)](_without_minus_inf(a_side, b_side), _without_minus_inf(b_side, a_side))
+        return type(a)(*(exchange.hand_back(x, a.m) for x in merged))
 
 
 def _merge_softmax(a: SoftmaxState, b: SoftmaxState) -> SoftmaxState:
@@ -205,7 +208,7 @@ def _without_minus_inf(a, b):
     Weights of exactly 0 against the union's; left as they are, their NaN normaliser would spread.
     """
     drop = np.isneginf(a.m) & np.isnan(a.d1) & ~np.isneginf(b.m)
-    return a._replace(d1=np.where(drop, 0, a.d1)) if drop.any() else a
+    return a._replace(d1=np.where(drop, 0, a.d1))
 
 
 def _factors(ma: np.ndarray, mb: np.ndarray):
@@ -232,10 +235,17 @@ def _zero_where_empty(m: np.ndarray, d1: np.ndarray, out: np.ndarray) -> np.ndar
 
 
 def _lse(state):
-    m, d1 = (exchange.to_numpy(name, x) for name, x in zip(("m", "d1"), (state.m, state.d1)))
-    with np.errstate(divide="ignore"):
+    kind = type(state).__name__
+    with (
+        exchange.opened({f"{kind}.m": state.m, f"{kind}.d1": state.d1}) as (m, d1),
+        np.errstate(divide="ignore"),
+    ):
         return exchange.hand_back(m + np.log(d1), state.m)
 
 
-def _arrays(state) -> tuple[np.ndarray, ...]:
-    return tuple(exchange.to_numpy(f"{type(state).__name__}.{f}", x) for f, x in zip(state._fields, state))
+def _opened(*states):
+    """The arrays of one state or of two, all on one device, to compute with."""
+    sides = [type(states[0]).__name__] if len(states) == 1 else ["a", "b"]
+    return exchange.opened(
+        {f"{side}.{field}": x for side, s in zip(sides, states) for field, x in zip(s._fields, s)}
+    )

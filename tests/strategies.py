@@ -114,24 +114,30 @@ def decode_cases(
     max_head_dim=5,
     max_value_dim=4,
     paged=(False, True),
+    page_sizes=(1, 2, 3, 4),
     scales=SCALES,
     float32_probe=True,
+    head_dims=None,
 ):
     """Calls on a cache, paged or not, of valid lengths from 0 to the capacity and any left padding.
 
-    Page table entries that hold no valid key are numbers that no page has.
+    head_dims: head sizes to draw from instead of all up to the largest, of queries and values alike. Page
+    table entries that hold no valid key are numbers that no page has.
     """
     dtype = draw(st.sampled_from(dtypes))
     batch, q_len = draw(st.integers(1, max_batch)), draw(st.integers(1, max_queries))
     kv_heads = draw(st.integers(1, max_kv_heads))
     heads = kv_heads * draw(st.integers(1, max_group))
-    D, Dv = draw(st.integers(1, max_head_dim)), draw(st.integers(1, max_value_dim))
+    if head_dims is None:
+        D, Dv = draw(st.integers(1, max_head_dim)), draw(st.integers(1, max_value_dim))
+    else:
+        D, Dv = draw(st.sampled_from(head_dims)), draw(st.sampled_from(head_dims))
     options = {"scale": draw(st.sampled_from(scales))}
     options["window_size"] = draw(st.none() | st.integers(1, max_capacity + 1))
     index = draw(st.sampled_from((np.int32, np.int64)))
     is_paged = draw(st.sampled_from(paged))
     if is_paged:
-        page_size = draw(st.integers(1, 4))
+        page_size = draw(st.sampled_from(page_sizes))
         pages = max(1, draw(st.integers(1, max_capacity)) // page_size)
         capacity = pages * page_size
     else:

@@ -1,0 +1,525 @@
+"""Softmax and Parallax on GPU arrays of every framework, held to the float64 reference."""
+
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+import oracle
+import pytest
+from budget import budget
+from calls import call
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import BFLOAT16, DTYPES, DecodeCase, attention_cases, decode_cases
+
+import parallax_core as plx
+
+GPU_DTYPES = DTYPES[1:]
+operations = pytest.mark.parametrize("operation", ["softmax", "parallax"])
+dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=lambda dtype: dtype.name)
+
+
+def make(
+    *, seed=0, batch=2, length=1, kv_heads=2, group=4, head_dim=128, value_dim=None, capacity=640,
+    dtype=BFLOAT16, page_size=None, probe=None, layout="dense", **options,
+):  # fmt: skip
+    """A decode case of given sizes; pages in random order."""
+    random = np.random.default_rng(seed)
+    value_dim = head_dim if value_dim is None else value_dim
+
+    def normal(*shape, dtype=dtype):
+        if layout == "heads first":
+            outer, positions, heads, size = shape
+            return normal_dense(outer, heads, positions, size, dtype=dtype).swapaxes(1, 2)
+        if layout == "strided":
+            return normal_dense(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
+        return normal_dense(*shape, dtype=dtype)
+
+    def normal_dense(*shape, dtype):
+        return random.standard_normal(shape).astype(dtype)
+
+    outer = batch, capacity
+    if page_size is not None:
+        pages = -(-capacity // page_size)
+        outer = batch * pages + 3, page_size
+        table = random.permutation(outer[0])[: batch * pages].reshape(batch, pages)
+        options["page_table"] = table.astype(np.int32)
+        options.setdefault("cache_seqlens", np.full(batch, capacity, np.int32))
+    shape = batch, length, kv_heads * group, head_dim
+    return DecodeCase(
+        normal(*shape), normal(*shape, dtype=dtype if probe is None else probe),
+        normal(*outer, kv_heads, head_dim), normal(*outer, kv_heads, value_dim), options,
+    )  # fmt: skip
+
+
+def check(framework, operation, case, **extra):
+    """Run a case on the GPU and hold it to the reference; returns what the GPU gave."""
+    expected, state = call(plx.reference, operation, case, return_state=True)
+    bound = budget(case, operation)
+    o, found = call(plx, operation, framework.case(case), return_state=True, **extra)
+    plain = framework.get(call(plx, operation, framework.case(case), **extra))
+    result = framework.get(o)
+    np.testing.assert_array_equal(plain, result)
+    hold(result, expected, bound.output)
+    finished = framework.get(found.finish())
+    assert finished.dtype == np.float32
+    hold(finished, expected, bound.output)
+    with np.errstate(invalid="ignore"):
+        lse, error = framework.get(found.lse), np.abs(framework.get(found.lse) - state.lse)
+    empty = np.isneginf(state.lse)
+    np.testing.assert_array_equal(np.isneginf(lse), empty)
+    assert (error[~empty] <= bound.lse[~empty]).all()
+    return o
+
+
+def hold(result, expected, bound):
+    """Rows whose error's norm is within the bound, and exactly 0 where they see no key."""
+    error = np.linalg.norm(result.astype(np.float64) - expected, axis=-1)
+    worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else None
+    assert (error <= bound).all(), f"row {worst}: error {error[worst]}, bound {bound[worst]}"
+    nothing = (expected == 0).all(axis=-1)
+    assert (result[nothing] == 0).all()
+
+
+@operations
+@settings(max_examples=40)
+@given(
+    case=st.one_of(
+        decode_cases(dtypes=GPU_DTYPES),
+        decode_cases(dtypes=GPU_DTYPES, max_capacity=300, max_queries=5, max_group=7, page_sizes=(16, 64),
+                     head_dims=(16, 40, 64, 96, 128)),
+    )
+)  # fmt: skip
+def test_random_caches_agree_with_the_reference(framework, operation, case):
+    check(framework, operation, case)
+
+
+@operations
+@settings(max_examples=30)
+@given(case=attention_cases(dtypes=GPU_DTYPES, max_length=40, max_head_dim=20))
+def test_random_sequences_agree_with_the_reference(framework, operation, case):
+    check(framework, operation, case)
+
+
+SIZES = [
+    dict(head_dim=D, value_dim=Dv, dtype=dtype)
+    for D, Dv in [(1, 1), (8, 8), (17, 33), (64, 64), (80, 80), (128, 128), (128, 64), (64, 128), (192, 128),
+                  (256, 256), (255, 1)]
+    for dtype in GPU_DTYPES
+]  # fmt: skip
+
+
+@operations
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda s: f"{s['head_dim']}-{s['value_dim']}-{s['dtype'].name}")
+def test_head_sizes(cuda_torch, operation, sizes):
+    check(cuda_torch, operation, make(capacity=333, **sizes))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 4, 5, 7, 8, 16])
+@pytest.mark.parametrize("length", [1, 2, 4, 7, 20])
+def test_group_sizes_and_numbers_of_new_tokens(cuda_torch, group, length):
+    for head_dim in (64, 128):
+        check(cuda_torch, "parallax", make(group=group, length=length, head_dim=head_dim, capacity=200))
+
+
+@operations
+@pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256, 48])
+def test_pages(cuda_torch, operation, page_size):
+    lengths = np.array([0, 1, 700, 333], np.int32)
+    for head_dim, index in ((64, np.int32), (128, np.int64)):
+        case = make(batch=4, capacity=700, page_size=page_size, head_dim=head_dim, cache_seqlens=lengths)
+        case.options["page_table"] = case.options["page_table"].astype(index)
+        for b, n in enumerate(lengths):
+            case.options["page_table"][b, -(-n // page_size) :] = -1
+        check(cuda_torch, operation, case)
+
+
+@operations
+@pytest.mark.parametrize("layout", ["dense", "heads first", "strided"])
+@pytest.mark.parametrize("probe", [None, np.float32])
+@dtypes
+def test_layouts_and_probes(cuda_torch, operation, layout, probe, dtype):
+    options = dict(
+        cache_seqlens=np.array([500, 77], np.int64),
+        cache_leftpad=np.array([3, 70], np.int64),
+        window_size=300,
+    )
+    for head_dim in (64, 128, 72):
+        check(
+            cuda_torch, operation, make(head_dim=head_dim, layout=layout, probe=probe, dtype=dtype, **options)
+        )
+
+
+@operations
+@pytest.mark.parametrize("capacity, batch", [(1, 1), (15, 3), (16, 1), (17, 70), (4096, 2), (40000, 1)])
+def test_lengths_short_and_long(cuda_torch, operation, capacity, batch):
+    random = np.random.default_rng(1)
+    lengths = random.integers(0, capacity + 1, batch).astype(np.int32)
+    lengths[0] = capacity
+    check(cuda_torch, operation, make(batch=batch, capacity=capacity, cache_seqlens=lengths))
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 17, 250, 10**6])
+@pytest.mark.parametrize("length", [1, 6])
+def test_windows(cuda_torch, window, length):
+    lengths = np.array([640, 100], np.int32)
+    check(cuda_torch, "parallax", make(window_size=window, length=length, cache_seqlens=lengths))
+
+
+def test_tokens_before_a_sequence_see_nothing(cuda_torch):
+    """More new tokens than keys: the first rows see none."""
+    o = check(cuda_torch, "parallax", make(length=6, cache_seqlens=np.array([3, 0], np.int32)))
+    assert (cuda_torch.get(o)[0, :3] == 0).all()
+    assert (cuda_torch.get(o)[1] == 0).all()
+
+
+@operations
+@settings(max_examples=25)
+@given(case=decode_cases(dtypes=GPU_DTYPES, max_capacity=70, head_dims=(5, 64, 128)))
+def test_what_is_hidden_may_hold_anything(writable, operation, case):
+    clean = writable.get(call(plx, operation, writable.case(case)))
+    hidden = oracle.hidden_places(case)
+    k, v = (x.copy() for x in case.keys_and_values)
+    k[hidden], v[hidden] = np.nan, np.inf
+    dirty = writable.get(call(plx, operation, writable.case(case.with_keys_and_values(k, v))))
+    np.testing.assert_array_equal(dirty, clean)
+
+
+@operations
+@pytest.mark.parametrize("length", [1, 5])
+@dtypes
+def test_what_is_seen_by_some_rows_reaches_those_alone(cuda_torch, operation, length, dtype):
+    """A NaN or an infinite value at one key is not finite in the rows that see it, and nothing in the others."""
+    for head_dim in (64, 128, 24):
+        for place in (3, 300, 638, 639):
+            for bad in (np.nan, np.inf):
+                case = make(length=length, head_dim=head_dim, dtype=dtype, cache_seqlens=np.array([640, 310]))
+                clean = cuda_torch.get(call(plx, operation, cuda_torch.case(case)))
+                v = case.v_cache.copy()
+                v[0, place, 1, 7] = bad
+                moved = case.with_keys_and_values(case.k_cache, v)
+                o = cuda_torch.get(call(plx, operation, cuda_torch.case(moved)))
+                sees = np.zeros(o.shape, bool)
+                sees[0, max(0, place - (640 - length)) :, 4:, 7] = True
+                assert not np.isfinite(o[sees]).any()
+                np.testing.assert_array_equal(o[~sees], clean[~sees])
+
+
+def test_a_nan_query_or_key_is_nan_in_its_rows_alone(cuda_torch):
+    case = make(length=3)
+    clean = cuda_torch.get(call(plx, "parallax", cuda_torch.case(case)))
+    q, k = case.q.copy(), case.k_cache.copy()
+    q[0, 1, 2, 5] = np.nan
+    o = cuda_torch.get(call(plx, "parallax", cuda_torch.case(replace(case, q=q))))
+    rows = np.zeros(o.shape, bool)
+    rows[0, 1, 2] = True
+    assert np.isnan(o[rows]).all()
+    np.testing.assert_array_equal(o[~rows], clean[~rows])
+    k[1, 400, 0, 9] = np.nan
+    o = cuda_torch.get(call(plx, "parallax", cuda_torch.case(case.with_keys_and_values(k, case.v_cache))))
+    rows = np.zeros(o.shape, bool)
+    rows[1, :, :4] = True
+    assert np.isnan(o[rows]).all()
+    np.testing.assert_array_equal(o[~rows], clean[~rows])
+
+
+INVALID = {
+    "cache_seqlens[1] is 641": dict(cache_seqlens=[640, 641, 5]),
+    "cache_seqlens[1] is -1": dict(cache_seqlens=[640, -1, 5]),
+    "cache_seqlens[1] is 2000000000": dict(cache_seqlens=[640, 2 * 10**9, 5]),
+    "cache_leftpad[1] is -3": dict(cache_seqlens=[640, 64, 5], cache_leftpad=[0, -3, 5]),
+    "cache_leftpad[1] is 65": dict(cache_seqlens=[640, 64, 5], cache_leftpad=[0, 65, 5]),
+    "page_table[1, 1] is 1000000000": dict(page=10**9),
+    "page_table[1, 1] is -1": dict(page=-1),
+}
+
+
+@operations
+@pytest.mark.parametrize("message", INVALID)
+@pytest.mark.parametrize("index", [np.int32, np.int64])
+def test_invalid_lengths_and_pages_give_nan_there_alone(cuda_torch, operation, message, index):
+    options = dict(INVALID[message])
+    page = options.pop("page", None)
+    options = {name: np.array(values, index) for name, values in options.items()}
+    for head_dim in (64, 128, 20):
+        case = make(batch=3, head_dim=head_dim, page_size=None if page is None else 64, **options)
+        if page is not None:
+            case.options["page_table"][1, 1] = page
+            case.options["cache_seqlens"] = np.array([640, 300, 5], index)
+        on_gpu = cuda_torch.case(case)
+        o, state = call(plx, operation, on_gpu, return_state=True)
+        o = cuda_torch.get(o)
+        assert np.isnan(o[1]).all()
+        assert np.isnan(cuda_torch.get(state.finish())[1]).all()
+        # The other sequences are what they are beside a valid one, to the bit.
+        fine = {**case.options, "cache_seqlens": np.array([640, 64, 5], index)}
+        fine.pop("cache_leftpad", None) if "leftpad" not in message else fine.update(
+            cache_leftpad=np.array([0, 0, 5], index)
+        )
+        if page is not None:
+            fine["page_table"] = case.options["page_table"].copy()
+            fine["page_table"][1, 1] = 0
+        expected = call(plx.reference, operation, replace(case, options=fine))
+        bound = budget(replace(case, options=fine), operation).output
+        hold(o[[0, 2]], expected[[0, 2]], bound[[0, 2]])
+        with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
+            call(plx, operation, on_gpu, validate=True)
+
+
+@operations
+@dtypes
+def test_states_of_two_parts_of_a_cache_merge_to_the_whole(framework, operation, dtype):
+    case = make(dtype=dtype, capacity=600, head_dim=64)
+    expected = call(plx.reference, operation, case)
+    bound = 2 * budget(case, operation).output
+    for cut in (0, 1, 250, 600):
+        parts = [
+            case.with_keys_and_values(case.k_cache[:, a:b], case.v_cache[:, a:b])
+            for a, b in ((0, cut), (cut, 600))
+        ]
+        a, b = (call(plx, operation, framework.case(part), return_state=True)[1] for part in parts)
+        merged = plx.merge_states(a, b)
+        assert type(merged.m) is type(a.m)
+        hold(framework.get(merged.finish()), expected, bound)
+
+
+@operations
+@pytest.mark.parametrize("layout", ["dense", "heads first", "strided last axis"])
+def test_out_is_written_in_place(writable, operation, layout):
+    case = make()
+    expected = call(plx.reference, operation, case)
+    memory = np.full((2, 8, 1, 256), 77, BFLOAT16)
+    out = {
+        "dense": lambda: writable.put(memory).reshape(2, 1, 8, 256)[..., :128],
+        "heads first": lambda: writable.put(memory).swapaxes(1, 2)[..., :128],
+        "strided last axis": lambda: writable.put(memory).swapaxes(1, 2)[..., ::2],
+    }[layout]()
+    result = call(plx, operation, writable.case(case), out=out)
+    assert result is out
+    hold(writable.get(out), expected, budget(case, operation).output)
+
+
+def test_out_refuses_memory_that_cannot_be_written_to(framework):
+    case = framework.case(make())
+    with pytest.raises(ValueError, match=r"out overlaps q in memory|out is read-only"):
+        call(plx, "softmax", case, out=case.q)
+    if framework.name == "jax":
+        with pytest.raises(ValueError, match="out is read-only"):
+            call(plx, "softmax", case, out=framework.put(np.zeros(case.q.shape, BFLOAT16)))
+
+
+@operations
+def test_the_same_bits_every_run(cuda_torch, operation):
+    lengths = np.array([5000, 17, 3333, 1], np.int32)
+    for head_dim, length in ((64, 1), (128, 1), (128, 6), (40, 1)):
+        case = cuda_torch.case(
+            make(batch=4, capacity=5000, head_dim=head_dim, length=length, cache_seqlens=lengths)
+        )
+        first = cuda_torch.get(call(plx, operation, case))
+        for _ in range(30):
+            np.testing.assert_array_equal(cuda_torch.get(call(plx, operation, case)), first)
+
+
+@operations
+@pytest.mark.parametrize("split_size", [16, 128, 512, 4096])
+def test_with_a_split_size_the_bits_of_a_sequence_do_not_depend_on_its_batch(
+    cuda_torch, operation, split_size
+):
+    lengths = np.array([3000, 17, 2047, 0, 1], np.int32)
+    for head_dim, length in ((64, 1), (128, 3), (40, 1)):
+        case = make(batch=5, capacity=3000, head_dim=head_dim, length=length, cache_seqlens=lengths)
+        expected = call(plx.reference, operation, case)
+        together = cuda_torch.get(call(plx, operation, cuda_torch.case(case), split_size=split_size))
+        hold(together, expected, budget(case, operation).output)
+        for b in range(5):
+            for n in (1, 3):
+                # The sequence alone, and three times over beside itself.
+                repeated = DecodeCase(
+                    *(
+                        np.repeat(x[b : b + 1], n, axis=0)
+                        for x in (case.q, case.r, case.k_cache, case.v_cache)
+                    ),
+                    {"cache_seqlens": np.repeat(lengths[b], n)},
+                )
+                alone = cuda_torch.get(call(plx, operation, cuda_torch.case(repeated), split_size=split_size))
+                np.testing.assert_array_equal(alone, np.repeat(together[b : b + 1], n, axis=0))
+
+
+@pytest.mark.parametrize("size", [16, 256])
+@pytest.mark.parametrize("outlier", [False, True], ids=["all keys alike", "one key apart"])
+@dtypes
+def test_a_vector_added_to_all_keys_of_a_head_costs_no_accuracy(cuda_torch, size, outlier, dtype):
+    """Held to the reference on the same rounded keys; the bound grows with what float32 scores lose alone."""
+    random = np.random.default_rng(3)
+    for head_dim in (64, 128):
+        case = make(head_dim=head_dim, dtype=dtype, length=2)
+        k = case.k_cache.astype(np.float64) + size * random.standard_normal((2, 1, 2, head_dim))
+        if outlier:
+            k[:, 0] = case.k_cache[:, 0]
+        check(cuda_torch, "parallax", case.with_keys_and_values(k.astype(dtype), case.v_cache))
+
+
+def test_probe_scores_that_drift_along_the_cache(cuda_torch):
+    random = np.random.default_rng(3)
+    case = make(capacity=4000)
+    ramp = np.linspace(0, 8, 4000)[None, :, None, None] * random.standard_normal((2, 1, 2, 128))
+    moved = (case.k_cache.astype(np.float64) + ramp).astype(BFLOAT16)
+    check(cuda_torch, "parallax", case.with_keys_and_values(moved, case.v_cache))
+
+
+def test_half_precision_probe_scores_do_not_overflow(cuda_torch):
+    """Probe scores of 10^5, where float16 ends at 65504; the output is finite in float32."""
+    case = make(dtype=np.dtype(np.float16), probe=np.float32, head_dim=64)
+    case = replace(case, r=(case.r * 1e4).astype(np.float32))
+    expected = call(plx.reference, "parallax", case)
+    o, state = call(plx, "parallax", cuda_torch.case(case), return_state=True)
+    hold(cuda_torch.get(state.finish()), expected, budget(case, "parallax").output)
+    assert not np.isnan(cuda_torch.get(o)).any()
+
+
+def test_large_scores_and_tiny_values(cuda_torch):
+    for scale in (30.0, -30.0, 1e-6, 0.0):
+        check(cuda_torch, "parallax", make(scale=scale, dtype=np.dtype(np.float32), head_dim=64))
+    case = make(dtype=np.dtype(np.float32), head_dim=64)
+    tiny = (case.v_cache * 1e-40).astype(np.float32)
+    o = cuda_torch.get(call(plx, "softmax", cuda_torch.case(case.with_keys_and_values(case.k_cache, tiny))))
+    expected = call(plx.reference, "softmax", case.with_keys_and_values(case.k_cache, tiny))
+    # Subnormal numbers, a few hundred units of 2^-149 each, do not vanish.
+    assert np.abs(o - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_captured_launches_follow_the_lengths(cuda_torch):
+    torch = cuda_torch.module
+    case = make(batch=4, capacity=5000, cache_seqlens=np.full(4, 5000, np.int32))
+    on_gpu = cuda_torch.case(case)
+    call(plx, "parallax", on_gpu)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = call(plx, "parallax", on_gpu)
+    for lengths in ([5000, 1, 0, 77], [3, 4000, 5000, 16], [0, 0, 0, 0], [5000] * 4):
+        on_gpu.options["cache_seqlens"].copy_(torch.tensor(lengths))
+        graph.replay()
+        fresh = {**case.options, "cache_seqlens": np.array(lengths, np.int32)}
+        fresh = replace(case, options=fresh)
+        hold(cuda_torch.get(out), call(plx.reference, "parallax", fresh), budget(fresh, "parallax").output)
+
+
+def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_torch):
+    torch = cuda_torch.module
+    cases = [make(seed=seed, batch=3, capacity=9000) for seed in range(3)]
+    on_gpu = [cuda_torch.case(case) for case in cases]
+    expected = [call(plx, "parallax", case).clone() for case in on_gpu]
+    graphs, outs = [], []
+    for case in on_gpu:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs.append([call(plx, "parallax", case) for _ in range(3)])
+        graphs.append(graph)
+    streams = [torch.cuda.Stream() for _ in cases]
+    plain = [None] * len(cases)
+    torch.cuda.synchronize()
+    for _ in range(20):
+        for stream, graph in zip(streams, graphs):
+            with torch.cuda.stream(stream):
+                graph.replay()
+        for n, case in enumerate(on_gpu):
+            with torch.cuda.stream(streams[(n + 1) % len(streams)]):
+                plain[n] = call(plx, "parallax", case)
+    torch.cuda.synchronize()
+    for n, want in enumerate(expected):
+        for result in (*outs[n], plain[n]):
+            assert torch.equal(result, want)
+
+
+def test_cupy_captures_too(cuda_cupy):
+    cupy = cuda_cupy.module
+    case = make(capacity=3000)
+    on_gpu = cuda_cupy.case(case)
+    expected = call(plx, "parallax", on_gpu)
+    out = cupy.zeros_like(expected)
+    stream = cupy.cuda.Stream(non_blocking=True)
+    cupy.cuda.Device().synchronize()
+    with stream:
+        stream.begin_capture()
+        call(plx, "parallax", on_gpu, out=out)
+        graph = stream.end_capture()
+        assert not out.any()
+        for _ in range(3):
+            graph.launch(stream)
+        stream.synchronize()
+    assert (out == expected).all()
+
+
+def test_strided_index_arrays(cuda_torch):
+    """A row of a wider table, as a server keeps it."""
+    torch = cuda_torch.module
+    case = make(batch=3, page_size=64, capacity=640, cache_seqlens=np.array([640, 100, 333], np.int32))
+    expected = call(plx.reference, "parallax", case)
+    on_gpu = cuda_torch.case(case)
+    wide = torch.full((3, 50), -7, dtype=torch.int32, device="cuda")
+    wide[:, :10] = on_gpu.options["page_table"]
+    lengths = torch.zeros((3, 2), dtype=torch.int32, device="cuda")
+    lengths[:, 1] = on_gpu.options["cache_seqlens"]
+    on_gpu.options.update(page_table=wide[:, :10], cache_seqlens=lengths[:, 1])
+    hold(cuda_torch.get(call(plx, "parallax", on_gpu)), expected, budget(case, "parallax").output)
+
+
+def test_frameworks_can_be_mixed(cuda_torch, cuda_cupy):
+    case = make()
+    expected = call(plx.reference, "parallax", case)
+    ours, theirs = cuda_torch.case(case), cuda_cupy.case(case)
+    o = plx.parallax_decode(ours.q, theirs.r, ours.k_cache, theirs.v_cache)
+    assert isinstance(o, cuda_torch.module.Tensor)
+    hold(cuda_torch.get(o), expected, budget(case, "parallax").output)
+
+
+def test_tensors_that_cannot_be_taken_are_refused(cuda_torch):
+    torch = cuda_torch.module
+    case = cuda_torch.case(make(dtype=np.dtype(np.float32)))
+    with pytest.raises(TypeError, match=r"^q requires gradients.*frameworks\.torch"):
+        plx.softmax_decode(case.q.clone().requires_grad_(), case.k_cache, case.v_cache)
+    negated = torch.complex(case.q, case.q).conj().imag
+    with pytest.raises(TypeError, match=r"^q is a lazy view"):
+        plx.softmax_decode(negated, case.k_cache, case.v_cache)
+    with pytest.raises(TypeError, match=r"^k_cache cannot be exchanged"):
+        plx.softmax_decode(case.q, case.k_cache.to_sparse(), case.v_cache)
+    with pytest.raises(TypeError, match=r"^v_cache is on the CPU; expected CUDA device 0, where q is"):
+        plx.softmax_decode(case.q, case.k_cache, case.v_cache.cpu())
+    with pytest.raises(TypeError, match=r"^q has dtype float64; expected one of float32"):
+        plx.softmax_decode(case.q.double(), case.k_cache, case.v_cache)
+
+
+def test_what_has_no_kernel_yet_says_so(framework):
+    case = framework.case(make(capacity=4, length=4))
+    with pytest.raises(plx.BackendUnavailableError, match="lla_attention has no CUDA kernel yet"):
+        plx.lla_attention(case.q, case.k_cache, case.v_cache, ridge=0.1)
+
+
+def test_no_memory_left_is_an_error_after_which_calls_work(cuda_torch):
+    torch = cuda_torch.module
+    case = cuda_torch.case(make(head_dim=256))
+    free, total = torch.cuda.mem_get_info()
+    rows = total // (2 * 256 * 8) + 1
+    # Rows that all lie in one place: the queries cost nothing, their output more than the device has.
+    q = case.q[:1].expand(1, rows, 8, 256)
+    with pytest.raises(MemoryError, match=r"CUDA device 0 .*softmax_decode: an output of shape"):
+        plx.softmax_decode(q, case.k_cache[:1], case.v_cache[:1])
+    assert free == pytest.approx(torch.cuda.mem_get_info()[0], abs=2**28)
+    assert torch.isfinite(call(plx, "softmax", case)).all()
+
+
+def test_a_new_thread_can_call(cuda_torch):
+    import threading
+
+    case = cuda_torch.case(make())
+    results = []
+    thread = threading.Thread(target=lambda: results.append(call(plx, "parallax", case)))
+    thread.start()
+    thread.join()
+    assert cuda_torch.module.equal(results[0], call(plx, "parallax", case))
+
+
+def test_bfloat16_numpy_arrays_stay_on_the_cpu():
+    """The dtype alone sends nothing to the GPU."""
+    x = np.ones((1, 2, 1, 4), ml_dtypes.bfloat16)
+    assert isinstance(plx.softmax_attention(x, x, x), np.ndarray)
