@@ -57,11 +57,11 @@ def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tupl
     device: the current one; stream: the one that the launch goes to. The kernel must leave the counters zero.
     Raises MemoryError where the device has no room.
     """
-    number = int(driver.cuStreamGetId(stream)[1])
     if runtime.streamIsCapturing(stream):
-        slab = _for_graph(device, stream, number, partial_bytes, counters)
+        # A stream under capture has no number to be asked for, but keeps its handle until the capture ends.
+        slab = _for_graph(device, stream, partial_bytes, counters)
     else:
-        key = device, number
+        key = device, int(driver.cuStreamGetId(stream)[1])
         try:
             _slabs.move_to_end(key)
             slab = _slabs[key]
@@ -88,9 +88,9 @@ def _for_stream(key: tuple[int, int], partial_bytes: int, counters: int) -> Slab
         return _slabs[key]
 
 
-def _for_graph(device: int, stream: int, number: int, partial_bytes: int, counters: int) -> Slab:
+def _for_graph(device: int, stream: int, partial_bytes: int, counters: int) -> Slab:
     identity, graph = capture.graph_of(stream)
-    key = device, identity, number
+    key = device, identity, stream
     with _lock:
         slab = _captured.get(key)
         if slab is not None and slab.holds(partial_bytes, counters):
