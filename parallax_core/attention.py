@@ -124,7 +124,7 @@ def local_attention(
         r = lla.solve_probe(
             described, arrays["q"], arrays["k"], lam, solver, kernel=kernel, intercept=intercept
         )
-        dtype = lla.REDUCTION
+        dtype = lla.WIDE
     out, _ = forward.attend(
         described, arrays["q"], arrays["k"], arrays["v"], r, kernel=kernel, intercept=intercept,
         amplification=amplification, dtype=dtype,

@@ -44,9 +44,9 @@ def lla_backward(problem: Problem, do, q, k, v, ridge: np.ndarray, solver: str):
 
 
 def _lla_backward(problem: Problem, do, q, k, v, ridge: np.ndarray, solver: str):
-    # What float32 loses of the slopes' products (see lla.REDUCTION) it loses twice over here, where both
+    # What float32 loses of the slopes' products (see lla.WIDE) it loses twice over here, where both
     # solutions meet: with keys 16 standard deviations off the origin dq would keep two digits.
-    dtype = lla.REDUCTION
+    dtype = lla.WIDE
     rows = problem.row_shape
     vbar, values = forward.attend(problem, q, k, v, return_state=True, dtype=dtype)
     # The derivative by the slopes is that of Parallax by its probe, up to the sign, whatever the probe is.

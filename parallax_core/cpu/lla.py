@@ -15,9 +15,11 @@ from .tiles import tensors
 
 # A few rows of weights are kept for all keys at a time, so this bounds memory at long lengths.
 PROBE_ROWS = 24
-# The slope grows with the query's distance from the keys, and its products with them as its square: with keys
-# 256 standard deviations off the origin float32 keeps two or three digits of how they differ.
-REDUCTION = np.dtype(np.float64)
+# What the weights and the products of a slope with the keys are computed in; moments and systems are in the
+# compute dtype. A slope grows with the query's distance from the keys, its products with them as the square:
+# with keys 256 standard deviations off the origin float32 keeps two digits of how they differ. And a fit that
+# passes through the values of a few near keys does so only by the weights that it was solved with.
+WIDE = np.dtype(np.float64)
 _SOLVERS = {"cholesky": probe_kernels.CHOLESKY, "cg": probe_kernels.CG, "lstsq": probe_kernels.LSTSQ}
 
 
@@ -69,7 +71,7 @@ def attend(
         problem, q, k, v if return_state else None, ridge, solver, "dot", True,
         _compute_dtype(problem, solver),
     )  # fmt: skip
-    out, _ = forward.attend(problem, q, k, v, probe, dtype=REDUCTION)
+    out, _ = forward.attend(problem, q, k, v, probe, dtype=WIDE)
     if not return_state:
         return out, None
     dtype = problem.compute_dtype
@@ -90,7 +92,7 @@ def _compute_dtype(problem: Problem, solver: str) -> np.dtype:
 
 def _moments(problem, q, k, v, ridge, solver, kernel, intercept, dtype, adjoint=None):
     keys_as_values = dataclasses.replace(problem, value_dim=problem.head_dim)
-    kbar, state = forward.attend(keys_as_values, q, k, k, kernel=kernel, dtype=dtype, return_state=True)
+    kbar, state = forward.attend(keys_as_values, q, k, k, kernel=kernel, dtype=WIDE, return_state=True)
     probe = exchange.empty(kbar.shape, dtype)
     adjoint = np.zeros((0,) * 4, dtype) if adjoint is None else adjoint
     stated = v is not None
@@ -106,7 +108,7 @@ def _moments(problem, q, k, v, ridge, solver, kernel, intercept, dtype, adjoint=
             probe_kernels.solve_probes, len(cut.items),
             cut.items, cut.sequences, described.table, cut.page_table, cut.page_size, cut.rows,
             int((cut.items[:, 5] - cut.items[:, 4]).max()), D, Dv, problem.group_size, problem.causal,
-            problem.window_size or 0, forward.KERNELS[kernel], dtype.type(problem.scale), intercept,
+            problem.window_size or 0, forward.KERNELS[kernel], WIDE.type(problem.scale), intercept,
             _SOLVERS[solver], _tolerance(dtype), np.ascontiguousarray(lam), state.m, state.d1, kbar, probe,
             adjoint, status, *moments,
         )  # fmt: skip

@@ -10,7 +10,7 @@ from numba import njit
 
 from .intrinsics import exp, fetch_add
 from .microkernel import MR, multiply_add
-from .tile_loop import score
+from .tile_loop import score, within
 from .tiles import KEY_STRIDE, KEY_TILE, read_keys, read_query_rows, stride, transpose, visible
 
 CHOLESKY, CG, LSTSQ = 0, 1, 2
@@ -189,19 +189,20 @@ def solve_probes(
 
     items: as for the tiled loop; ``longest``: the most keys of an item. m, d1, ridge: ``(B, Lq, Hq)``; kbar
     and r: ``(B, Lq, Hq, D)``, the weighted mean key, about which moments are taken (``centred``; the
-    minimum-norm solver finds and writes its own), and the result. adjoint: of size 0, or
+    minimum-norm solver finds and writes its own), and the result. Weights are computed in the dtype of kbar,
+    moments and systems in that of r. adjoint: of size 0, or
     ``(B, Lq, Hq, D)``, right-hand sides that the same systems are solved for in place; a system without full
     rank then counts as failed. The moments of the LLA state go to ``w*_out`` unless these are of size 0.
     """
-    dtype = kbar.dtype
+    wide, dtype = kbar.dtype, r.dtype
     eps = np.finfo(dtype).eps
     stated = wkk_out.size > 0
     adjoined = adjoint.size > 0
     width, value_width = stride(head_dim), stride(value_dim)
-    A = np.zeros((tile_rows + MR, width), dtype)
-    K = np.zeros((KEY_TILE, width), dtype)
-    KT = np.zeros((width, KEY_STRIDE), dtype)
-    S = np.zeros((tile_rows + MR, KEY_STRIDE), dtype)
+    A = np.zeros((tile_rows + MR, width), wide)
+    K = np.zeros((KEY_TILE, width), wide)
+    KT = np.zeros((width, KEY_STRIDE), wide)
+    S = np.zeros((tile_rows + MR, KEY_STRIDE), wide)
     weights = np.zeros((tile_rows, longest), dtype)
     # The microkernel reads A^T in blocks of MR columns, which may pass the last one.
     X = np.zeros((KEY_TILE + 1, width), dtype)
@@ -237,8 +238,13 @@ def solve_probes(
             transpose(K, head_dim, KT)
             score(S, A, KT, rows, head_dim, kernel, scale)
             for i in range(rows):
-                for j in range(keys):
-                    weights[i, key - begin + j] = S[i, j]
+                query, h = (row + i) // group, head * group + (row + i) % group
+                largest = m[sequence[0], sequence[1] + query, h]
+                normaliser = d1[sequence[0], sequence[1] + query, h]
+                f, e = visible(sequence, query, causal, window)
+                f, e = within(f, e, key, keys)
+                for j in range(f, e):
+                    weights[i, key - begin + j] = exp(S[i, j] - largest) / normaliser
         for i in range(rows):
             batch, query = sequence[0], sequence[1] + (row + i) // group
             h = head * group + (row + i) % group
@@ -253,8 +259,6 @@ def solve_probes(
                 continue
             w = weights[i]
             normaliser = d1[batch, query, h]
-            for j in range(f - begin, e - begin):
-                w[j] = exp(w[j] - m[batch, query, h]) / normaliser
             if centred and solver == LSTSQ:
                 mean_about_heaviest(
                     tensors[1], sequence, page_table, page_size, head, begin, w, f, e, head_dim, X, base,
