@@ -118,7 +118,7 @@ def device(name: str, x: Any) -> tuple[int, int]:
     """The DLPack device ``(type, index)`` of an array; page-locked host memory counts as the CPU.
 
     Raises TypeError where ``x`` is no array that can be exchanged: no DLPack, a tensor that requires
-    gradients, a value that is being traced.
+    gradients or stands for others than its memory holds, a value that is being traced.
     """
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
@@ -129,6 +129,7 @@ def device(name: str, x: Any) -> tuple[int, int]:
             f"{name} requires gradients, and this call would cut the graph; "
             "use parallax_core.frameworks.torch, or pass a detached tensor"
         )
+    _check_memory_says_all(name, x)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.core.Tracer):
         raise TypeError(
@@ -145,6 +146,17 @@ def device(name: str, x: Any) -> tuple[int, int]:
     raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
 
 
+def _check_memory_says_all(name: str, x: Any) -> None:
+    """Refuse a PyTorch tensor that is more than its memory holds, which DLPack would pass over in silence."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return
+    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(f"{name} has a tangent of forward-mode differentiation, which would be dropped")
+    if x.is_neg():
+        raise TypeError(f"{name} is a view negated but for its memory; pass {name}.resolve_neg()")
+
+
 def to_numpy(name: str, x: Any) -> np.ndarray:
     """A CPU array of any framework as a NumPy array over the same memory.
 
@@ -156,6 +168,7 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
         return x
     if not hasattr(x, "__dlpack__"):
         raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
+    _check_memory_says_all(name, x)
     try:
         try:
             capsule = x.__dlpack__(max_version=(1, 1))

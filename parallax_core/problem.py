@@ -308,7 +308,7 @@ def checked_bandwidth(scale, bandwidth, head_dim: int) -> float:
         raise TypeError(f"bandwidth must be a number, got {bandwidth!r}")
     # Of a bandwidth below 1e-154 the scale 1/h**2 is infinite, and no scale.
     inverse = 1.0 / float(bandwidth) if bandwidth > 0 else math.nan
-    if not math.isfinite(inverse * inverse):
+    if not inverse * inverse < math.inf:
         raise ValueError(f"bandwidth is {bandwidth!r}; expected a positive number of at least 1e-154")
     return inverse * inverse
 
@@ -410,7 +410,8 @@ def _checked_scale(scale, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if not _is_real(scale):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    # By comparisons: torch.compile traces these of a number that it does not know, and not math.isfinite.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale!r}; expected a finite number")
     return float(scale)
 

@@ -130,7 +130,10 @@ def _failure(solver: str, rows: int, residual: float, ridge: float) -> str:
             "use a larger ridge or solver='cholesky'"
         )
     if solver == "lstsq":
-        return f"lstsq: C_kk lacks full rank {where} and has no derivative there; use a ridge above 0"
+        return (
+            f"lstsq: C_kk lacks full rank {where}, and the solution of least norm has no derivative there; "
+            "use a ridge above 0"
+        )
     return (
         f"cholesky: C_kk + ridge I is not numerically positive definite {where}; "
         "use a larger ridge or solver='lstsq'"
