@@ -275,11 +275,15 @@ def checked_ridge(ridge, row_shape: tuple[int, int, int], solver: str) -> np.nda
     if ridge is None or isinstance(ridge, (bool, np.bool_, str)):
         raise TypeError(f"ridge must be a number or an array of numbers, got {ridge!r}")
     try:
-        lam = np.asarray(ridge, dtype=np.float64)
+        given = np.asarray(ridge)
+        # NumPy would drop an imaginary part, and make a ridge of 1 of True.
+        lam = None if given.dtype.kind in "bc" else given.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"ridge must be a number or an array of numbers, got {type(ridge).__name__}"
         ) from error
+    if lam is None:
+        raise TypeError(f"ridge has dtype {given.dtype}; expected real numbers")
     try:
         fits = np.broadcast_shapes(lam.shape, row_shape) == tuple(row_shape)
     except ValueError:

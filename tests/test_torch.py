@@ -409,6 +409,7 @@ def wrong():
     yield "solver is 'lu'", ValueError, lambda: plt.lla_attention(q, k, v, ridge=1, solver="lu")
     yield "ridge must be a number or a tensor", TypeError, lambda: plt.lla_attention(q, k, v, ridge="1")
     yield "ridge is -1.0", ValueError, lambda: plt.lla_attention(q, k, v, ridge=-1)
+    yield "ridge has dtype bool", TypeError, lambda: plt.lla_attention(q, k, v, ridge=torch.tensor(True))
     yield "ridge is given", ValueError, lambda: plt.local_attention(q, k, v, probe=None, ridge=1)
     yield "ridge is None", ValueError, lambda: plt.local_attention(q, k, v, probe="solve")
     yield "kernel is 3", ValueError, lambda: plt.local_attention(q, k, v, probe=None, kernel=3)
