@@ -166,13 +166,11 @@ def test_a_bandwidth_of_1e_6_picks_one_value(backend, dtype, kernel, probe):
     best = np.sort(score, axis=1)
     # What float32 may change of a score here leaves the order as it is.
     assert (best[1:, -1] - best[1:, -2]).min() > 1e-5 * np.abs(score[np.isfinite(score)]).max()
-    probe = {"none": {"probe": None}, "given": {"probe": backend.put(r)}}.get(
-        probe, {"probe": "solve", "ridge": RIDGE}
-    )
-    o = backend("local_attention", q, k, v, kernel=kernel, bandwidth=1e-6, **probe)
+    given = {"none": {"probe": None}, "given": {"probe": r}, "solve": {"probe": "solve", "ridge": RIDGE}}
+    o = backend("local_attention", q, k, v, kernel=kernel, bandwidth=1e-6, **given[probe])
     expected = v[:, score.argmax(axis=1)].astype(np.float64)
     # A probe score is taken from another that may be as large: |q - k| |k| / ridge where the probe is solved.
-    largest = 0 if probe["probe"] is None else (1 + np.linalg.norm(wide_k, axis=1).max()) ** 2 / RIDGE
+    largest = 0 if probe == "none" else (1 + np.linalg.norm(wide_k, axis=1).max()) ** 2 / RIDGE
     slack = 8 * eps(backend, dtype) * largest * np.abs(expected)
     slack += rounding(backend, dtype, expected) if largest else 0
     assert (np.abs(o.astype(np.float64) - expected) <= slack).all()

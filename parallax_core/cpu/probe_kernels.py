@@ -190,9 +190,9 @@ def solve_probes(
     items: as for the tiled loop; ``longest``: the most keys of an item. m, d1, ridge: ``(B, Lq, Hq)``; kbar
     and r: ``(B, Lq, Hq, D)``, the weighted mean key, about which moments are taken (``centred``; the
     minimum-norm solver finds and writes its own), and the result. Weights are computed in the dtype of kbar,
-    moments and systems in that of r. adjoint: of size 0, or
-    ``(B, Lq, Hq, D)``, right-hand sides that the same systems are solved for in place; a system without full
-    rank then counts as failed. The moments of the LLA state go to ``w*_out`` unless these are of size 0.
+    moments and systems in that of r. adjoint: of size 0, or ``(B, Lq, Hq, D)``, right-hand sides that the
+    same systems are solved for in place; a system without full rank then counts as failed. The moments of the
+    LLA state go to ``w*_out`` unless these are of size 0.
     """
     wide, dtype = kbar.dtype, r.dtype
     eps = np.finfo(dtype).eps
