@@ -96,7 +96,8 @@ def lla_probe(q, k, *, ridge, solver="cholesky", scale=None, causal=True, window
 
     Arguments and errors as for :func:`lla_attention`. Returns ``r = -(C_kk + ridge I)^-1 (q - kbar)``,
     ``(B, Lq, Hq, D)``, float32 (float64 for float64 inputs: a solved probe rounded to half precision would
-    cost percents of the output), 0 in rows that see no key.
+    cost percents of the output), 0 in rows that see no key. The two are equal to the bit where the probe is
+    handed over in float64, in which :func:`lla_attention` sums; in float32 they differ by its rounding.
     """
     arrays = _arrays("lla_probe", q=q, k=k, cu_seqlens=cu_seqlens, ridge=ridge)
     described = _describe("lla_probe", arrays, scale, causal, window_size)
@@ -133,6 +134,7 @@ def local_attention(
     from .cpu import forward, lla
 
     r = arrays["r"]
+    dtype = described.compute_dtype
     if isinstance(probe, str) and probe == "query":
         r = np.negative(arrays["q"])
     elif isinstance(probe, str):
@@ -140,9 +142,10 @@ def local_attention(
         r = lla.solve_probe(
             described, arrays["q"], arrays["k"], lam, solver, kernel=kernel, intercept=intercept
         )
+        dtype = lla.WIDE
     out, _ = forward.attend(
         described, arrays["q"], arrays["k"], arrays["v"], r, kernel=kernel, intercept=intercept,
-        amplification=amplification, dtype=np.result_type(described.compute_dtype, _wide(r)),
+        amplification=amplification, dtype=dtype,
     )  # fmt: skip
     return _result(out, described.dtype, like=q)
 
@@ -333,11 +336,6 @@ def _arrays(operation: str, **given: Any) -> dict[str, np.ndarray]:
             "pass arrays on the CPU (nothing is copied between devices unasked)"
         )
     return {name: exchange.to_numpy(name, x) for name, x in present.items()}
-
-
-def _wide(r: np.ndarray | None) -> np.dtype:
-    """float64 of a float64 probe, as the minimum-norm solver gives; float32 of any other."""
-    return np.dtype(np.float64 if r is not None and r.dtype == np.float64 else np.float32)
 
 
 def _is_array(x) -> bool:

@@ -137,7 +137,7 @@ def device(name: str, x: Any) -> tuple[int, int]:
     """The DLPack device ``(type, index)`` of an array; page-locked host memory counts as the CPU.
 
     Raises TypeError where ``x`` is no array that can be exchanged: no DLPack, a tensor that requires
-    gradients, a value that is being traced.
+    gradients or stands for others than its memory holds, a value that is being traced.
     """
     if isinstance(x, np.ndarray):
         if isinstance(x, np.ma.MaskedArray):
@@ -148,10 +148,7 @@ def device(name: str, x: Any) -> tuple[int, int]:
             f"{name} requires gradients, and this call would cut the graph; "
             "use parallax_core.frameworks.torch, or pass a detached tensor"
         )
-    for bit, resolve in (("is_conj", "resolve_conj"), ("is_neg", "resolve_neg")):
-        # Tensors of PyTorch that are a promise to conjugate or negate: their memory holds other numbers.
-        if hasattr(x, resolve) and getattr(x, bit)():
-            raise TypeError(f"{name} is a lazy view that was never computed; pass {name}.{resolve}()")
+    _check_memory_says_all(name, x)
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.core.Tracer):
         raise TypeError(
@@ -166,6 +163,19 @@ def device(name: str, x: Any) -> tuple[int, int]:
     if hasattr(x, "__cuda_array_interface__"):
         return CUDA, _device_of(x.__cuda_array_interface__["data"][0])
     raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
+
+
+def _check_memory_says_all(name: str, x: Any) -> None:
+    """Refuse a PyTorch tensor that is more than its memory holds, which DLPack would pass over in silence."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(x, torch.Tensor):
+        return
+    if torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+        raise TypeError(f"{name} has a tangent of forward-mode differentiation, which would be dropped")
+    for bit, resolve in (("is_conj", "resolve_conj"), ("is_neg", "resolve_neg")):
+        # A promise to conjugate or negate: the memory holds other numbers.
+        if getattr(x, bit)():
+            raise TypeError(f"{name} is a lazy view that was never computed; pass {name}.{resolve}()")
 
 
 @contextmanager
@@ -209,6 +219,7 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
         if not x.dtype.isnative:
             raise TypeError(f"{name} has dtype {x.dtype.str}; expected native byte order")
         return x
+    _check_memory_says_all(name, x)
     tensor, read_only, capsule = imported(name, x)
     if tensor.device.type not in (CPU, CUDA_HOST):
         raise TypeError(

@@ -300,11 +300,15 @@ def checked_ridge(ridge, row_shape: tuple[int, int, int], solver: str) -> np.nda
     if ridge is None or isinstance(ridge, (bool, np.bool_, str)):
         raise TypeError(f"ridge must be a number or an array of numbers, got {ridge!r}")
     try:
-        lam = np.asarray(ridge, dtype=np.float64)
+        given = np.asarray(ridge)
+        # NumPy would drop an imaginary part, and make a ridge of 1 of True.
+        lam = None if given.dtype.kind in "bc" else given.astype(np.float64)
     except (TypeError, ValueError) as error:
         raise TypeError(
             f"ridge must be a number or an array of numbers, got {type(ridge).__name__}"
         ) from error
+    if lam is None:
+        raise TypeError(f"ridge has dtype {given.dtype}; expected real numbers")
     try:
         fits = np.broadcast_shapes(lam.shape, row_shape) == tuple(row_shape)
     except ValueError:
@@ -333,7 +337,7 @@ def checked_bandwidth(scale, bandwidth, head_dim: int) -> float:
         raise TypeError(f"bandwidth must be a number, got {bandwidth!r}")
     # Of a bandwidth below 1e-154 the scale 1/h**2 is infinite, and no scale.
     inverse = 1.0 / float(bandwidth) if bandwidth > 0 else math.nan
-    if not math.isfinite(inverse * inverse):
+    if not inverse * inverse < math.inf:
         raise ValueError(f"bandwidth is {bandwidth!r}; expected a positive number of at least 1e-154")
     return inverse * inverse
 
@@ -435,7 +439,8 @@ def _checked_scale(scale, head_dim: int) -> float:
         return 1.0 / math.sqrt(head_dim)
     if not _is_real(scale):
         raise TypeError(f"scale must be a number or None, got {scale!r}")
-    if not math.isfinite(scale):
+    # By comparisons: torch.compile traces these of a number that it does not know, and not math.isfinite.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale is {scale!r}; expected a finite number")
     return float(scale)
 

@@ -94,8 +94,17 @@ def test_solved_probe_gives_local_linear_attention(case):
     r = plx.lla_probe(case.q, case.k, ridge=0.2, **case.options)
     assert r.dtype == (np.float64 if case.q.dtype == np.float64 else np.float32)
     expected = plx.lla_attention(case.q, case.k, case.v, ridge=0.2, **case.options)
-    result = plx.parallax_attention(case.q, r, case.k, case.v, **case.options)
-    np.testing.assert_array_equal(result, expected)  # the same solve and the same reduction
+    # The same solve, and the same reduction where that is in float64.
+    result = plx.parallax_attention(case.q, r.astype(np.float64), case.k, case.v, **case.options)
+    np.testing.assert_array_equal(result, expected)
+    narrow = plx.parallax_attention(case.q, r, case.k, case.v, **case.options)
+    _, _, sensitivity = oracle.evaluate(type(case)(**{**vars(case), "r": r}), oracle.parallax)
+    half, smallest = unit(case.q.dtype)
+    wide = result.astype(np.float64)
+    computed = SAFETY * compute_eps(case.q.dtype) * sensitivity
+    # Both results are rounded to their dtype.
+    bound = computed + 2 * half * (np.abs(wide) + computed) + smallest
+    assert (np.abs(narrow.astype(np.float64) - wide) <= bound).all()
 
 
 @given(case=cases)

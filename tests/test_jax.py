@@ -216,6 +216,42 @@ def test_no_other_platform_is_compiled_for(platforms, differentiated):
         traced.lower(lowering_platforms=platforms)
 
 
+@operations
+def test_arrays_on_another_device_are_refused_before_anything_is_read(operation, monkeypatch):
+    """This machine's arrays say that they lie on a GPU; a copy to the host would go through these calls."""
+
+    class Elsewhere:
+        platform = "cuda"
+
+    arrays, lengths = make(operation, packed=True), jnp.array([0, 5])
+    given = {"ridge": jnp.full(4, 0.5)} if operation == "lla_attention" else {}
+    kind = type(lengths)
+    monkeypatch.setattr(kind, "devices", lambda self: {Elsewhere()})
+
+    def copied(self, *args, **kwargs):
+        raise AssertionError("an array was copied to the host")
+
+    monkeypatch.setattr(kind, "__array__", copied)
+    for differentiated in (False, True):
+
+        def f(*arrays):
+            return getattr(plj, operation)(*arrays, cu_seqlens=lengths, **given).sum()
+
+        with pytest.raises(plx.BackendUnavailableError, match="platform 'cuda'"):
+            (jax.grad(f) if differentiated else f)(*arrays)
+
+
+@operations
+def test_second_derivatives_are_an_error(operation):
+    arrays = make(operation)
+
+    def slope(q):
+        return jax.grad(lambda q: call(operation)(q, *arrays[1:]).sum())(q).sum()
+
+    with pytest.raises(TypeError, match="have first derivatives alone, and a second one is asked for"):
+        jax.grad(slope)(arrays[0])
+
+
 def wrong():
     with jax.enable_x64(True):
         q, _r, k, v = make()
@@ -229,6 +265,13 @@ def wrong():
     yield "window_size is 0", ValueError, lambda: plj.softmax_attention(q, k, v, window_size=0)
     yield "solver is 'lu'", ValueError, lambda: plj.lla_attention(q, k, v, ridge=1, solver="lu")
     yield "ridge must be a number", TypeError, lambda: plj.lla_attention(q, k, v, ridge="1")
+    yield "ridge must be a number", TypeError, lambda: plj.lla_attention(q, k, v, ridge=[1.0])
+    yield "ridge has dtype bool", TypeError, lambda: plj.lla_attention(q, k, v, ridge=jnp.array(True))
+    yield (
+        "ridge has dtype complex",
+        TypeError,
+        lambda: jax.jit(lambda ridge: plj.lla_attention(q, k, v, ridge=ridge))(jnp.array(1j)),
+    )
     yield "ridge is -1.0", ValueError, lambda: plj.lla_attention(q, k, v, ridge=jnp.float32(-1))
     yield (
         r"ridge has shape \(3,\)",

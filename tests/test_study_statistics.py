@@ -48,5 +48,5 @@ def test_designs_shared_by_all_bandwidths_are_resampled_together():
     interval = bias_exponent(
         H, [h * factor for h in H], where="boundary", resamples=200, rng=np.random.default_rng(0)
     )
-    assert interval.width < 1e-10
-    assert interval.contains(interval.estimate)
+    # The exponent of h is 1, and so is that of every resample; rounding alone parts them.
+    np.testing.assert_allclose(interval, 1, rtol=1e-10)

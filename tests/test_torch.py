@@ -55,6 +55,19 @@ def test_gradients_are_those_of_finite_differences(operation, option):
     assert torch.autograd.gradcheck(call(operation, **OPTIONS[option]), arrays)
 
 
+@pytest.mark.parametrize("learned", [("q",), ("r",), ("k",), ("v",), ("r", "v")])
+def test_gradients_of_some_inputs_of_parallax_are_those_of_finite_differences(learned):
+    arrays = [x.requires_grad_(name in learned) for name, x in zip("qrkv", make(lengths=(2, 3)))]
+    assert torch.autograd.gradcheck(plt.parallax_attention, arrays)
+
+
+@pytest.mark.parametrize("learned", [("v",), ("ridge",), ("k", "ridge")])
+def test_gradients_of_some_inputs_of_lla_are_those_of_finite_differences(learned):
+    inputs = *make("lla_attention", lengths=(2, 3)), torch.full((4,), 0.7, dtype=torch.float64)
+    arrays = [x.requires_grad_(name in learned) for name, x in zip(("q", "k", "v", "ridge"), inputs)]
+    assert torch.autograd.gradcheck(lambda q, k, v, ridge: plt.lla_attention(q, k, v, ridge=ridge), arrays)
+
+
 @pytest.mark.parametrize("shape", [(), (4,), (2, 2, 1), (2, 2, 4)])
 def test_the_gradient_by_the_ridge_has_the_ridge_s_shape(shape):
     arrays = make("lla_attention", grad=True, lengths=(2, 3))
@@ -169,6 +182,24 @@ def test_compiled_is_eager_bit_for_bit_forward_and_backward(operation):
             o.square().sum().backward()
             outcomes.append((o, block.project.weight.grad))
         assert all(map(torch.equal, *outcomes))
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_compiled_calls_take_numbers_that_change(dynamic):
+    q, r, k, v = make()
+
+    def f(scale, window, bandwidth, ridge, offsets):
+        return (
+            plt.parallax_attention(q, r, k, v, scale=scale, window_size=window),
+            plt.local_attention(q, k, v, probe="query", bandwidth=bandwidth),
+            plt.lla_attention(q, k, v, ridge=ridge),
+            plt.softmax_attention(q[:1], k[:1, :4], v[:1, :4], cu_seqlens=offsets),
+        )
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for given in ((0.3, 2, 1.5, 0.5, [0, 4]), (0.4, 3, 2.5, 0.7, [0, 1, 4]), (1, None, 1, 2, [0, 4])):
+        offsets = torch.tensor(given[-1])
+        assert all(map(torch.equal, compiled(*given[:-1], offsets), f(*given[:-1], offsets)))
 
 
 def test_the_default_compiler_takes_operations_and_their_gradients():
@@ -301,11 +332,52 @@ def test_a_graph_is_never_cut(name, run):
         run()
 
 
-def test_second_derivatives_are_an_error():
-    arrays = make(grad=True)
-    first = torch.autograd.grad(plt.parallax_attention(*arrays).sum(), arrays, create_graph=True)
-    with pytest.raises(RuntimeError, match="parallax_attention_backward"):
+@operations
+def test_second_derivatives_are_an_error(operation):
+    arrays = make(operation, grad=True)
+    first = torch.autograd.grad(call(operation)(*arrays).sum(), arrays, create_graph=True)
+    with pytest.raises(RuntimeError, match=f"^{operation}_backward is differentiated, and has no derivative"):
         first[0].sum().backward()
+
+
+@pytest.mark.parametrize("module", [plt, plx, plx.reference])
+@pytest.mark.parametrize("place", range(5))
+def test_a_forward_mode_tangent_is_never_dropped(module, place):
+    def call(q, r, k, v, ridge):
+        module.parallax_attention(q, r, k, v)
+        module.lla_attention(q, k, v, ridge=ridge)
+
+    arrays = [*make(), torch.full((4,), 0.7, dtype=torch.float64)]
+    name = ("q", "r", "k", "v", "ridge")[place]
+    with torch.autograd.forward_ad.dual_level():
+        arrays[place] = torch.autograd.forward_ad.make_dual(arrays[place], torch.ones_like(arrays[place]))
+        with pytest.raises(TypeError, match=f"^{name} has a tangent of forward-mode differentiation"):
+            call(*arrays)
+
+
+@operations
+def test_mapped_calls_and_their_gradients_are_those_of_a_batch(operation):
+    arrays = make(operation, grad=True)
+
+    def one(*arrays):
+        return call(operation)(*(x[None] for x in arrays))[0]
+
+    found, expected = torch.vmap(one)(*arrays), call(operation)(*arrays)
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, *(torch.autograd.grad(o.square().sum(), arrays) for o in (found, expected))))
+    plain = [x.detach() for x in arrays]
+    states = torch.vmap(lambda *x: call(operation, return_state=True)(*(y[None] for y in x))[1])(*plain)
+    expected = call(operation, return_state=True)(*plain)[1]
+    assert all(torch.equal(x[:, 0], y) for x, y in zip(states, expected))
+
+
+def test_what_a_tensor_hides_from_its_memory_is_not_passed_over():
+    q, r, k, v = make()
+    negated = torch._neg_view(q)
+    assert torch.equal(plt.parallax_attention(negated, r, k, v), plt.parallax_attention(-q, r, k, v))
+    for module in (plx, plx.reference):
+        with pytest.raises(TypeError, match=r"^q is a view negated .* q\.resolve_neg"):
+            module.parallax_attention(negated, r, k, v)
 
 
 def test_the_family_is_the_public_one():
@@ -337,9 +409,17 @@ def wrong():
     yield "solver is 'lu'", ValueError, lambda: plt.lla_attention(q, k, v, ridge=1, solver="lu")
     yield "ridge must be a number or a tensor", TypeError, lambda: plt.lla_attention(q, k, v, ridge="1")
     yield "ridge is -1.0", ValueError, lambda: plt.lla_attention(q, k, v, ridge=-1)
+    yield "ridge has dtype bool", TypeError, lambda: plt.lla_attention(q, k, v, ridge=torch.tensor(True))
     yield "ridge is given", ValueError, lambda: plt.local_attention(q, k, v, probe=None, ridge=1)
     yield "ridge is None", ValueError, lambda: plt.local_attention(q, k, v, probe="solve")
     yield "kernel is 3", ValueError, lambda: plt.local_attention(q, k, v, probe=None, kernel=3)
+    yield "k is on meta; expected cpu", TypeError, lambda: plt.softmax_attention(q, k.to("meta"), v)
+    yield (
+        "ridge is on meta; expected cpu",
+        TypeError,
+        lambda: plt.lla_attention(q, k, v, ridge=torch.ones((), device="meta")),
+    )
+    yield "scale is nan", ValueError, lambda: plt.softmax_attention(q, k, v, scale=float("nan"))
     yield "cu_seqlens is a list", TypeError, lambda: plt.softmax_attention(q, k, v, cu_seqlens=[0, 5])
     cache = torch.zeros(2, 5, 4, 3)
     yield "out overlaps k", ValueError, lambda: plt.softmax_decode(q.float(), cache, cache, out=cache[:, :4])

@@ -34,7 +34,7 @@ def parallax_backward(problem: Problem, do, q, r, k, v, state: ParallaxState):
 
 
 def lla_backward(problem: Problem, do, q, k, v, ridge: np.ndarray, solver: str):
-    """dq, dk, dv and dridge ``(B, Lq, Hq)`` in the compute dtype, by the implicit function of the system.
+    """dq, dk, dv and dridge ``(B, Lq, Hq)`` in float64, by the implicit function of the system.
 
     The forward's weights, means and slopes are computed again: they cost less than keeping every row's
     second moments would.
@@ -44,7 +44,9 @@ def lla_backward(problem: Problem, do, q, k, v, ridge: np.ndarray, solver: str):
 
 
 def _lla_backward(problem: Problem, do, q, k, v, ridge: np.ndarray, solver: str):
-    dtype = lla.compute_dtype(problem, solver)
+    # What float32 loses of the slopes' products (see lla.WIDE) it loses twice over here, where both
+    # solutions meet: with keys 16 standard deviations off the origin dq would keep two digits.
+    dtype = lla.WIDE
     rows = problem.row_shape
     vbar, values = forward.attend(problem, q, k, v, return_state=True, dtype=dtype)
     # The derivative by the slopes is that of Parallax by its probe, up to the sign, whatever the probe is.

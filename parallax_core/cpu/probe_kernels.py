@@ -10,7 +10,7 @@ from numba import njit
 
 from .intrinsics import exp, fetch_add
 from .microkernel import MR, multiply_add
-from .tile_loop import score
+from .tile_loop import score, within
 from .tiles import KEY_STRIDE, KEY_TILE, read_keys, read_query_rows, stride, transpose, visible
 
 CHOLESKY, CG, LSTSQ = 0, 1, 2
@@ -35,12 +35,37 @@ def _finite(a, n):
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def centre_rows(X, keys, head_dim, origin, weights, first, root):
-    """X[j] = (X[j] - origin), times the root of its weight if wanted."""
+def centre_rows(X, keys, head_dim, base, origin, weights, first, root):
+    """X[j] = (X[j] - base) - origin, times the root of its weight if wanted."""
     for j in range(keys):
         factor = np.sqrt(weights[first + j]) if root else X.dtype.type(1)
         for d in range(head_dim):
-            X[j, d] = factor * (X[j, d] - origin[d])
+            X[j, d] = factor * ((X[j, d] - base[d]) - origin[d])
+
+
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def mean_about_heaviest(
+    tensor, sequence, page_table, page_size, head, first, weights, begin, end, n, X, base, mean
+):  # fmt: skip
+    """base = the key of largest weight of ``begin .. end``, mean = the weighted mean of the keys less base.
+
+    ``weights`` starts at ``first``. A direction in which all keys agree comes out as exactly 0, where the
+    rounding of their mean would leave a spread that nothing but rounding bounds from below.
+    """
+    heaviest = begin
+    for key in range(begin, end):
+        if weights[key - first] > weights[heaviest - first]:
+            heaviest = key
+    read_keys(tensor, sequence, page_table, page_size, head, heaviest, 1, n, X)
+    for d in range(n):
+        base[d] = X[0, d]
+        mean[d] = 0
+    for key in range(begin, end, KEY_TILE):
+        keys = min(KEY_TILE, end - key)
+        read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X)
+        for j in range(keys):
+            for d in range(n):
+                mean[d] += weights[key - first + j] * (X[j, d] - base[d])
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -105,8 +130,8 @@ def solve_minimum_norm(values, vectors, b, ridge, n, u):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def solve_conjugate_gradients(
-    tensor, sequence, page_table, page_size, head, first, weights, begin, end, origin, ridge, b, n, X, u, x,
-    p, s, y, tolerance,
+    tensor, sequence, page_table, page_size, head, first, weights, begin, end, base, origin, ridge, b, n, X,
+    u, x, p, s, y, tolerance,
 ):  # fmt: skip
     """u = (C + ridge I)^-1 b without the matrix; returns the relative residual reached.
 
@@ -130,7 +155,7 @@ def solve_conjugate_gradients(
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
             read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X)
-            centre_rows(X, keys, n, origin, weights, 0, False)
+            centre_rows(X, keys, n, base, origin, weights, 0, False)
             for j in range(keys):
                 factor = weights[key - first + j] * dot(X[j], p, n)
                 for i in range(n):
@@ -163,20 +188,21 @@ def solve_probes(
     """Take items of work until none is left, and write the probe ``r = -u`` of every row.
 
     items: as for the tiled loop; ``longest``: the most keys of an item. m, d1, ridge: ``(B, Lq, Hq)``; kbar
-    and r: ``(B, Lq, Hq, D)``, the weighted mean key, about which moments are taken (``centred``), and the
-    result. adjoint: of size 0, or ``(B, Lq, Hq, D)``, right-hand sides that the same systems are solved for
-    in place; a system without full rank then counts as failed. The moments of the LLA state go to
-    ``w*_out`` unless these are of size 0.
+    and r: ``(B, Lq, Hq, D)``, the weighted mean key, about which moments are taken (``centred``; the
+    minimum-norm solver finds and writes its own), and the result. Weights are computed in the dtype of kbar,
+    moments and systems in that of r. adjoint: of size 0, or ``(B, Lq, Hq, D)``, right-hand sides that the
+    same systems are solved for in place; a system without full rank then counts as failed. The moments of the
+    LLA state go to ``w*_out`` unless these are of size 0.
     """
-    dtype = kbar.dtype
+    wide, dtype = kbar.dtype, r.dtype
     eps = np.finfo(dtype).eps
     stated = wkk_out.size > 0
     adjoined = adjoint.size > 0
     width, value_width = stride(head_dim), stride(value_dim)
-    A = np.zeros((tile_rows + MR, width), dtype)
-    K = np.zeros((KEY_TILE, width), dtype)
-    KT = np.zeros((width, KEY_STRIDE), dtype)
-    S = np.zeros((tile_rows + MR, KEY_STRIDE), dtype)
+    A = np.zeros((tile_rows + MR, width), wide)
+    K = np.zeros((KEY_TILE, width), wide)
+    KT = np.zeros((width, KEY_STRIDE), wide)
+    S = np.zeros((tile_rows + MR, KEY_STRIDE), wide)
     weights = np.zeros((tile_rows, longest), dtype)
     # The microkernel reads A^T in blocks of MR columns, which may pass the last one.
     X = np.zeros((KEY_TILE + 1, width), dtype)
@@ -184,7 +210,8 @@ def solve_probes(
     C = np.zeros((width + MR, width), dtype)
     C_vk = np.zeros((value_width + MR, width), dtype)
     L = np.zeros((head_dim, head_dim), np.float64)
-    wk, origin, b = np.zeros(head_dim, dtype), np.zeros(head_dim, dtype), np.zeros(head_dim, dtype)
+    wk, b = np.zeros(head_dim, dtype), np.zeros(head_dim, dtype)
+    base, origin = np.zeros(head_dim, dtype), np.zeros(head_dim, dtype)
     u, b64 = np.zeros(head_dim, np.float64), np.zeros(head_dim, np.float64)
     x, p, s, y = (
         np.zeros(head_dim, dtype),
@@ -211,8 +238,13 @@ def solve_probes(
             transpose(K, head_dim, KT)
             score(S, A, KT, rows, head_dim, kernel, scale)
             for i in range(rows):
-                for j in range(keys):
-                    weights[i, key - begin + j] = S[i, j]
+                query, h = (row + i) // group, head * group + (row + i) % group
+                largest = m[sequence[0], sequence[1] + query, h]
+                normaliser = d1[sequence[0], sequence[1] + query, h]
+                f, e = visible(sequence, query, causal, window)
+                f, e = within(f, e, key, keys)
+                for j in range(f, e):
+                    weights[i, key - begin + j] = exp(S[i, j] - largest) / normaliser
         for i in range(rows):
             batch, query = sequence[0], sequence[1] + (row + i) // group
             h = head * group + (row + i) % group
@@ -227,17 +259,24 @@ def solve_probes(
                 continue
             w = weights[i]
             normaliser = d1[batch, query, h]
-            for j in range(f - begin, e - begin):
-                w[j] = exp(w[j] - m[batch, query, h]) / normaliser
+            if centred and solver == LSTSQ:
+                mean_about_heaviest(
+                    tensors[1], sequence, page_table, page_size, head, begin, w, f, e, head_dim, X, base,
+                    origin,
+                )  # fmt: skip
+                for d in range(head_dim):
+                    kbar[batch, query, h, d] = base[d] + origin[d]
+            elif centred:
+                for d in range(head_dim):
+                    origin[d] = kbar[batch, query, h, d]
             for d in range(head_dim):
-                origin[d] = kbar[batch, query, h, d] if centred else dtype.type(0)
-                b[d] = A[i, d] - origin[d]
+                b[d] = (A[i, d] - base[d]) - origin[d]
             if solver == CG:
                 for side in range(2 if adjoined else 1):
                     if side == 1:
                         b[:] = adjoint[batch, query, h]
                     residual = solve_conjugate_gradients(
-                        tensors[1], sequence, page_table, page_size, head, begin, w, f, e, origin,
+                        tensors[1], sequence, page_table, page_size, head, begin, w, f, e, base, origin,
                         ridge[batch, query, h], b, head_dim, X, u, x, p, s, y, tolerance,
                     )  # fmt: skip
                     if residual > tolerance:
@@ -259,7 +298,7 @@ def solve_probes(
             for key in range(f, e, KEY_TILE):
                 keys = min(KEY_TILE, e - key)
                 read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, X)
-                centre_rows(X, keys, head_dim, origin, w, key - begin, True)
+                centre_rows(X, keys, head_dim, base, origin, w, key - begin, True)
                 for j in range(keys):
                     root = np.sqrt(w[key - begin + j])
                     for d in range(head_dim):

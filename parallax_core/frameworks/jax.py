@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Primitive
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 import parallax_core as plx
 
@@ -312,6 +312,17 @@ _cpu_only.def_abstract_eval(lambda x: x)
 batching.defvectorized(_cpu_only)
 
 
+def _refuse_second_derivative(primals, tangents):
+    # A first derivative is a rule of the whole operation's; only one of that rule comes by here.
+    raise TypeError(
+        "the operations of parallax_core.frameworks.jax have first derivatives alone, and a second one is "
+        "asked for; use jax.lax.stop_gradient on the first"
+    )
+
+
+ad.primitive_jvps[_cpu_only] = _refuse_second_derivative
+
+
 @_cpu_only.def_impl
 def _(x):
     x = jnp.asarray(x)  # constants come as JAX's own kind of NumPy array, on no device yet
@@ -402,8 +413,12 @@ def _checked_ridge(ridge, solver, described):
     rows = described.row_shape
     if isinstance(ridge, numbers.Real) or not hasattr(ridge, "shape"):
         problem.checked_ridge(ridge, rows, solver)
+        if not isinstance(ridge, numbers.Real):
+            raise TypeError(f"ridge must be a number or an array, got a {type(ridge).__name__}")
         return {"ridge": float(ridge), "solver": solver}, None
     ridge = _array("ridge", ridge)
+    if not any(jnp.issubdtype(ridge.dtype, kind) for kind in (jnp.floating, jnp.integer)):
+        raise TypeError(f"ridge has dtype {ridge.dtype}; expected real numbers")
     problem.checked_ridge(np.asarray(ridge) if _known(ridge) else np.ones(ridge.shape), rows, solver)
     if not jnp.issubdtype(ridge.dtype, jnp.floating):
         ridge = ridge.astype(described.compute_dtype)

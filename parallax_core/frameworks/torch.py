@@ -3,7 +3,12 @@
 Each is a custom operator in the namespace ``parallax_core`` that hands its tensors to the public operation of
 the same name. ``torch.compile(fullgraph=True)``, ``torch.export`` and autocast take them as one node of the
 graph; under autocast q, k and v are cast to its dtype, as matrix products are, and a float32 probe or ridge
-stays as it is. Shapes and options are checked when an operator runs, not when it is traced.
+stays as it is. Shapes and options are checked when an operator runs, not when it is traced. ``torch.vmap``
+runs the mapped calls one after another.
+
+Gradients are those of reverse mode, once: a tensor with a tangent of forward mode is a TypeError, a second
+derivative a RuntimeError. The derivatives of ``torch.func`` are PyTorch's own error: custom operators have
+none.
 """
 
 from __future__ import annotations
@@ -18,6 +23,7 @@ except ImportError as error:
     raise BackendUnavailableError(
         "parallax_core.frameworks.torch needs PyTorch: pip install 'parallax-core[torch]'"
     ) from error
+from torch.autograd import forward_ad
 from torch.utils import _pytree
 
 import parallax_core as plx
@@ -88,7 +94,7 @@ def lla_attention(
     that is a tensor. Everything else as for :func:`softmax_attention`; the state is an LLAState.
     """
     ridge, *system = _checked_ridge(ridge, solver)
-    _check_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    _check_tensors(q=q, k=k, v=v, cu_seqlens=cu_seqlens, ridge=ridge)
     _in_graph("lla_attention", return_state, q=q, k=k, v=v, ridge=ridge)
     q, k, v = _autocast(q, k, v)
     options = *_checked_options(scale, causal, window_size), cu_seqlens
@@ -103,7 +109,7 @@ def lla_probe(q, k, *, ridge, solver="cholesky", scale=None, causal=True, window
     probe and is differentiable through it.
     """
     ridge, *system = _checked_ridge(ridge, solver)
-    _check_tensors(q=q, k=k, cu_seqlens=cu_seqlens)
+    _check_tensors(q=q, k=k, cu_seqlens=cu_seqlens, ridge=ridge)
     _refuse_gradients("lla_probe", "lla_attention is differentiable through its probe", q=q, k=k, ridge=ridge)
     q, k = _autocast(q, k)
     return _lla_probe(q, k, ridge, *system, *_checked_options(scale, causal, window_size), cu_seqlens)
@@ -123,7 +129,7 @@ def local_attention(
     number = None
     if ridge is not None:
         ridge, number, solver = _checked_ridge(ridge, solver)
-    _check_tensors(q=q, k=k, v=v, probe=given, cu_seqlens=cu_seqlens)
+    _check_tensors(q=q, k=k, v=v, probe=given, cu_seqlens=cu_seqlens, ridge=ridge)
     if scale is not None or bandwidth is not None:
         scale = problem.checked_bandwidth(scale, bandwidth, 1)
     if not isinstance(kernel, str):
@@ -192,7 +198,7 @@ def _decode(
     return_state,
 ):  # fmt: skip
     lengths = {"cache_seqlens": cache_seqlens, "cache_leftpad": cache_leftpad, "page_table": page_table}
-    _check_tensors(**inputs, **lengths, out=out)
+    _check_tensors(**inputs, **lengths, ridge=system[0] if system else None, out=out)
     _refuse_gradients(operation, "", **inputs, ridge=system[0] if system else None, out=out)
     cast = dict(inputs)
     probe = cast.pop("r", None)
@@ -210,6 +216,36 @@ def _decode(
     return _outcome(results, kind, return_state)
 
 
+def _mapped_in_turn(operator):
+    """Let ``torch.vmap`` call an operator once for each of the mapped."""
+
+    @operator.register_vmap
+    def _(info, in_dims, *args):
+        def pick(x, dim, i):
+            if isinstance(x, (list, tuple)):
+                return [pick(*each, i) for each in zip(x, dim)]
+            return x if dim is None else x.select(dim, i)
+
+        calls = ([pick(x, dim, i) for x, dim in zip(args, in_dims)] for i in range(info.batch_size))
+        stacked = _pytree.tree_map(lambda *x: torch.stack(x), *(operator(*call) for call in calls))
+        return stacked, _pytree.tree_map(lambda x: 0, stacked)
+
+    return operator
+
+
+def _differentiable_once(operator):
+    """Have a gradient's operator say so where a second derivative is asked for."""
+
+    def refuse(ctx, *gradients):
+        raise RuntimeError(
+            f"{operator._name} is differentiated, and has no derivative: gradients of gradients are not "
+            "supported; leave create_graph out"
+        )
+
+    operator.register_autograd(refuse)
+    return operator
+
+
 def _save_state(ctx, inputs, output):
     """Keep what a gradient needs; where the forward call made no state, the backward call makes its own."""
     *arrays, ctx.scale, ctx.causal, ctx.window_size, cu_seqlens, _ = inputs
@@ -217,6 +253,7 @@ def _save_state(ctx, inputs, output):
     ctx.mark_non_differentiable(*output[1:])
 
 
+@_mapped_in_turn
 @torch.library.custom_op(
     "parallax_core::softmax_attention", mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_WHOLE}, bool return_state) -> Tensor[]",
@@ -234,6 +271,8 @@ def _(q, k, v, scale, causal, window_size, cu_seqlens, return_state):
     return _empty_results(SoftmaxState, q, v, return_state)
 
 
+@_mapped_in_turn
+@_differentiable_once
 @torch.library.custom_op(
     "parallax_core::softmax_attention_backward", mutates_args=(),
     schema=f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor[] state, {_WHOLE}) "
@@ -261,6 +300,7 @@ def _softmax_gradient(ctx, grads):
 _softmax_attention.register_autograd(_softmax_gradient, setup_context=_save_state)
 
 
+@_mapped_in_turn
 @torch.library.custom_op(
     "parallax_core::parallax_attention", mutates_args=(),
     schema=f"(Tensor q, Tensor r, Tensor k, Tensor v, {_WHOLE}, bool return_state) -> Tensor[]",
@@ -278,6 +318,8 @@ def _(q, r, k, v, scale, causal, window_size, cu_seqlens, return_state):
     return _empty_results(ParallaxState, q, v, return_state, r)
 
 
+@_mapped_in_turn
+@_differentiable_once
 @torch.library.custom_op(
     "parallax_core::parallax_attention_backward", mutates_args=(),
     schema=f"(Tensor do, Tensor q, Tensor r, Tensor k, Tensor v, Tensor o, Tensor[] state, {_WHOLE}) "
@@ -305,6 +347,7 @@ def _parallax_gradient(ctx, grads):
 _parallax_attention.register_autograd(_parallax_gradient, setup_context=_save_state)
 
 
+@_mapped_in_turn
 @torch.library.custom_op(
     "parallax_core::lla_attention", mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_RIDGE}, {_WHOLE}, bool return_state) -> Tensor[]",
@@ -324,6 +367,8 @@ def _(q, k, v, ridge, ridge_number, solver, scale, causal, window_size, cu_seqle
     return _empty_results(LLAState, q, v, return_state)
 
 
+@_mapped_in_turn
+@_differentiable_once
 @torch.library.custom_op(
     "parallax_core::lla_attention_backward", mutates_args=(),
     schema=f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, {_RIDGE}, {_WHOLE}) "
@@ -363,6 +408,7 @@ def _lla_gradient(ctx, grads):
 _lla_attention.register_autograd(_lla_gradient, setup_context=_lla_context)
 
 
+@_mapped_in_turn
 @torch.library.custom_op(
     "parallax_core::lla_probe", mutates_args=(), schema=f"(Tensor q, Tensor k, {_RIDGE}, {_WHOLE}) -> Tensor"
 )
@@ -378,6 +424,7 @@ def _(q, k, ridge, ridge_number, solver, scale, causal, window_size, cu_seqlens)
     return q.new_empty(q.shape, dtype=_compute_dtype(q))
 
 
+@_mapped_in_turn
 @torch.library.custom_op(
     "parallax_core::local_attention", mutates_args=(),
     schema="(Tensor q, Tensor k, Tensor v, Tensor? probe, str? named_probe, str kernel, bool intercept, "
@@ -424,6 +471,7 @@ def _define_decode(operation: str, kind, inputs: str):
     v = names.index("v_cache")
     r = names.index("r") if "r" in names else None
 
+    @_mapped_in_turn
     @torch.library.custom_op(
         f"parallax_core::{operation}", mutates_args=(),
         schema=f"({inputs}, {_CACHE}, bool return_state) -> Tensor[]",
@@ -467,12 +515,21 @@ _DECODE = {
 
 
 def _check_tensors(**given) -> None:
-    optional = "probe", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out"
+    optional = "probe", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "ridge", "out"
     for name, x in given.items():
         if x is None and name in optional:
             continue
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} is a {type(x).__name__}; expected a torch.Tensor")
+        # One tensor on the meta device would have PyTorch hand back memory that nothing was written to.
+        if x.device != given["q"].device:
+            raise TypeError(f"{name} is on {x.device}; expected {given['q'].device}, where q is")
+        # Operators in Python drop it, as if the derivative were 0.
+        if forward_ad.unpack_dual(x).tangent is not None:
+            raise TypeError(
+                f"{name} has a tangent of forward-mode differentiation, which is not supported; "
+                "use reverse mode, as loss.backward() does"
+            )
         # Tracing works out the results' shapes from these axes, before any operator has checked them.
         if x.ndim != 4 and name not in optional:
             raise ValueError(
