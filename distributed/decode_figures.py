@@ -26,40 +26,41 @@ def sizes(row: Row) -> str:
 
 def bandwidth_fractions(findings: DecodeFindings) -> str:
     """Bytes per second as a fraction of plain reading: a panel an operation, dtype and cache. Returns SVG."""
-    groups: dict[tuple[str, str], dict[str, list[Row]]] = {}
-    for row in findings.rows:
-        operation = groups.setdefault((row["operation"], row["dtype"]), {})
-        operation.setdefault(row["cache"], []).append(row)
-    caches = [cache for cache in ("cold", "warm") if any(cache in group for group in groups.values())]
-    longest = [max(len(rows) for rows in group.values()) for group in groups.values()]
+    rows = {key: [findings.rows[place] for place in places] for key, places in findings.groups.items()}
+    caches = [cache for cache in ("cold", "warm") if any(row["cache"] == cache for row in findings.rows)]
+    panels = {
+        (*key, cache): [row for row in group if row["cache"] == cache]
+        for key, group in rows.items()
+        for cache in caches
+    }
+    longest = [max(len(panels[*key, cache]) for cache in caches) for key in rows]
+    names = [peer.name for peer in findings.peers if peer.rows]
     with matplotlib.rc_context(STYLE):
         figure = Figure(
             figsize=(1.8 + 4.4 * len(caches), sum(0.3 * n + 0.75 for n in longest) + 0.7),
             layout="constrained",
         )
         axes = figure.subplots(
-            len(groups), len(caches), squeeze=False, sharex=True,
+            len(rows), len(caches), squeeze=False, sharex="col",
             gridspec_kw={"height_ratios": [0.3 * n + 0.45 for n in longest]},
         )  # fmt: skip
-        for line, ((operation, dtype), group) in zip(axes, groups.items()):
-            for axis, cache in zip(line, caches):
-                rows = group.get(cache)
-                if rows is None:
-                    axis.set_visible(False)
-                    continue
-                _panel(axis, rows, findings.peers)
+        for axis, ((operation, dtype, cache), panel) in zip(axes.flat, panels.items()):
+            if panel:
+                _panel(axis, panel, names)
                 axis.set_title(f"{OPERATION[operation]}, {dtype}, {cache} cache")
-                if axis is not line[0] and [*map(sizes, rows)] == [*map(sizes, group.get(caches[0], []))]:
-                    axis.set_yticklabels([])
-        for axis in axes[-1]:
-            axis.set_xlabel("bytes per second / plain read")
-        shown = [name for name in findings.peers if any(peer_of(row, name) for row in findings.rows)]
+            else:
+                axis.set_visible(False)
+        for column in axes.T:
+            lowest = [axis for axis in column if axis.get_visible()][-1]
+            lowest.set_xlabel("bytes per second / plain read")
+            lowest.tick_params(labelbottom=True)
+            lowest.set_xlim(left=0)
         figure.legend(
             handles=[
                 matplotlib.lines.Line2D([], [], ls="none", marker="s", ms=8, color=OWN),
-                *(matplotlib.lines.Line2D([], [], **_mark(name)) for name in shown),
+                *(matplotlib.lines.Line2D([], [], **_mark(name)) for name in names),
             ],
-            labels=["parallax-core", *(TITLE[name] for name in shown)],
+            labels=["parallax-core", *(TITLE[name] for name in names)],
             loc="outside lower center",
             ncols=4,
         )
@@ -75,7 +76,6 @@ def _panel(axis, rows: list[Row], peers: list[str]) -> None:
                 axis.plot(row["fraction"] * row["us"] / peer["us"], y, **_mark(name))
         axis.plot(row["fraction"], y, "s", ms=8, color=OWN, zorder=3)
     axis.axvline(1, color="#999999", lw=1, ls=":")
-    axis.set_xlim(left=0)
     axis.set_yticks(range(len(rows)), [sizes(row) for row in rows])
     axis.set_ylim(len(rows) - 0.5, -0.5)
     axis.grid(axis="y", visible=False)

@@ -34,81 +34,68 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Competitor:
+    """What is said of a peer, or of ours under the empty name.
+
+    rows: with numbers. error: the largest. host_us: microseconds from the call in Python to its launch, the
+    median over the rows, None where it was not measured. absent: the reasons for which rows have no numbers.
+    """
+
+    name: str
+    rows: int
+    error: float | None
+    host_us: float | None
+    absent: list[str]
+
+
+@dataclass(frozen=True)
 class DecodeFindings:
     """Everything that the report shows.
 
     ratios: for each row, by what the peers compute, the fastest peer's time over ours; None without one.
-    absent: for each peer, the reasons for which it has no numbers. host_cost: microseconds from the call in
-    Python to the launch, the median over the rows, of ours under the empty name and of the peers.
+    groups: for each operation and dtype, the places of its rows. own, peers: of all rows.
     """
 
     rows: list[Row]
     ratios: list[dict[str, float | None]]
+    groups: dict[tuple[str, str], list[int]]
     comparisons: list[Comparison]
-    peers: list[str]
-    absent: dict[str, list[str]]
-    host_cost: dict[str, float]
+    own: Competitor
+    peers: list[Competitor]
 
 
 def find_decode(rows: list[Row]) -> DecodeFindings:
     """Reduce the rows of a study to what its report shows. rows: of ``decode.measure``, one a point."""
     ratios = [{computes: _ratio(row, computes) for computes in ("softmax", "parallax")} for row in rows]
+    groups: dict[tuple[str, str], list[int]] = {}
+    for place, row in enumerate(rows):
+        groups.setdefault((row["operation"], row["dtype"]), []).append(place)
     comparisons = []
-    groups = dict.fromkeys((row["operation"], row["dtype"], row["cache"]) for row in rows)
-    for operation, dtype, cache in groups:
-        for computes in ("softmax", "parallax"):
-            chosen = [
-                (row, ratio[computes])
-                for row, ratio in zip(rows, ratios)
-                if (row["operation"], row["dtype"], row["cache"]) == (operation, dtype, cache)
-                and ratio[computes] is not None
-            ]
-            if not chosen:
-                continue
-            values = np.array([ratio for _, ratio in chosen])
-            present = dict.fromkeys(
-                peer["name"]
-                for row, _ in chosen
-                for peer in row["peers"]
-                if peer["absent"] is None and COMPUTES[peer["name"]] == computes
-            )
-            comparisons.append(
-                Comparison(
-                    operation,
-                    dtype,
-                    cache,
-                    computes,
-                    list(present),
-                    float(np.exp(np.log(values).mean())),
-                    float(values.min()),
-                    len(values),
-                    int((values > 1).sum()),
+    for (operation, dtype), places in groups.items():
+        for cache in dict.fromkeys(rows[place]["cache"] for place in places):
+            for computes in ("softmax", "parallax"):
+                chosen = [
+                    place
+                    for place in places
+                    if rows[place]["cache"] == cache and ratios[place][computes] is not None
+                ]
+                if not chosen:
+                    continue
+                values = np.array([ratios[place][computes] for place in chosen])
+                names = dict.fromkeys(
+                    peer["name"] for place in chosen for peer in _present(rows[place], computes)
                 )
-            )
+                mean = float(np.exp(np.log(values).mean()))
+                least, won = float(values.min()), int((values > 1).sum())
+                comparisons.append(
+                    Comparison(operation, dtype, cache, computes, list(names), mean, least, len(values), won)
+                )
     named = dict.fromkeys(peer["name"] for row in rows for peer in row["peers"])
-    absent = {
-        name: list(
-            dict.fromkeys(
-                peer["absent"]
-                for row in rows
-                for peer in row["peers"]
-                if peer["name"] == name and peer["absent"] is not None
-            )
-        )
+    peers = [
+        _competitor(name, [peer for row in rows for peer in row["peers"] if peer["name"] == name])
         for name in named
-    }
-    host = {"": [row["host_us"] for row in rows]} | {
-        name: [peer["host_us"] for row in rows if (peer := peer_of(row, name)) is not None] for name in named
-    }
-    measured = {name: [cost for cost in costs if cost is not None] for name, costs in host.items()}
-    return DecodeFindings(
-        rows,
-        ratios,
-        comparisons,
-        list(named),
-        {name: reasons for name, reasons in absent.items() if reasons},
-        {name: float(np.median(costs)) for name, costs in measured.items() if costs},
-    )
+    ]
+    return DecodeFindings(rows, ratios, groups, comparisons, _competitor("", rows), peers)
 
 
 def peer_of(row: Row, name: str) -> Row | None:
@@ -117,8 +104,22 @@ def peer_of(row: Row, name: str) -> Row | None:
     return next(found, None)
 
 
+def _present(row: Row, computes: str) -> list[Row]:
+    return [peer for peer in row["peers"] if peer["absent"] is None and COMPUTES[peer["name"]] == computes]
+
+
 def _ratio(row: Row, computes: str) -> float | None:
-    times = [
-        peer["us"] for peer in row["peers"] if peer["absent"] is None and COMPUTES[peer["name"]] == computes
-    ]
+    times = [peer["us"] for peer in _present(row, computes)]
     return min(times) / row["us"] if times else None
+
+
+def _competitor(name: str, numbers: list[Row]) -> Competitor:
+    present = [each for each in numbers if each.get("absent") is None]
+    costs = [each["host_us"] for each in present if each["host_us"] is not None]
+    return Competitor(
+        name,
+        len(present),
+        max((each["error"] for each in present), default=None),
+        float(np.median(costs)) if costs else None,
+        list(dict.fromkeys(each["absent"] for each in numbers if each.get("absent") is not None)),
+    )

@@ -151,8 +151,8 @@ def _need_torch(problem: DecodeProblem) -> None:
 
 
 PEERS = (
-    Peer("fa2", "FlashAttention-2, PyTorch", "softmax", True, _sdpa_flash),
-    Peer("fa3", "FlashAttention-3, vLLM", "softmax", True, _flash_attention_3),
-    Peer("fla", "fla-core, Triton", "parallax", True, _fla),
-    Peer("sdpa", "SDPA, PyTorch", "softmax", False, _sdpa_any),
+    Peer("fa2", "FlashAttention-2 of PyTorch", "softmax", True, _sdpa_flash),
+    Peer("fa3", "FlashAttention-3 of vLLM", "softmax", True, _flash_attention_3),
+    Peer("fla", "Parallax of fla-core", "parallax", True, _fla),
+    Peer("sdpa", "SDPA of PyTorch", "softmax", False, _sdpa_any),
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 
 from . import decode_figures
-from .decode_findings import TITLE, DecodeFindings, peer_of
+from .decode_findings import COMPUTES, TITLE, DecodeFindings, peer_of
 from .report_files import Provenance, write_files
 from .study import Study
 
@@ -63,14 +63,17 @@ def write_decode_report(
     ``summary.md``, ``rows.parquet`` and ``config.yaml``. provenance: for the header. Returns the paths.
     """
     devices = ", ".join(dict.fromkeys(row["device"] for row in study.rows))
-    reads = [row["read_bandwidth"] for row in study.rows]
+    reads = sorted(row["read_bandwidth"] for row in study.rows)
+    least, median, most = (speed(reads[place]) for place in (0, len(reads) // 2, -1))
     context = {
         "entries": provenance.entries(study, [name for name in PACKAGES if _installed(name)])
-        | {"device": devices, "plain read": f"{speed(min(reads))} to {speed(max(reads))}"},
+        | {"device": devices, "plain read": f"{median}, the median of the points; {least} to {most}"},
         "findings": findings,
         "own_colour": decode_figures.OWN,
         "colour": decode_figures.COLOUR,
         "operation": decode_figures.OPERATION,
+        "sizes": decode_figures.sizes,
+        "computes": COMPUTES,
         "title": TITLE,
         "peer_of": peer_of,
         "figure": decode_figures.bandwidth_fractions(findings),
@@ -102,9 +105,9 @@ def ratio(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def error(value: float) -> str:
+def error(value: float | None) -> str:
     """A relative error."""
-    return f"{value:.1e}"
+    return "-" if value is None else f"{value:.1e}"
 
 
 def _installed(name: str) -> bool:

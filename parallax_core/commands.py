@@ -499,23 +499,25 @@ def _print_findings(findings) -> None:
 
 def _print_decode_findings(findings) -> None:
     from parallax_core.distributed.decode_figures import OPERATION, sizes
-    from parallax_core.distributed.decode_findings import TITLE, peer_of
+    from parallax_core.distributed.decode_findings import peer_of
     from parallax_core.distributed.decode_report import error, microseconds, ratio
 
     console = Console()
-    headings = "B×H×L×D", "cache", "µs", "read", "error", *findings.peers, "ratio"
-    numbers = list(zip(findings.rows, findings.ratios))
-    for group in dict.fromkeys((row["operation"], row["dtype"]) for row in findings.rows):
-        title = f"{OPERATION[group[0]]}, {group[1]}"
+    names = [peer.name for peer in findings.peers]
+    headings = "B×H×L×D", "cache", "µs", "read", "error", *names, "ratio"
+    for (operation, dtype), places in findings.groups.items():
         table = Table(
-            box=box.SIMPLE_HEAD, title=title, title_justify="left", collapse_padding=True, pad_edge=False
+            title=f"{OPERATION[operation]}, {dtype}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
         )
         for heading in headings:
             table.add_column(heading, justify="left" if heading in headings[:2] else "right", no_wrap=True)
-        for row, ratios in numbers:
-            if (row["operation"], row["dtype"]) != group:
-                continue
-            peers = (peer_of(row, name) for name in findings.peers)
+        for place in places:
+            row = findings.rows[place]
+            peers = (peer_of(row, name) for name in names)
             table.add_row(
                 sizes(row),
                 row["cache"],
@@ -523,7 +525,7 @@ def _print_decode_findings(findings) -> None:
                 ratio(row["fraction"]),
                 error(row["error"]),
                 *(microseconds(None if peer is None else peer["us"]) for peer in peers),
-                ratio(ratios["softmax"]),
+                ratio(findings.ratios[place]["softmax"]),
             )
         console.print(table)
     console.print("µs: medians; read: bytes/s over those of a plain read; ratio: fastest softmax peer / ours")
@@ -537,11 +539,13 @@ def _print_decode_findings(findings) -> None:
         )
     if findings.comparisons:
         console.print(means)
-    if findings.host_cost:
-        costs = (f"{TITLE.get(name, 'ours')} {microseconds(us)}" for name, us in findings.host_cost.items())
-        console.print(f"Host cost of a call, µs: {'; '.join(costs)}")
-    for name, reasons in findings.absent.items():
-        console.print(escape(f"{TITLE[name]} has no numbers: {'; '.join(reasons)}"))
+    if findings.own.host_us is not None:
+        costs = {"ours": findings.own.host_us} | {peer.name: peer.host_us for peer in findings.peers}
+        listed = ", ".join(f"{name} {microseconds(us)}" for name, us in costs.items())
+        console.print(f"µs from a call in Python to its launch: {listed}")
+    for peer in findings.peers:
+        if peer.absent:
+            console.print(escape(f"{peer.name}: no numbers in some rows: {'; '.join(peer.absent)}"))
 
 
 _ROW_MEASURES = {
