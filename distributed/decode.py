@@ -144,10 +144,9 @@ class _ReferenceRows:
         self.count = len(self._sequences) * len(self._heads)
         to_float64 = problem.framework.float64
         self._q, self._r = (to_float64(x)[self._sequences][:, :, self._heads] for x in (problem.q, problem.r))
-        table = None if problem.page_table is None else to_float64(problem.page_table).astype(int)
 
         def sequence(x, number: int) -> np.ndarray:
-            if table is None:
+            if problem.page_table is None:
                 return to_float64(x[number][:, kv_heads])
             pages = to_float64(x[problem.page_table[number]][:, :, kv_heads])
             return pages.reshape(-1, *pages.shape[2:])[:L]
