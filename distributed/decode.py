@@ -71,8 +71,9 @@ def _measured(point: DecodePoint, arrays: Framework, options: Options) -> dict[s
     def enter(name: str, computes: str, call: decode_peers.Call) -> None:
         functions = [lambda k=k, v=v: call(k, v) for k, v in problem.caches]
         error = rows.error(computes, functions[0]())
-        turns[name] = clock.prepare(functions, calls)
+        turn = clock.prepare(functions, calls)
         seconds = clock.host(functions[0]) if host else None
+        turns[name] = turn
         measured[name] = {"error": error, "host_us": None if seconds is None else 1e6 * seconds}
 
     enter("", point.operation, _own_call(point, problem))

@@ -1,11 +1,15 @@
 """The decode study measures what it says, on tiny points; no test depends on how fast the machine is."""
 
+import importlib.util
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 import parallax_core
-from parallax_core.distributed import decode_arrays, decode_peers
+from parallax_core.distributed import decode, decode_arrays, decode_peers
 from parallax_core.distributed.decode import Options, measure
 from parallax_core.distributed.decode_config import DecodeConfig, decode_points, load_decode_config
 from parallax_core.distributed.decode_findings import find_decode
@@ -84,7 +88,7 @@ def test_a_page_table_leads_to_the_keys_of_its_sequence():
 
 
 def test_the_reference_looks_at_some_rows_of_a_large_problem(monkeypatch):
-    monkeypatch.setattr(parallax_core.distributed.decode, "REFERENCE_NUMBERS", 2 * 2 * 100 * 16)
+    monkeypatch.setattr(decode, "REFERENCE_NUMBERS", 2 * 2 * 100 * 16)
     row = measure(point(shape=(6, 8, 4, 100, 16)), QUICK)
     assert row["error_rows"] == 2 * 2  # two sequences, one key head with its two query heads
     assert row["error"] < LARGEST_ERROR["float32"]
@@ -110,6 +114,62 @@ def test_a_peer_that_fails_is_part_of_the_row_and_the_others_stay(monkeypatch):
     assert peers[1]["absent"] is None or "PyTorch" in peers[1]["absent"]
     # Parallax's peers have nothing to say about softmax.
     assert [peer["name"] for peer in measure(point("softmax"), QUICK)["peers"]] == ["sdpa"]
+
+
+def flash_attention_3(
+    q, k, v, k_new, v_new, q_v, out, cu_seqlens_q, cu_seqlens_k, cu_seqlens_k_new, seqused_q, seqused_k,
+    max_seqlen_q, max_seqlen_k, page_table, kv_batch_idx, leftpad_k, rotary_cos, rotary_sin, seqlens_rotary,
+    q_descale, k_descale, v_descale, softmax_scale, is_causal, window_size_left, window_size_right, softcap,
+    is_rotary_interleaved, scheduler_metadata, num_splits, pack_gqa, sm_margin, s_aux, cp_world_size, cp_rank,
+    cp_tot_seqused_k,
+):  # fmt: skip
+    """What vLLM's entry computes, by its signature, one sequence after another."""
+    assert (max_seqlen_q, is_causal, window_size_left, window_size_right, softcap) == (1, True, -1, -1, 0.0)
+    assert (num_splits, sm_margin, cp_world_size, cp_rank) == (0, 0, 1, 0)
+    outputs = []
+    for i, row in enumerate(q):
+        if page_table is None:
+            keys = slice(cu_seqlens_k[i], cu_seqlens_k[i + 1])
+            mine = k[None, keys], v[None, keys]
+        else:
+            mine = (x[page_table[i]].flatten(0, 1)[None, : seqused_k[i]] for x in (k, v))
+        assert cu_seqlens_q[i + 1] - cu_seqlens_q[i] == 1
+        outputs.append(parallax_core.softmax_decode(row[None, None], *mine, scale=softmax_scale)[0])
+    assert max_seqlen_k == 100
+    import torch
+
+    return [torch.cat(outputs)]
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+def test_the_peers_of_a_gpu_are_called_as_they_are_defined(page_size, monkeypatch, tmp_path):
+    torch = pytest.importorskip("torch")
+    # The kernels need a GPU; how they are called can be seen without one.
+    arrays = decode_arrays.TorchArrays("cpu")
+    arrays.on_gpu = True
+    monkeypatch.setattr(decode, "framework", lambda device: arrays)
+    monkeypatch.setattr(decode, "timer", lambda arrays: CpuTimer())
+    monkeypatch.setattr(arrays, "release", lambda: None)
+    monkeypatch.setattr(torch.ops, "load_library", lambda path: None)
+    monkeypatch.setattr(torch.ops, "_vllm_fa3_C", SimpleNamespace(fwd=flash_attention_3), raising=False)
+    fla = SimpleNamespace(
+        parallax_decode_one_step=lambda q, r, k, v: parallax_core.parallax_decode(q, r, k, v)
+    )
+    monkeypatch.setitem(sys.modules, "fla.ops.parallax.decode", fla)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "fla" or find_spec(name))
+    library = tmp_path / "_vllm_fa3_C.abi3.so"
+    library.write_bytes(b"")
+    measured = point(dtype="bfloat16", page_size=page_size)
+    fa2, fa3, fla = measure(measured, QUICK._replace(device="gpu", fa3=str(library)))["peers"]
+    assert fa3["error"] < LARGEST_ERROR["bfloat16"]
+    if page_size:
+        assert fa2["absent"] == fla["absent"] == "has no paged cache"
+    else:
+        assert fa2["error"] < LARGEST_ERROR["bfloat16"]
+        assert fla["error"] < LARGEST_ERROR["bfloat16"]
+    fa2, fa3, fla = measure(measured, QUICK._replace(device="gpu", fa3="absent.so"))["peers"]
+    assert fa3["absent"] == "no file absent.so"
 
 
 def test_a_point_that_fails_is_named(monkeypatch):
