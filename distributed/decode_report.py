@@ -91,7 +91,7 @@ def write_decode_report(
 
 def microseconds(value: float | None) -> str:
     """A time for a table cell, three digits or all before the point."""
-    return "-" if value is None else f"{value:.{0 if value >= 100 else 1 if value >= 10 else 2}f}"
+    return "-" if value is None else f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f}"
 
 
 def speed(bytes_per_second: float) -> str:

@@ -40,6 +40,16 @@ ONE_CPU = Share(cpus=1)
 MAX_RESTARTS = 2
 
 
+def check_engine(engine: str, workers: int | None) -> None:
+    """Raise ValueError for an engine that there is not, or for workers that it does not have."""
+    if engine not in ("ray", "local"):
+        raise ValueError(f"engine: expected 'ray' or 'local', got {engine!r}")
+    if workers is not None and (engine == "local" or workers < 1):
+        raise ValueError(
+            f"workers: expected a positive number and the engine 'ray', got {workers} and {engine!r}"
+        )
+
+
 def run(
     evaluate: Evaluate,
     points: Sequence[StudyPoint],
@@ -57,14 +67,8 @@ def run(
     what each of them takes. progress: called with the number of points done, of all points, and the point
     just done.
     Returns a row a point, in the order of the points. Raises PointError for the first point that fails,
-    ValueError for an unknown engine or for workers that it does not have.
+    ValueError for a cluster without room for the workers.
     """
-    if engine not in ("ray", "local"):
-        raise ValueError(f"engine: expected 'ray' or 'local', got {engine!r}")
-    if workers is not None and (engine == "local" or workers < 1):
-        raise ValueError(
-            f"workers: expected a positive number and the engine 'ray', got {workers} and {engine!r}"
-        )
     if engine == "local":
         results = run_local(evaluate, points, shared)
     else:

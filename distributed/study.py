@@ -12,7 +12,7 @@ from .config import RegressionConfig
 from .decode import Options, measure
 from .decode_config import DecodeConfig, decode_points
 from .decode_point import DecodePoint
-from .engine import Row, Share, run
+from .engine import Row, Share, check_engine, run
 from .grid import points
 from .point import Point
 from .regression import evaluate
@@ -42,6 +42,7 @@ def run_regression(
     Returns a Study. Raises PointError for the first point that fails, ValueError for a grid the sample cannot
     serve or for workers without Ray.
     """
+    check_engine(engine, workers)
     rows = run(evaluate, points(config, sample), sample, engine=engine, workers=workers, progress=progress)
     return Study(config, sample.source if sample is not None else None, rows)
 
@@ -62,6 +63,7 @@ def run_decode(
     Returns a Study. Raises PointError for the first point that fails, ValueError for an empty grid or for
     workers without Ray.
     """
+    check_engine(engine, workers)
     share = Share(cpus=1, gpus=1) if device == "gpu" else Share(cpus=None)
     rows = run(
         measure,

@@ -207,7 +207,8 @@ def test_a_turn_visits_every_cache_equally_often(nbytes, caches):
 def test_the_read_covers_the_caches():
     caches = [(np.ones((1, 9, 1, 4), np.float32), np.ones((1, 9, 1, 4), np.float32)) for _ in range(3)]
     turn, nbytes = CpuTimer().read(caches)
-    assert nbytes == 3 * 2 * 9 * 4 * 4
+    assert nbytes >= 64 << 20  # a small cache is read more than once, but whole
+    assert nbytes % (3 * 2 * 9 * 4 * 4) == 0
     assert turn() > 0
 
 
