@@ -1,10 +1,19 @@
-"""Whether this machine can run CUDA kernels, and if not, why."""
+"""Whether this machine and its devices can run CUDA kernels, and if not, why."""
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from typing import NamedTuple
 
 MINIMUM_CAPABILITY = (8, 0)
+
+
+class Device(NamedTuple):
+    """What kernels are chosen by."""
+
+    capability: tuple[int, int]
+    multiprocessors: int
 
 
 def availability() -> str | None:
@@ -24,18 +33,18 @@ def availability() -> str | None:
         )
     if count == 0:
         return "no NVIDIA GPU is visible (CUDA_VISIBLE_DEVICES may hide it)"
-    best = max(_capability(cupy, index) for index in range(count))
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.bindings") is None:
+        return "cuda-bindings is not installed; pip install 'parallax-core[cuda13]' (or [cuda12])"
+    best = max(properties(index).capability for index in range(count))
     if best < MINIMUM_CAPABILITY:
         return f"the newest GPU has compute capability {best[0]}.{best[1]}; at least 8.0 is needed"
-    return f"parallax-core {_version()} has no CUDA kernels yet; arrays on a GPU cannot be used"
+    return None
 
 
-def _capability(cupy, index: int) -> tuple[int, int]:
-    properties = cupy.cuda.runtime.getDeviceProperties(index)
-    return properties["major"], properties["minor"]
+@functools.cache
+def properties(index: int) -> Device:
+    """What a device of this machine is."""
+    import cupy
 
-
-def _version() -> str:
-    from parallax_core._version import __version__
-
-    return __version__
+    found = cupy.cuda.runtime.getDeviceProperties(index)
+    return Device((found["major"], found["minor"]), found["multiProcessorCount"])

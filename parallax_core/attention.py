@@ -19,7 +19,7 @@ MAX_HEAD_DIM = 256
 
 
 def softmax_attention(
-    q, k, v, *, scale=None, causal=True, window_size=None, cu_seqlens=None, return_state=False
+    q, k, v, *, scale=None, causal=True, window_size=None, cu_seqlens=None, return_state=False, validate=False
 ):
     """Softmax attention, the local-constant (Nadaraya-Watson) estimator ``o = vbar``.
 
@@ -27,36 +27,54 @@ def softmax_attention(
     bfloat16, all alike; ``Hq`` a multiple of ``Hkv``; ``D`` and ``Dv`` at most 256. scale: factor of the
     scores, ``1/sqrt(D)`` by default. causal: query ``i`` sees the keys ``j <= Lk - Lq + i``. window_size:
     how many of the most recent keys a query sees, its own position included. cu_seqlens: ``(N+1,)`` int32 or
-    int64 offsets of sequences packed into a batch of 1.
+    int64 offsets of sequences packed into a batch of 1. validate: check the values of index arrays on a GPU
+    too, which waits for the device; without it a row whose offsets make no sense is NaN there. On the CPU
+    they are always checked.
 
     Returns ``o (B, Lq, Hq, Dv)`` in q's dtype, 0 in rows that see no key; with ``return_state`` the pair
     ``(o, SoftmaxState)``.
 
-    Raises ValueError for shapes, ranges and lengths, TypeError for dtypes, devices and arrays that cannot be
-    exchanged, BackendUnavailableError where the arrays' device has no backend; each names the argument.
+    Raises ValueError for shapes, ranges and lengths, TypeError for dtypes (float64 on a GPU), devices and
+    arrays that cannot be exchanged, BackendUnavailableError where the arrays' device has no backend; each
+    names the argument. MemoryError where a GPU has no room for the result.
     """
-    arrays = _arrays(q=q, k=k, v=v, cu_seqlens=cu_seqlens)
+    if exchange.on_gpu(q):
+        return _attend_gpu(
+            "softmax_attention",
+            (q, None, k, v, cu_seqlens),
+            scale,
+            causal,
+            window_size,
+            return_state,
+            validate,
+        )
+    arrays = _arrays("softmax_attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     described = _describe("softmax_attention", arrays, scale, causal, window_size)
     return _attend(described, arrays, like=q, return_state=return_state)
 
 
 def parallax_attention(
-    q, r, k, v, *, scale=None, causal=True, window_size=None, cu_seqlens=None, return_state=False
-):
+    q, r, k, v, *, scale=None, causal=True, window_size=None, cu_seqlens=None, return_state=False,
+    validate=False,
+):  # fmt: skip
     """Parallax attention, softmax corrected by a probe of the key-value covariance, ``o = vbar - C_vk r``.
 
     r: ``(B, Lq, Hq, D)`` in q's dtype, or wider, as solved probes are: float32 or float64; a float64 probe
     is computed with in float64. Everything else, and what is raised, as for :func:`softmax_attention`; the
     state is a ParallaxState. Source: arXiv 2605.29157.
     """
-    arrays = _arrays(q=q, r=r, k=k, v=v, cu_seqlens=cu_seqlens)
+    if exchange.on_gpu(q):
+        return _attend_gpu(
+            "parallax_attention", (q, r, k, v, cu_seqlens), scale, causal, window_size, return_state, validate
+        )
+    arrays = _arrays("parallax_attention", q=q, r=r, k=k, v=v, cu_seqlens=cu_seqlens)
     described = _describe("parallax_attention", arrays, scale, causal, window_size)
     return _attend(described, arrays, like=q, return_state=return_state)
 
 
 def lla_attention(
     q, k, v, *, ridge, solver="cholesky", scale=None, causal=True, window_size=None, cu_seqlens=None,
-    return_state=False,
+    return_state=False, validate=False,
 ):  # fmt: skip
     """Local linear attention, ``o = vbar + C_vk u`` with ``(C_kk + ridge I) u = q - kbar``.
 
@@ -68,7 +86,7 @@ def lla_attention(
     Raises, beside what :func:`softmax_attention` does, SolverError where a system cannot be solved and
     ValueError for a ridge that is negative, or 0 without ``lstsq``.
     """
-    arrays = _arrays(q=q, k=k, v=v, cu_seqlens=cu_seqlens, ridge=ridge)
+    arrays = _arrays("lla_attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, ridge=ridge)
     described = _describe("lla_attention", arrays, scale, causal, window_size)
     return _attend_lla(described, arrays, ridge, solver, like=q, return_state=return_state)
 
@@ -80,7 +98,7 @@ def lla_probe(q, k, *, ridge, solver="cholesky", scale=None, causal=True, window
     ``(B, Lq, Hq, D)``, float32 (float64 for float64 inputs: a solved probe rounded to half precision would
     cost percents of the output), 0 in rows that see no key.
     """
-    arrays = _arrays(q=q, k=k, cu_seqlens=cu_seqlens, ridge=ridge)
+    arrays = _arrays("lla_probe", q=q, k=k, cu_seqlens=cu_seqlens, ridge=ridge)
     described = _describe("lla_probe", arrays, scale, causal, window_size)
     lam = problem.checked_ridge(arrays.get("ridge", ridge), described.row_shape, solver)
     from .cpu import lla
@@ -107,7 +125,7 @@ def local_attention(
     negative scale with the Gaussian kernel.
     """
     given = probe if not (probe is None or isinstance(probe, str)) else None
-    arrays = _arrays(q=q, k=k, v=v, probe=given, cu_seqlens=cu_seqlens, ridge=ridge)
+    arrays = _arrays("local_attention", q=q, k=k, v=v, probe=given, cu_seqlens=cu_seqlens, ridge=ridge)
     arrays["r"] = arrays.pop("probe", None)
     scale = problem.checked_bandwidth(scale, bandwidth, max(1, q.shape[-1] if len(q.shape) else 1))
     described = _describe("local_attention", arrays, scale, causal, window_size)
@@ -131,7 +149,7 @@ def local_attention(
 
 def softmax_decode(
     q, k_cache, v_cache, *, cache_seqlens=None, cache_leftpad=None, page_table=None, window_size=None,
-    scale=None, out=None, return_state=False,
+    scale=None, out=None, return_state=False, validate=False, split_size=None,
 ):  # fmt: skip
     """Softmax attention of new tokens against a key-value cache that holds their keys already; causal.
 
@@ -142,38 +160,69 @@ def softmax_decode(
     each stretch of ``page_size`` positions; entries beyond a sequence's length are never read. window_size:
     how many of the most recent keys a query sees. out: an array of the output's shape and dtype to write
     to. Index arrays are int32 or int64. What lies outside a sequence's valid keys may hold anything.
+    validate: check the values of index arrays on a GPU too, which waits for the device; without it a sequence
+    with an invalid length or page is NaN there, and nothing outside the arrays is read. On the CPU they are
+    always checked. split_size: keys a split of a cache on a GPU, a positive multiple of 16; with it the
+    result's bits for a sequence do not depend on the batch that it sits in. On the CPU it changes nothing:
+    there they never do.
 
     Returns ``o (B, Lq, Hq, Dv)``, or ``(o, SoftmaxState)``. Raises as :func:`softmax_attention` does.
     """
-    arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out)
+    if exchange.on_gpu(q):
+        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, None, out
+        return _attend_gpu(
+            "softmax_decode", arrays, scale, True, window_size, return_state, validate, split_size
+        )
+    problem.checked_split_size(split_size)
+    arrays = _cache_arrays(
+        "softmax_decode", q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out
+    )
     described = _describe_decode("softmax_decode", arrays, scale, window_size)
     return _attend(described, arrays, like=q, out=out, return_state=return_state)
 
 
 def parallax_decode(
     q, r, k_cache, v_cache, *, cache_seqlens=None, cache_leftpad=None, page_table=None, window_size=None,
-    scale=None, out=None, return_state=False,
+    scale=None, out=None, return_state=False, validate=False, split_size=None,
 ):  # fmt: skip
     """Parallax attention of new tokens against a key-value cache; causal.
 
     r: as for :func:`parallax_attention`. Everything else as for :func:`softmax_decode`; the state is a
     ParallaxState.
     """
-    arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, r=r)
+    if exchange.on_gpu(q):
+        arrays = q, r, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, None, out
+        return _attend_gpu(
+            "parallax_decode", arrays, scale, True, window_size, return_state, validate, split_size
+        )
+    problem.checked_split_size(split_size)
+    arrays = _cache_arrays(
+        "parallax_decode", q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, r=r
+    )
     described = _describe_decode("parallax_decode", arrays, scale, window_size)
     return _attend(described, arrays, like=q, out=out, return_state=return_state)
 
 
 def lla_decode(
     q, k_cache, v_cache, *, ridge, solver="cholesky", cache_seqlens=None, cache_leftpad=None, page_table=None,
-    window_size=None, scale=None, out=None, return_state=False,
+    window_size=None, scale=None, out=None, return_state=False, validate=False, split_size=None,
 ):  # fmt: skip
     """Local linear attention of new tokens against a key-value cache; causal.
 
     ridge, solver: as for :func:`lla_attention`. Everything else as for :func:`softmax_decode`; the state is
-    an LLAState.
+    an LLAState. On a GPU the values of a ridge that is an array are checked with ``validate`` alone, and a
+    row whose system cannot be solved is NaN.
     """
-    arrays = _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, ridge=ridge)
+    if exchange.on_gpu(q):
+        given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
+        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, given, out
+        return _attend_gpu(
+            "lla_decode", arrays, scale, True, window_size, return_state, validate, split_size, number, solver
+        )
+    problem.checked_split_size(split_size)
+    arrays = _cache_arrays(
+        "lla_decode", q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, ridge=ridge
+    )
     described = _describe_decode("lla_decode", arrays, scale, window_size)
     return _attend_lla(described, arrays, ridge, solver, like=q, out=out, return_state=return_state)
 
@@ -193,7 +242,7 @@ def softmax_attention_backward(
     Raises, beside what the forward call does, TypeError for a state of another kind and ValueError for a
     gradient, an output or a state of another problem's shape.
     """
-    arrays = _arrays(q=q, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o)
+    arrays = _arrays("softmax_attention_backward", q=q, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o)
     described = _describe("softmax_attention_backward", arrays, scale, causal, window_size)
     state = _checked_gradient(described, arrays, state, SoftmaxState)
     from .cpu import gradients
@@ -210,7 +259,7 @@ def parallax_attention_backward(
     Arguments and errors as for :func:`softmax_attention_backward`, the state a ParallaxState. Returns
     ``dq, dr, dk, dv``, dr in the dtype of r.
     """
-    arrays = _arrays(q=q, r=r, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o)
+    arrays = _arrays("parallax_attention_backward", q=q, r=r, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o)
     described = _describe("parallax_attention_backward", arrays, scale, causal, window_size)
     state = _checked_gradient(described, arrays, state, ParallaxState)
     from .cpu import gradients
@@ -232,7 +281,7 @@ def lla_attention_backward(
     than to keep. At a ridge of 0 the keys of every row must span the space; SolverError otherwise. Returns
     ``dq, dk, dv, dridge``, dridge ``(B, Lq, Hq)`` float32 (float64 for float64 inputs).
     """
-    arrays = _arrays(q=q, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o, ridge=ridge)
+    arrays = _arrays("lla_attention_backward", q=q, k=k, v=v, cu_seqlens=cu_seqlens, do=do, o=o, ridge=ridge)
     described = _describe("lla_attention_backward", arrays, scale, causal, window_size)
     lam = problem.checked_ridge(arrays.get("ridge", ridge), described.row_shape, solver)
     _checked_gradient(described, arrays, state, LLAState)
@@ -263,8 +312,8 @@ def _checked_gradient(described: Problem, arrays, state, kind):
 _OPTIONAL = {"cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out", "probe"}
 
 
-def _arrays(**given: Any) -> dict[str, np.ndarray]:
-    """The arrays of a call as NumPy arrays, ``q`` first; options that are None and numbers are left out."""
+def _arrays(operation: str, **given: Any) -> dict[str, np.ndarray]:
+    """The arrays of a call on the CPU as NumPy arrays; options that are None and numbers are left out."""
     present = {
         name: x
         for name, x in given.items()
@@ -278,6 +327,11 @@ def _arrays(**given: Any) -> dict[str, np.ndarray]:
                 f"expected {exchange.device_name(devices['q'])}, where q is"
             )
     _require_backend(devices["q"])
+    if devices["q"][0] != exchange.CPU:
+        raise BackendUnavailableError(
+            f"q is on {exchange.device_name(devices['q'])}, and {operation} has no CUDA kernel yet; "
+            "pass arrays on the CPU (nothing is copied between devices unasked)"
+        )
     return {name: exchange.to_numpy(name, x) for name, x in present.items()}
 
 
@@ -290,26 +344,49 @@ def _is_array(x) -> bool:
     return any(hasattr(x, a) for a in ("__dlpack__", "__cuda_array_interface__"))
 
 
-def _cache_arrays(q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, **more):
+def _cache_arrays(
+    operation, q, k_cache, v_cache, cache_seqlens, cache_leftpad, page_table, out, **more
+):  # fmt: skip
     arrays = _arrays(
-        q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens, cache_leftpad=cache_leftpad,
-        page_table=page_table, out=out, **more,
+        operation, q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens,
+        cache_leftpad=cache_leftpad, page_table=page_table, out=out, **more,
     )  # fmt: skip
     arrays["k"], arrays["v"] = arrays.pop("k_cache"), arrays.pop("v_cache")
     return arrays
 
 
+def _attend_gpu(
+    operation, arrays, scale, causal, window_size, return_state, validate, split_size=None, ridge=None,
+    solver=None,
+):  # fmt: skip
+    global _gpu_calls
+    if _gpu_calls is None:
+        _require_backend(exchange.device("q", arrays[0]))
+        from .cuda_kernels import calls
+
+        _gpu_calls = calls
+    options = _gpu_calls.Options(scale, causal, window_size, split_size, ridge, solver)
+    return _gpu_calls.attend(operation, _gpu_calls.Arrays(*arrays), options, return_state, validate)
+
+
+# The module parallax_core.cuda_kernels.calls, once an array on a GPU was passed: an import statement costs
+# every call 0.5 us.
+_gpu_calls: Any = None
+
+
 def _require_backend(device: tuple[int, int]) -> None:
+    """Raise BackendUnavailableError where no backend can take arrays of a device."""
     if device[0] == exchange.CPU:
         return
-    if device[0] in (exchange.CUDA, exchange.CUDA_MANAGED):
-        from . import cuda_kernels
+    if device[0] not in (exchange.CUDA, exchange.CUDA_MANAGED):
+        raise BackendUnavailableError(
+            f"q is on {exchange.device_name(device)}, which has no backend; expected the CPU or an NVIDIA GPU"
+        )
+    from . import cuda_kernels
 
-        reason = cuda_kernels.availability()
+    reason = cuda_kernels.availability()
+    if reason is not None:
         raise BackendUnavailableError(f"q is on {exchange.device_name(device)}, and {reason}")
-    raise BackendUnavailableError(
-        f"q is on {exchange.device_name(device)}, which has no backend; expected the CPU or an NVIDIA GPU"
-    )
 
 
 def _describe(operation: str, arrays: dict[str, np.ndarray], scale, causal, window_size) -> Problem:
@@ -333,10 +410,7 @@ def _describe_decode(operation: str, arrays: dict[str, np.ndarray], scale, windo
 
 def _check_out(arrays: dict[str, np.ndarray], described: Problem) -> None:
     out = arrays["out"]
-    if out.shape != described.output_shape:
-        raise ValueError(f"out has shape {out.shape}; expected {described.output_shape}")
-    if out.dtype != described.dtype:
-        raise TypeError(f"out has dtype {out.dtype}; expected {described.dtype}, that of q")
+    problem.check_out(described, out)
     if not out.flags.writeable:
         raise ValueError("out is read-only; expected an array that can be written to")
     for name, x in arrays.items():

@@ -1,4 +1,4 @@
-"""Arrays of any framework in and out, through DLPack; nothing else knows about frameworks.
+"""Arrays of any framework in and out, through DLPack; :mod:`parallax_core.gpu_exchange` does so on a GPU.
 
 The structures are DLPack's own (github.com/dmlc/dlpack, ``dlpack.h``, ABI 1). They are read and written here
 by ctypes because no library does what is needed without side effects: NumPy's DLPack has no bfloat16, and
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import ml_dtypes
@@ -106,6 +107,21 @@ class _Borrowed:
         }
 
 
+def on_gpu(x: Any) -> bool:
+    """Whether an array is on an NVIDIA GPU; False for what is no array, which a later check names."""
+    if isinstance(x, np.ndarray):
+        return False
+    on_cuda = getattr(x, "is_cuda", None)  # PyTorch, whose DLPack device costs 1 us
+    if isinstance(on_cuda, bool):
+        return on_cuda
+    if hasattr(x, "__dlpack_device__"):
+        try:
+            return int(x.__dlpack_device__()[0]) in (CUDA, CUDA_MANAGED)
+        except Exception:
+            return False
+    return hasattr(x, "__cuda_array_interface__")
+
+
 def device_name(where: tuple[int, int]) -> str:
     """A DLPack device in words."""
     kind = {CPU: "the CPU", CUDA: "CUDA device", CUDA_MANAGED: "managed memory of CUDA device"}.get(where[0])
@@ -129,6 +145,10 @@ def device(name: str, x: Any) -> tuple[int, int]:
             f"{name} requires gradients, and this call would cut the graph; "
             "use parallax_core.frameworks.torch, or pass a detached tensor"
         )
+    for bit, resolve in (("is_conj", "resolve_conj"), ("is_neg", "resolve_neg")):
+        # Tensors of PyTorch that are a promise to conjugate or negate: their memory holds other numbers.
+        if hasattr(x, resolve) and getattr(x, bit)():
+            raise TypeError(f"{name} is a lazy view that was never computed; pass {name}.{resolve}()")
     jax = sys.modules.get("jax")
     if jax is not None and isinstance(x, jax.core.Tracer):
         raise TypeError(
@@ -141,7 +161,7 @@ def device(name: str, x: Any) -> tuple[int, int]:
             raise TypeError(f"{name} cannot be exchanged through DLPack: {_first_line(error)}") from error
         return (CPU, 0) if int(kind) in (CPU, CUDA_HOST) else (int(kind), int(index))
     if hasattr(x, "__cuda_array_interface__"):
-        return CUDA, 0
+        return CUDA, _device_of(x.__cuda_array_interface__["data"][0])
     raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
 
 
@@ -154,38 +174,56 @@ def to_numpy(name: str, x: Any) -> np.ndarray:
         if not x.dtype.isnative:
             raise TypeError(f"{name} has dtype {x.dtype.str}; expected native byte order")
         return x
-    if not hasattr(x, "__dlpack__"):
-        raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
-    try:
-        try:
-            capsule = x.__dlpack__(max_version=(1, 1))
-        except TypeError:  # a producer older than DLPack 1.0 takes no max_version
-            capsule = x.__dlpack__()
-    except Exception as error:
-        raise TypeError(f"{name} cannot be exchanged through DLPack: {_first_line(error)}") from error
-    read_only = False
-    if _capsule_valid(capsule, b"dltensor_versioned"):
-        managed = _ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
-        if managed.major != 1:
-            raise TypeError(f"{name} speaks DLPack {managed.major}.{managed.minor}; expected version 1")
-        read_only = bool(managed.flags & _READ_ONLY)
-    else:
-        managed = _Managed.from_address(_capsule_pointer(capsule, b"dltensor"))
-    tensor = managed.tensor
+    tensor, read_only, capsule = imported(name, x)
     if tensor.device.type not in (CPU, CUDA_HOST):
         raise TypeError(
             f"{name} is on {device_name((tensor.device.type, tensor.device.id))}; expected the CPU"
         )
+    dtype = dtype_of(name, tensor)
+    if 0 in tensor.shape[: tensor.ndim]:
+        return np.empty(tuple(tensor.shape[: tensor.ndim]), dtype)
+    return np.asarray(_Borrowed(tensor, dtype.itemsize, read_only, capsule, x)).view(dtype)
+
+
+def imported(name: str, x: Any, **handshake: Any) -> tuple[_Tensor, bool, Any]:
+    """What an array exports through DLPack, whether it is read-only, and the capsule that owns both.
+
+    handshake: ``stream``, the one on which the memory is to be ready, for an array on a GPU. The capsule is
+    left unconsumed: it frees the tensor itself when it goes.
+    """
+    if not hasattr(x, "__dlpack__"):
+        raise TypeError(_NO_DLPACK.format(name=name, kind=type(x).__name__))
+    try:
+        try:
+            capsule = x.__dlpack__(max_version=(1, 1), **handshake)
+        except TypeError:  # a producer older than DLPack 1.0 takes no max_version
+            capsule = x.__dlpack__(**handshake)
+    except Exception as error:
+        raise TypeError(f"{name} cannot be exchanged through DLPack: {_first_line(error)}") from error
+    if not _capsule_valid(capsule, b"dltensor_versioned"):
+        managed = _Managed.from_address(_capsule_pointer(capsule, b"dltensor"))
+        return managed.tensor, is_immutable(x), capsule
+    managed = _ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
+    if managed.major != 1:
+        raise TypeError(f"{name} speaks DLPack {managed.major}.{managed.minor}; expected version 1")
+    return managed.tensor, bool(managed.flags & _READ_ONLY) or is_immutable(x), capsule
+
+
+def is_immutable(x: Any) -> bool:
+    """Whether writing to an array would break its framework: JAX shares equal arrays, and does not say so."""
+    jax = sys.modules.get("jax")
+    return jax is not None and isinstance(x, jax.Array)
+
+
+def dtype_of(name: str, tensor: _Tensor) -> np.dtype:
+    """The NumPy dtype of a tensor of DLPack; TypeError where NumPy and ml_dtypes have none."""
     dtype = _NUMPY_DTYPES.get((tensor.dtype.code, tensor.dtype.bits)) if tensor.dtype.lanes == 1 else None
     if dtype is None:
         raise TypeError(
             f"{name} has DLPack dtype (code {tensor.dtype.code}, {tensor.dtype.bits} bits, "
             f"{tensor.dtype.lanes} lanes); expected float64, float32, float16 or bfloat16, or an integer"
         )
-    if 0 in tensor.shape[: tensor.ndim]:
-        return np.empty(tuple(tensor.shape[: tensor.ndim]), dtype)
-    # The capsule is left unconsumed: it frees the tensor itself when the array's base goes.
-    return np.asarray(_Borrowed(tensor, dtype.itemsize, read_only, capsule, x)).view(dtype)
+    return dtype
 
 
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
@@ -205,10 +243,11 @@ def hand_back(array: np.ndarray, like: Any) -> Any:
         aligned = empty(array.shape, array.dtype)
         aligned[...] = array
         array = aligned
-    return _from_dlpack(like)(_Export(array))
+    return from_dlpack(like)(_Export(array))
 
 
-def _from_dlpack(like: Any):
+def from_dlpack(like: Any) -> Callable[[Any], Any]:
+    """What makes an array of ``like``'s framework from one with DLPack, over the same memory."""
     if hasattr(like, "__array_namespace__"):
         return like.__array_namespace__().from_dlpack
     module = sys.modules[type(like).__module__.partition(".")[0]]
@@ -274,6 +313,16 @@ def _release_unused(capsule):
 # A consumer may let go of its memory after this module is torn down: the callbacks must outlive it.
 for _callback in (_release, _release_unused):
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(_callback))
+
+
+def _device_of(address: int) -> int:
+    """The device of an address in a GPU's memory."""
+    try:
+        from cupy.cuda import runtime
+
+        return max(0, runtime.pointerGetAttributes(address).device)
+    except Exception:  # without CuPy or a driver the call fails soon, and says why
+        return 0
 
 
 def _first_line(error: Exception) -> str:

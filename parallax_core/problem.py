@@ -17,6 +17,7 @@ import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 DTYPES = (np.dtype(np.float64), np.dtype(np.float32), np.dtype(np.float16), BFLOAT16)
+GPU_DTYPES = DTYPES[1:]
 SOLVERS = ("cholesky", "cg", "lstsq")
 KERNELS = ("dot", "gaussian")
 
@@ -43,7 +44,8 @@ class Problem:
 
     ``batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim`` are the sizes of ``q (B, Lq, Hq, D)``,
     ``k (B, Lk, Hkv, D)`` and ``v (B, Lk, Hkv, Dv)``; with pages ``kv_len`` is the capacity of a page table
-    row. The index arrays are int64 NumPy arrays or None.
+    row. The index arrays are int64 NumPy arrays or None; where they lie on a GPU, what has their shape and
+    dtype alone.
     """
 
     operation: str
@@ -108,12 +110,14 @@ def describe_attention(
     window_size=None,
     cu_seqlens: np.ndarray | None = None,
     max_head_dim: int | None = None,
+    dtypes: tuple[np.dtype, ...] = DTYPES,
 ) -> Problem:
     """Check a call on whole sequences and describe it.
 
-    q, k, v, r: anything with ``shape`` and a NumPy ``dtype``; ``cu_seqlens``: a NumPy array or None.
-    ``v`` is None where a call has no values (the probe's). Raises ValueError for shapes, ranges and lengths,
-    TypeError for dtypes.
+    q, k, v, r: anything with ``shape`` and a NumPy ``dtype``; ``cu_seqlens``: a NumPy array, whose values are
+    checked, anything with ``shape`` and ``dtype``, whose values are not, or None. ``v`` is None where a call
+    has no values (the probe's). dtypes: those that the backend takes. Raises ValueError for shapes, ranges
+    and lengths, TypeError for dtypes.
     """
     batch, q_len, q_heads, head_dim = _dims("q", q)
     kv_batch, kv_len, kv_heads, value_dim = _keys_and_values(q, k, v)
@@ -121,7 +125,7 @@ def describe_attention(
         raise ValueError(f"k has batch size {kv_batch} (shape {_shape(k)}); expected {batch}, that of q")
     if not isinstance(causal, (bool, np.bool_)):
         raise TypeError(f"causal must be True or False, got {causal!r}")
-    _check_dtypes(q, k, v, r)
+    _check_dtypes(q, k, v, r, dtypes)
     _check_probe_shape(q, r)
     _check_heads(q_heads, kv_heads, head_dim, value_dim, max_head_dim)
     window_size = _checked_window(window_size, bool(causal))
@@ -164,15 +168,16 @@ def describe_decode(
     cache_leftpad: np.ndarray | None = None,
     page_table: np.ndarray | None = None,
     max_head_dim: int | None = None,
+    dtypes: tuple[np.dtype, ...] = DTYPES,
 ) -> Problem:
     """Check a call on a key-value cache and describe it; always causal.
 
     The caches are ``(B, capacity, Hkv, D)``, or ``(num_pages, page_size, Hkv, D)`` with a page table.
-    Index arrays are NumPy arrays or None. Raises as :func:`describe_attention` does.
+    Index arrays, ``dtypes`` and what is raised as for :func:`describe_attention`.
     """
     batch, q_len, q_heads, head_dim = _dims("q", q)
     outer, inner, kv_heads, value_dim = _keys_and_values(q, k_cache, v_cache, suffix="_cache")
-    _check_dtypes(q, k_cache, v_cache, r, suffix="_cache")
+    _check_dtypes(q, k_cache, v_cache, r, dtypes, suffix="_cache")
     _check_probe_shape(q, r)
     _check_heads(q_heads, kv_heads, head_dim, value_dim, max_head_dim, suffix="_cache")
     page_size = None
@@ -196,14 +201,15 @@ def describe_decode(
     if cache_leftpad is not None:
         cache_leftpad = _checked_index("cache_leftpad", cache_leftpad, (batch,))
         lengths = cache_seqlens if cache_seqlens is not None else np.full(batch, capacity, np.int64)
-        bad = np.flatnonzero((cache_leftpad < 0) | (cache_leftpad > lengths))
-        if bad.size:
-            b = int(bad[0])
-            raise ValueError(
-                f"cache_leftpad[{b}] is {int(cache_leftpad[b])}; expected 0 to {int(lengths[b])}, "
-                "the length of that sequence"
-            )
-    if page_table is not None:
+        if _readable(cache_leftpad, lengths):
+            bad = np.flatnonzero((cache_leftpad < 0) | (cache_leftpad > lengths))
+            if bad.size:
+                b = int(bad[0])
+                raise ValueError(
+                    f"cache_leftpad[{b}] is {int(cache_leftpad[b])}; expected 0 to {int(lengths[b])}, "
+                    "the length of that sequence"
+                )
+    if _readable(page_table, cache_seqlens, 0 if cache_leftpad is None else cache_leftpad):
         _check_pages(page_table, page_size, outer, cache_seqlens, cache_leftpad)
     return Problem(
         operation=operation,
@@ -262,6 +268,25 @@ def check_gradient(problem: Problem, do, o, state, kind: type, *, float64: bool 
         if np.dtype(x.dtype) not in dtypes:
             allowed = " or ".join(t.name for t in dtypes)
             raise TypeError(f"state.{field} has dtype {np.dtype(x.dtype)}; expected {allowed}")
+
+
+def check_out(problem: Problem, out) -> None:
+    """Check the shape and dtype of an array to write the output to."""
+    if _shape(out) != problem.output_shape:
+        raise ValueError(f"out has shape {_shape(out)}; expected {problem.output_shape}")
+    if np.dtype(out.dtype) != problem.dtype:
+        raise TypeError(f"out has dtype {np.dtype(out.dtype)}; expected {problem.dtype}, that of q")
+
+
+def checked_split_size(split_size) -> int | None:
+    """Keys a split of a cache: None, or a positive multiple of 16."""
+    if split_size is None:
+        return None
+    if not isinstance(split_size, numbers.Integral) or isinstance(split_size, (bool, np.bool_)):
+        raise TypeError(f"split_size must be an integer or None, got {split_size!r}")
+    if split_size < 1 or split_size % 16:
+        raise ValueError(f"split_size is {split_size}; expected a positive multiple of 16")
+    return int(split_size)
 
 
 def checked_ridge(ridge, row_shape: tuple[int, int, int], solver: str) -> np.ndarray:
@@ -371,10 +396,10 @@ def _check_probe_shape(q, r) -> None:
         raise ValueError(f"r has shape {_shape(r)}; expected {_shape(q)}, that of q")
 
 
-def _check_dtypes(q, k, v, r, suffix: str = "") -> None:
-    allowed = ", ".join(t.name for t in DTYPES)
+def _check_dtypes(q, k, v, r, dtypes: tuple[np.dtype, ...], suffix: str = "") -> None:
+    allowed = ", ".join(t.name for t in dtypes) + ("" if dtypes == DTYPES else " on a GPU")
     for name, x in (("q", q), (f"k{suffix}", k), (f"v{suffix}", v), ("r", r)):
-        if x is not None and np.dtype(x.dtype) not in DTYPES:
+        if x is not None and np.dtype(x.dtype) not in dtypes:
             raise TypeError(f"{name} has dtype {np.dtype(x.dtype)}; expected one of {allowed}")
     dtype = np.dtype(q.dtype)
     for name, x in ((f"k{suffix}", k), (f"v{suffix}", v)):
@@ -382,7 +407,7 @@ def _check_dtypes(q, k, v, r, suffix: str = "") -> None:
             raise TypeError(f"{name} has dtype {np.dtype(x.dtype)}; expected {dtype}, that of q")
     if r is not None and np.dtype(r.dtype) != dtype:
         # Solved probes are float32 or float64, and lose percents of the output in half precision.
-        wider = [t for t in DTYPES[:2] if t.itemsize > dtype.itemsize]
+        wider = [t for t in DTYPES[:2] if t in dtypes and t.itemsize > dtype.itemsize]
         if np.dtype(r.dtype) not in wider:
             expected = " or ".join([f"{dtype}, that of q", *(t.name for t in reversed(wider))])
             raise TypeError(f"r has dtype {np.dtype(r.dtype)}; expected {expected}")
@@ -427,26 +452,34 @@ def _checked_window(window_size, causal: bool) -> int | None:
     return int(window_size)
 
 
-def _checked_index(name: str, x: np.ndarray, shape: tuple[int | None, ...]) -> np.ndarray:
+def _readable(*index_arrays) -> bool:
+    return all(isinstance(x, (np.ndarray, int)) for x in index_arrays)
+
+
+def _checked_index(name: str, x, shape: tuple[int | None, ...]):
     if x.dtype not in (np.int32, np.int64):
         raise TypeError(f"{name} has dtype {x.dtype}; expected int32 or int64")
     if x.ndim != len(shape) or any(want is not None and want != n for want, n in zip(shape, x.shape)):
         expected = ", ".join("any" if n is None else str(n) for n in shape)
         raise ValueError(f"{name} has shape {x.shape}; expected ({expected}{',' if len(shape) == 1 else ''})")
-    return np.array(x, dtype=np.int64)
+    return np.array(x, dtype=np.int64) if _readable(x) else x
 
 
-def _check_range(name: str, x: np.ndarray, low: int, high: int, what: str) -> None:
+def _check_range(name: str, x, low: int, high: int, what: str) -> None:
+    if not _readable(x):
+        return
     bad = np.flatnonzero((x < low) | (x > high))
     if bad.size:
         i = int(bad[0])
         raise ValueError(f"{name}[{i}] is {int(x[i])}; expected {low} to {high}, {what}")
 
 
-def _checked_cu_seqlens(cu_seqlens: np.ndarray, length: int) -> np.ndarray:
+def _checked_cu_seqlens(cu_seqlens, length: int):
     cu_seqlens = _checked_index("cu_seqlens", cu_seqlens, (None,))
-    if cu_seqlens.size == 0:
+    if cu_seqlens.shape[0] == 0:
         raise ValueError("cu_seqlens is empty; expected (N+1,) offsets from 0 to the packed length")
+    if not _readable(cu_seqlens):
+        return cu_seqlens
     if cu_seqlens[0] != 0 or cu_seqlens[-1] != length:
         raise ValueError(
             f"cu_seqlens runs from {int(cu_seqlens[0])} to {int(cu_seqlens[-1])}; "

@@ -1,0 +1,421 @@
+#pragma once
+// The tiled loop over keys of softmax and Parallax attention, and of LLA once its probe is solved.
+//
+// A block takes a range of steps (schedule.cuh); its warps take the steps in turn, each with a ring of its own, and
+// meet where the range leaves an item. What a block has seen of an item that it shares with others goes to the
+// workspace; the last block to arrive there merges all parts in their order and writes the output.
+
+#include "float_tile.cuh"
+#include "half_tile.cuh"
+#include "merge.cuh"
+#include "queries.cuh"
+#include "ring.cuh"
+
+template <bool F>
+struct TileOf {
+  typedef HalfTile type;
+};
+template <>
+struct TileOf<true> {
+  typedef FloatTile type;
+};
+typedef TileOf<FLOAT>::type Tile;
+
+// What a lane accumulates of its query rows.
+struct Accumulator {
+  float m[HEADS][TILES], t0[HEADS][TILES];
+  float d1[HEADS][TILES], d2[HEADS][TILES];  // of the lane's own keys
+  float spread[HEADS][TILES];                // sum of p |t - t0| since t0 last moved
+  float scale[HEADS][TILES];                 // O2 is kept in units of it where P2 could overflow float16
+  float O1[HEADS][TILES][CHANNELS], O2[HEADS][TILES][CHANNELS];
+
+  __device__ void clear() {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        m[h][n] = minus_infinity();
+        t0[h][n] = d1[h][n] = d2[h][n] = spread[h][n] = 0;
+        scale[h][n] = 1;
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) O1[h][n][i] = O2[h][n][i] = 0;
+      }
+  }
+};
+
+// The sum, or the largest, over the lanes that share a query row, in all of them.
+__device__ __forceinline__ float sum_of_row(float x) {
+  for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
+  return x;
+}
+__device__ __forceinline__ float largest_of_row(float x) {
+  for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, mask));
+  return x;
+}
+
+// Keeps P2 within float16: t is not scaled, as scores are.
+__device__ __forceinline__ void fit(Accumulator& a, float (&c)[HEADS][TILES][4]) {
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      const float inverse = 1 / a.scale[h][n];
+      c[h][n][1] *= inverse, c[h][n][3] *= inverse;
+      const float own = fmaxf(fabsf(c[h][n][1]), fabsf(c[h][n][3]));
+      if (!__any_sync(~0u, own > 32768.f)) continue;
+      const float largest = largest_of_row(own);
+      if (!(largest > 32768.f && largest < 3e38f)) continue;
+      // A power of two, so that nothing is rounded.
+      const float factor = exp2f(-ceilf(log2f(largest / 16384.f)));
+      a.scale[h][n] /= factor;
+      c[h][n][1] *= factor, c[h][n][3] *= factor;
+#pragma unroll
+      for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] *= factor;
+    }
+}
+
+// Scores of a step become weights, and the running sums move on. c: S1, S2 of key g and of key g + 8, then P1, P2.
+// All rows go through each phase together: a phase is a chain of dependent instructions as long as its shuffles.
+template <class Sees>
+__device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4], bool masked, Sees sees, float scale_log2) {
+  float m[HEADS][TILES];
+  bool grown = false;
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      float(&s)[4] = c[h][n];
+      s[0] *= scale_log2, s[2] *= scale_log2;
+      if (masked) {
+        // What is hidden may be NaN, which a weight of 0 would not silence.
+        if (!sees(n, 0)) s[0] = minus_infinity(), s[1] = a.t0[h][n];
+        if (!sees(n, 1)) s[2] = minus_infinity(), s[3] = a.t0[h][n];
+      }
+      m[h][n] = fmaxf(a.m[h][n], fmaxf(s[0], s[2]));
+    }
+#pragma unroll
+  for (int mask = 4; mask < 32; mask *= 2)
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) m[h][n] = fmaxf(m[h][n], __shfl_xor_sync(~0u, m[h][n], mask));
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) grown = grown || m[h][n] != a.m[h][n];
+  if (__any_sync(~0u, grown)) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const float correction = weight(a.m[h][n], m[h][n]);
+        a.d1[h][n] *= correction, a.d2[h][n] *= correction, a.spread[h][n] *= correction;
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) a.O1[h][n][i] *= correction, a.O2[h][n][i] *= correction;
+        a.m[h][n] = m[h][n];
+      }
+  }
+  float t[HEADS][TILES][2];  // probe scores
+  bool drifted = false;
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      float(&s)[4] = c[h][n];
+      t[h][n][0] = s[1], t[h][n][1] = s[3];
+      // Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
+      const float largest = m[h][n] == minus_infinity() ? 0.f : m[h][n];
+      s[0] = exp2_fast(s[0] - largest), s[2] = exp2_fast(s[2] - largest);
+      a.d1[h][n] += s[0] + s[2];
+      s[1] = s[3] = 0;
+      if constexpr (!PROBE) continue;
+      s[1] = s[0] * (t[h][n][0] - a.t0[h][n]), s[3] = s[2] * (t[h][n][1] - a.t0[h][n]);
+      a.d2[h][n] += s[1] + s[3];
+      a.spread[h][n] += fabsf(s[1]) + fabsf(s[3]);
+      drifted = drifted || fabsf(a.d2[h][n]) > fmaxf(a.d1[h][n], 0.5f * a.spread[h][n]);
+    }
+  if constexpr (!PROBE || FLOAT) return;
+  // P2 is about to be rounded: its error is that of P1 as long as t - t0 is about 1, and that of t's own spread
+  // beyond. A lane whose keys' mean lies further from t0 calls for a look at the row's.
+  if (__any_sync(~0u, drifted)) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const float d1 = sum_of_row(a.d1[h][n]), d2 = sum_of_row(a.d2[h][n]);
+        // Neither NaN nor infinity moves a shift: they would reach a row's sums by another way than the formula's.
+        if (!(fabsf(d2) > d1 && fabsf(d2) < 3e38f)) continue;
+        const float step = d2 / d1, scaled = step / a.scale[h][n];
+        const bool low = !masked || sees(n, 0), high = !masked || sees(n, 1);
+        a.t0[h][n] += step;
+        a.d2[h][n] -= step * a.d1[h][n];
+        a.spread[h][n] = 0;
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] -= scaled * a.O1[h][n][i];
+        c[h][n][1] = low ? c[h][n][0] * (t[h][n][0] - a.t0[h][n]) : 0.f;
+        c[h][n][3] = high ? c[h][n][2] * (t[h][n][1] - a.t0[h][n]) : 0.f;
+      }
+  }
+  if constexpr (!BFLOAT) fit(a, c);
+}
+
+template <bool F>
+__device__ __forceinline__ float to_float(Element x) {
+  if constexpr (F)
+    return x;
+  else
+    return widen<BFLOAT>(x);
+}
+
+// O1 += P1 V and O2 += P2 V over the keys that a row sees alone, where a hidden value is not finite.
+template <class Sees>
+__device__ __forceinline__ void accumulate_visible(const char* values, int lane, const float (&w)[HEADS][TILES][4], Sees sees,
+                                                Accumulator& a) {
+  const int g = lane / 4, t = lane % 4;
+#pragma unroll 1
+  for (int j = 0; j < STEP; j++) {
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const float p1 = __shfl_sync(~0u, j < 8 ? w[h][n][0] : w[h][n][2], j % 8 * 4 + t);
+        const float p2 = __shfl_sync(~0u, j < 8 ? w[h][n][1] : w[h][n][3], j % 8 * 4 + t);
+        if (!sees(n, j)) continue;
+#pragma unroll
+        for (int i = 0; i < CHANNELS; i++) {
+          const int at = (h * VALUE_COLUMNS + Tile::channel(i, g)) * int(sizeof(Element));
+          const float v = to_float<FLOAT>(*reinterpret_cast<const Element*>(values + place_of<VALUE_BYTES>(j, at)));
+          a.O1[h][n][i] += p1 * v, a.O2[h][n][i] += p2 * v;
+        }
+      }
+  }
+}
+
+// Whether the values of a step, padding included, are all finite.
+__device__ __forceinline__ bool all_finite(const char* values, int lane) {
+  bool finite = true;
+  constexpr int PIECES = VALUE_BYTES / 16;
+  for (int i = lane; i < STEP * PIECES; i += 32) {
+    const uint4 x = *reinterpret_cast<const uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16));
+    for (unsigned word : {x.x, x.y, x.z, x.w}) {
+      if (FLOAT)
+        finite = finite && (word & 0x7f800000u) != 0x7f800000u;
+      else {
+        constexpr unsigned LARGEST = BFLOAT ? 0x7f80u : 0x7c00u;
+        finite = finite && (word & LARGEST) != LARGEST && (word >> 16 & LARGEST) != LARGEST;
+      }
+    }
+  }
+  return __all_sync(~0u, finite);
+}
+
+// Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps.
+__device__ __forceinline__ void hand_over(char* shared, const Accumulator& a, int lane, int from) {
+  const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT + warp * EXCHANGE_PITCH);
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      if (from == 0) {
+        const Statistics s = {a.m[h][n], sum_of_row(a.d1[h][n]), PROBE ? sum_of_row(a.d2[h][n]) : 0.f, a.t0[h][n]};
+        if (g == 0 && t < QUERIES) reinterpret_cast<float4*>(shared + STATISTICS_AT)[warp * RECORDS + Record::number(h, n, t)] = s.packed();
+      }
+      if (t >= QUERIES) continue;
+      const float unit = BFLOAT || FLOAT ? 1.f : a.scale[h][n];
+#pragma unroll
+      for (int i = 0; i < CHANNELS; i++) {
+        const int channel = Tile::channel(i, g) - from;
+        if (EXCHANGE_CHANNELS < VALUE_COLUMNS && (channel < 0 || channel >= EXCHANGE_CHANNELS)) continue;
+        exchange[((h * TILES + n) * EXCHANGE_CHANNELS + channel) * QUERIES + t] = make_float2(a.O1[h][n][i], a.O2[h][n][i] * unit);
+      }
+    }
+}
+
+// What a block does with its range.
+__device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
+  extern __shared__ __align__(1024) char shared[];
+  __shared__ unsigned arrived;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
+
+  Item item;
+  Schedule schedule;
+  if constexpr (GRID == 0) {
+    schedule = plan(p, item);
+    if (schedule.begin >= schedule.end) return finish_empty_batches(p);
+  } else if constexpr (GRID == 1) {
+    const int unit = p.row_blocks == 1 ? blockIdx.y : blockIdx.y / p.row_blocks;
+    item = item_of(p, blockIdx.z, unit, blockIdx.y - unit * p.row_blocks, 0, keys_of_batch(p, blockIdx.z));
+    const int cut = blockIdx.x;
+    schedule.begin = cut * p.share + min(cut, p.surplus), schedule.end = schedule.begin + p.share + (cut < p.surplus);
+  } else {
+    // Later rows see more keys and go first.
+    const int number = blockIdx.x / p.row_blocks, block = p.row_blocks - 1 - blockIdx.x % p.row_blocks;
+    const int batch = number / units_of_a_batch(p), unit = number % units_of_a_batch(p);
+    const Rows rows(p, Item{batch, unit, block});
+    const Range first = keys_of_row(p, batch, rows.query(0)), last = keys_of_row(p, batch, rows.query(rows.count - 1));
+    // Rows of an invalid sequence see nothing, and must not hide what the others see.
+    const Range keys = PACKED && !(first.valid() && last.valid()) ? Range{0, p.kv_len} : Range{first.first, last.end};
+    item = item_of(p, batch, unit, block, 0, keys);
+    schedule.begin = 0, schedule.end = item.steps;
+  }
+  Queries queries;
+  queries.fetch(p, Rows(p, item));
+  Ring ring;
+  ring.start(p, maps, shared, item, schedule.begin, schedule.end);
+  if constexpr (GRID == 0) finish_empty_batches(p);
+  Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
+  // Rows and columns that no query is written to are read all the same.
+  if constexpr (RECORDS < HEADS * ROWS || HEAD_DIM < KEY_COLUMNS) {
+    Queries::clear(query_place);
+    __syncthreads();
+  }
+
+  Accumulator a;
+  Tile tile;
+  int step = schedule.begin + warp;
+  int begin = schedule.begin;  // of the segment: the block's steps of one item
+#pragma unroll 1
+  while (true) {
+    const Rows rows(p, item);
+    int end = SINGLE ? schedule.end : min(item.begin + item.steps, schedule.end);
+    if constexpr (GRID == 0 && PINNED) end = min(end, begin + p.split_steps);
+    queries.deposit(query_place);
+    __syncthreads();
+    tile.load(query_place, lane);
+    Item next = item;
+    if (!SINGLE && end < schedule.end) {
+      advance(p, next, end);
+      queries.fetch(p, Rows(p, next));
+    }
+    // Where all rows see every key of a step nothing is masked; where they see the same keys nothing hidden is read.
+    Range seen[TILES];
+    Range by_all = item.keys, by_any = item.keys;
+#pragma unroll
+    for (int n = 0; n < TILES; n++) seen[n] = item.keys;
+    if constexpr (VARIED) {
+      by_all = {0, 0x7fffffff}, by_any = {0x7fffffff, 0};
+#pragma unroll
+      for (int n = 0; n < TILES; n++) {
+        const int row = n * 4 + t;
+        if (row >= rows.count) continue;
+        seen[n] = keys_of_row(p, item.batch, rows.query(row));
+        by_all = {max(by_all.first, seen[n].first), min(by_all.end, seen[n].end)};
+        by_any = {min(by_any.first, seen[n].first), max(by_any.end, seen[n].end)};
+      }
+#pragma unroll
+      for (int mask = 1; mask < 4; mask *= 2) {
+        by_all.first = max(by_all.first, __shfl_xor_sync(~0u, by_all.first, mask));
+        by_all.end = min(by_all.end, __shfl_xor_sync(~0u, by_all.end, mask));
+        by_any.first = min(by_any.first, __shfl_xor_sync(~0u, by_any.first, mask));
+        by_any.end = max(by_any.end, __shfl_xor_sync(~0u, by_any.end, mask));
+      }
+    }
+    const bool alike = by_all.first == by_any.first && by_all.end == by_any.end;
+
+    a.clear();
+#pragma unroll 1
+    for (; step < end; step += WARPS) {
+      const int key = item.position(step);
+      const bool masked = key < by_all.first || key + STEP > by_all.end;
+      const auto sees = [&](int n, int j) { return key + j >= seen[n].first && key + j < seen[n].end; };
+      float c[HEADS][TILES][4];
+      tile.scores(ring.wait(), lane, c);
+      ring.release(p);
+      weigh(a, c, masked, [&](int n, int high) { return sees(n, g + 8 * high); }, p.scale_log2);
+      char* values = ring.wait();
+      bool by_row = false;
+      if (masked) {
+        // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
+        constexpr int PIECES = VALUE_BYTES / 16;
+#pragma unroll 1
+        for (int i = lane; i < STEP * PIECES; i += 32)
+          if (key + i / PIECES < by_any.first || key + i / PIECES >= by_any.end)
+            *reinterpret_cast<uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16)) = make_uint4(0, 0, 0, 0);
+        ring.written = true;
+        __syncwarp();
+        by_row = VARIED && !alike && !all_finite(values, lane);
+      }
+      if (VARIED && by_row)
+        accumulate_visible(values, lane, c, sees, a);
+      else
+        Tile::accumulate(values, lane, c, a.O1, a.O2);
+      ring.release(p);
+    }
+
+    // Whose parts make up the item, and which of them this block's is.
+    int parts = 1, own = 0, owner = 0;
+    unsigned* counter = p.counters;
+    if constexpr (GRID == 0) {
+      counter += (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block;
+      if (PINNED)
+        parts = item.steps / p.split_steps, own = (begin - item.begin) / p.split_steps;
+      else if (begin != item.begin || end != item.begin + item.steps) {
+        owner = schedule.owner_of(item.begin);
+        parts = schedule.owner_of(item.begin + item.steps - 1) - owner + 1, own = int(blockIdx.x) - owner;
+      }
+    } else if constexpr (GRID == 1) {
+      parts = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER;
+      counter += (blockIdx.z * gridDim.y + blockIdx.y) * CLUSTER + rank;
+    }
+    const auto part_at = [&](int number) {
+      long long place;
+      if (GRID == 1)
+        place = (1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts + number) * CLUSTER + rank;
+      else if (PINNED)
+        place = item.begin / p.split_steps + number;
+      else  // a block shares its first item and its last one with others, the rest are its own
+        place = 2 * (owner + number) + (number == 0 && schedule.begin_of(owner) != item.begin);
+      return Part{p.partials + place * Part::FLOATS};
+    };
+    const Part part = part_at(own);
+    // The block's, or the cluster's, state of a row in a channel of its slice.
+    const auto write = [&](int number, int channel, const RowState<1>& state) {
+      const Record record(number);
+      if (!WHOLE && parts > 1) {
+        part.sums(number)[channel] = make_float2(state.O1[0], state.O2[0]);
+        if (channel == 0) *part.statistics(number) = state.s.packed();
+      } else if (record.row < rows.count)
+        finish(p, rows, record, rank * SLICE + channel, seen_by(p, item, rows, record.row), state);
+    };
+#pragma unroll
+    for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
+      hand_over(shared, a, lane, from);
+      __syncthreads();
+      if (from == 0) {
+        weigh_warps(shared);
+        __syncthreads();
+      }
+      if constexpr (CLUSTER > 1) {
+        merge_warps(shared, from, [&](int number, int channel, const RowState<1>& state) {
+          reinterpret_cast<float2*>(shared + RESULT_AT + RECORDS * 16)[number * VALUE_DIM + channel] = make_float2(state.O1[0], state.O2[0]);
+          if (channel == 0) reinterpret_cast<float4*>(shared + RESULT_AT)[number] = state.s.packed();
+        });
+      } else {
+        merge_warps(shared, from, write);
+      }
+      if (!SINGLE || from + EXCHANGE_CHANNELS < VALUE_DIM) __syncthreads();
+    }
+    if constexpr (CLUSTER > 1) {
+      cluster_arrive();
+      cluster_wait();
+      merge_cluster(shared, rank, write);
+      cluster_arrive();  // no block may leave before the others have read what it left
+    }
+    if (!WHOLE && parts > 1) {
+      __syncthreads();
+      if (threadIdx.x == 0) arrived = arrive(counter);
+      __syncthreads();
+      if (arrived == parts - 1) {
+        merge_parts(p, item, rows, shared, rank * SLICE, parts, part_at);
+        if (threadIdx.x == 0) *counter = 0;
+      }
+    }
+    if constexpr (CLUSTER > 1) cluster_wait();
+    if constexpr (SINGLE) break;
+    begin = end;
+    if (begin >= schedule.end) break;
+    item = next;
+  }
+}

@@ -1,0 +1,231 @@
+#pragma once
+// From the states of warps, of a cluster's blocks and of all blocks to the output of a row.
+
+#include "ptx/cluster.cuh"
+#include "ptx/shared_memory.cuh"
+#include "row_state.cuh"
+#include "rows.cuh"
+
+__device__ __forceinline__ void store(Element* to, float x) {
+  if constexpr (FLOAT)
+    *to = x;
+  else
+    *to = narrow<BFLOAT>(x);
+}
+
+// What a row of an item saw; where blocks share items, none is shared whose rows see nothing.
+__device__ __forceinline__ Range seen_by(const Problem& p, const Item& item, const Rows& rows, int row) {
+  return VARIED || SINGLE ? keys_of_row(p, item.batch, rows.query(row)) : item.keys;
+}
+
+// The row's output in WIDTH channels, and its state where that is asked for.
+template <int WIDTH>
+__device__ __forceinline__ void finish(const Problem& p, const Rows& rows, const Record& record, int channel, const Range& seen,
+                                       const RowState<WIDTH>& state) {
+  Statistics s = state.s;
+  // Scores that are all -inf have no softmax.
+  if (!seen.valid() || (!seen.empty() && s.saw_nothing())) s.d1 = quiet_nan();
+  const float inverse = 1 / s.d1, c = PROBE ? s.d2 * inverse : 0.f;
+  const long long number = rows.number(record.h, record.row);
+  Element* out = rows.at<Element>(p.out, p.out_stride, record.h, record.row) + channel;
+#pragma unroll
+  for (int e = 0; e < WIDTH; e++) {
+    float o = state.O1[e] * inverse;
+    if constexpr (PROBE) o = (1 + c) * o - state.O2[e] * inverse;
+    if (seen.valid() && seen.empty()) o = 0;
+    if (p.out) store(out + e, o);
+    if (!p.m) continue;
+    p.O1[number * VALUE_DIM + channel + e] = state.O1[e];
+    if constexpr (PROBE) p.O2[number * VALUE_DIM + channel + e] = state.O2[e];
+  }
+  if (p.m && channel == 0) {
+    p.m[number] = s.m * 0.693147180559945f;
+    p.d1[number] = s.d1;
+    if constexpr (PROBE) p.d2[number] = s.d2, p.t0[number] = s.t0;
+  }
+}
+
+// Rows that have no step: 0, or NaN where their lengths are invalid. No block has an item for them.
+__device__ __noinline__ void finish_empty_batches(const Problem& p) {
+  if (!INDEXED && steps_of(p, keys_of_batch(p, 0))) return;
+  for (int batch = blockIdx.x; batch < p.batch; batch += gridDim.x) {
+    const Range keys = keys_of_batch(p, batch);
+    if (steps_of(p, keys)) continue;
+    RowState<1> nothing;
+    nothing.clear();
+    for (int inner = 0; inner < units_of_a_batch(p) * p.row_blocks; inner++) {
+      const Rows rows(p, item_of(p, batch, inner / p.row_blocks, inner % p.row_blocks, 0, keys));
+#pragma unroll 1
+      for (int i = threadIdx.x; i < RECORDS * VALUE_DIM; i += THREADS) {
+        const Record record(i / VALUE_DIM);
+        if (record.row < rows.count) finish(p, rows, record, i % VALUE_DIM, keys, nothing);
+      }
+    }
+  }
+}
+
+// A part of an item in the workspace, or what a block of a cluster merges of it: statistics of RECORDS rows, then
+// their pairs (O1, O2).
+struct Part {
+  static constexpr int ROW = round_up(2 * SLICE, 4);
+  static constexpr int FLOATS = RECORDS * (4 + ROW);
+  float* base;
+  __device__ float4* statistics(int record) const { return reinterpret_cast<float4*>(base) + record; }
+  __device__ float2* sums(int record) const { return reinterpret_cast<float2*>(base + RECORDS * 4 + record * ROW); }
+};
+
+// Counts this block among those whose parts are in memory, and returns how many were there before.
+__device__ __forceinline__ unsigned arrive(unsigned* counter) {
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+  return before;
+}
+
+// Merges the parts of an item in their order and writes its rows, from channel `from` on.
+template <class PartAt>
+__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, char* shared, int from, int parts,
+                                            PartAt part_at) {
+  // A thread merges WIDTH channels of a row over every TEAMS-th part: the latency of the second-level cache is all
+  // there is to wait for, and should be waited for once.
+  constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
+  constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4), UNROLL = TEAMS == 1 ? 8 : 4;
+  const int team = TEAMS == 1 ? 0 : threadIdx.x / UNITS;
+#pragma unroll 1
+  for (int first = 0; first < UNITS * TEAMS; first += THREADS) {
+    const int place = first + threadIdx.x, unit = place % UNITS;
+    const int number = unit * WIDTH / SLICE, channel = unit * WIDTH % SLICE;
+    RowState<WIDTH> state;
+    state.clear();
+    if (place < UNITS * TEAMS) {
+#pragma unroll 1
+      for (int begin = team; begin < parts; begin += TEAMS * UNROLL) {
+        Statistics x[UNROLL];
+        float2 sums[UNROLL][WIDTH];
+#pragma unroll
+        for (int u = 0; u < UNROLL; u++) {
+          const int i = begin + u * TEAMS;
+          x[u] = Statistics::none();
+          if (i >= parts) continue;
+          const Part part = part_at(i);
+          x[u] = Statistics::of(__ldcg(part.statistics(number)));
+          if constexpr (WIDTH == 2) {
+            const float4 y = __ldcg(reinterpret_cast<const float4*>(part.sums(number) + channel));
+            sums[u][0] = make_float2(y.x, y.y), sums[u][WIDTH - 1] = make_float2(y.z, y.w);
+          } else
+            sums[u][0] = __ldcg(part.sums(number) + channel);
+        }
+        state.add(x, sums);
+      }
+    }
+    if constexpr (TEAMS > 1) {
+      float4* statistics = reinterpret_cast<float4*>(shared + EXCHANGE_AT);
+      float2* sums = reinterpret_cast<float2*>(statistics + THREADS);
+      statistics[threadIdx.x] = state.s.packed();
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) sums[threadIdx.x * WIDTH + e] = make_float2(state.O1[e], state.O2[e]);
+      __syncthreads();
+      if (threadIdx.x < UNITS) {
+        constexpr int OTHERS = TEAMS > 1 ? TEAMS - 1 : 1;
+        Statistics x[OTHERS];
+        float2 y[OTHERS][WIDTH];
+#pragma unroll
+        for (int other = 1; other <= OTHERS; other++) {
+          x[other - 1] = Statistics::of(statistics[threadIdx.x + other * UNITS]);
+#pragma unroll
+          for (int e = 0; e < WIDTH; e++) y[other - 1][e] = sums[(threadIdx.x + other * UNITS) * WIDTH + e];
+        }
+        state.add(x, y);
+      }
+    }
+    const Record record(number);
+    if (place < UNITS && record.row < rows.count)
+      finish(p, rows, record, from + channel, seen_by(p, item, rows, record.row), state);
+  }
+  if constexpr (!SINGLE) __syncthreads();  // before the shared memory is used again
+}
+
+// Puts the weight and the shift of every warp's state towards that of the block into shared memory, and the block's
+// statistics.
+__device__ __forceinline__ void weigh_warps(char* shared) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int first = 0; first < RECORDS * WARPS; first += THREADS) {
+    const int i = first + threadIdx.x, record = i / WARPS, warp = i % WARPS;
+    Statistics x = Statistics::none();
+    if (record < RECORDS) x = Statistics::of(reinterpret_cast<const float4*>(shared + STATISTICS_AT)[warp * RECORDS + record]);
+    Statistics total = {x.saw_nothing() ? minus_infinity() : x.m, 0, 0, 0};
+    const unsigned peers = ((1u << WARPS) - 1) << (lane / WARPS * WARPS), seen = __ballot_sync(~0u, !x.saw_nothing()) & peers;
+    // The first state that saw a key gives the shift, all others move to it.
+    total.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
+#pragma unroll
+    for (int mask = 1; mask < WARPS; mask *= 2) total.m = fmaxf(total.m, __shfl_xor_sync(~0u, total.m, mask));
+    const float factor = x.saw_nothing() ? 0.f : weight(x.m, total.m), step = x.saw_nothing() ? 0.f : x.t0 - total.t0;
+    if (!x.saw_nothing()) total.d1 = factor * x.d1, total.d2 = factor * (x.d2 + step * x.d1);
+#pragma unroll
+    for (int mask = 1; mask < WARPS; mask *= 2)
+      total.d1 += __shfl_xor_sync(~0u, total.d1, mask), total.d2 += __shfl_xor_sync(~0u, total.d2, mask);
+    if (record >= RECORDS) continue;
+    reinterpret_cast<float2*>(shared + FACTORS_AT)[i] = make_float2(factor, step);
+    if (warp == 0) reinterpret_cast<float4*>(shared + TOTALS_AT)[record] = total.packed();
+  }
+}
+
+// The sums that the warps left in the exchange become one, of which write(record number, channel, state) gets every
+// row's channels from `from` on.
+template <class Write>
+__device__ __forceinline__ void merge_warps(const char* shared, int from, Write write) {
+#pragma unroll 1
+  for (int i = threadIdx.x; i < RECORDS * EXCHANGE_CHANNELS; i += THREADS) {
+    // The rows of a channel follow one another, as the lanes that wrote them do.
+    const int number = i / (EXCHANGE_CHANNELS * QUERIES) * QUERIES + i % QUERIES, channel = from + i / QUERIES % EXCHANGE_CHANNELS;
+    if (channel >= VALUE_DIM) continue;
+    RowState<1> state;
+    state.s = Statistics::of(reinterpret_cast<const float4*>(shared + TOTALS_AT)[number]);
+    state.O1[0] = state.O2[0] = 0;
+#pragma unroll
+    for (int w = 0; w < WARPS; w++) {
+      const float2 sums = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH)[i];
+      const float2 factor = reinterpret_cast<const float2*>(shared + FACTORS_AT)[number * WARPS + w];
+      state.O1[0] += factor.x * sums.x, state.O2[0] += factor.x * (sums.y + factor.y * sums.x);
+    }
+    write(number, channel, state);
+  }
+}
+
+// The states of a cluster's blocks become one; write(record number, channel within the block's slice, state) gets
+// the block's channels.
+template <class Write>
+__device__ __forceinline__ void merge_cluster(char* shared, int rank, Write write) {
+  const unsigned result = shared_address(shared + RESULT_AT);
+#pragma unroll 1
+  for (int first = 0; first < RECORDS * SLICE * CLUSTER; first += THREADS) {
+    const int i = first + threadIdx.x, source = i % CLUSTER, number = i / CLUSTER / SLICE, channel = i / CLUSTER % SLICE;
+    Statistics x = Statistics::none();
+    float2 sums = make_float2(0, 0);
+    if (i < RECORDS * SLICE * CLUSTER) {
+      const unsigned there = cluster_address(result, source);
+      x = Statistics::of(cluster_load4(there + number * 16));
+      sums = cluster_load2(there + RECORDS * 16 + (number * VALUE_DIM + rank * SLICE + channel) * 8);
+    }
+    const unsigned seen = __ballot_sync(~0u, !x.saw_nothing()) & (((1ull << CLUSTER) - 1) << (threadIdx.x % 32 / CLUSTER * CLUSTER));
+    RowState<1> state;
+    state.s.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
+    state.s.m = x.saw_nothing() ? minus_infinity() : x.m;
+#pragma unroll
+    for (int mask = 1; mask < CLUSTER; mask *= 2) state.s.m = fmaxf(state.s.m, __shfl_xor_sync(~0u, state.s.m, mask));
+    const float factor = x.saw_nothing() ? 0.f : weight(x.m, state.s.m), step = x.t0 - state.s.t0;
+    state.s.d1 = state.s.d2 = state.O1[0] = state.O2[0] = 0;
+    if (!x.saw_nothing()) {
+      state.s.d1 = factor * x.d1, state.s.d2 = factor * (x.d2 + step * x.d1);
+      state.O1[0] = factor * sums.x, state.O2[0] = factor * (sums.y + step * sums.x);
+    }
+#pragma unroll
+    for (int mask = 1; mask < CLUSTER; mask *= 2) {
+      state.s.d1 += __shfl_xor_sync(~0u, state.s.d1, mask);
+      state.s.d2 += __shfl_xor_sync(~0u, state.s.d2, mask);
+      state.O1[0] += __shfl_xor_sync(~0u, state.O1[0], mask);
+      state.O2[0] += __shfl_xor_sync(~0u, state.O2[0], mask);
+    }
+    if (source == 0 && i < RECORDS * SLICE * CLUSTER) write(number, channel, state);
+  }
+}

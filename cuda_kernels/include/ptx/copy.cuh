@@ -1,0 +1,33 @@
+#pragma once
+// Asynchronous copies from global to shared memory.
+
+struct alignas(64) TensorMap {
+  char bytes[128];
+};
+
+// A box of a tensor of five axes by the copy engine (sm_90), completing on an mbarrier; places outside are 0.
+__device__ __forceinline__ void box_copy(unsigned to, const TensorMap& map, int c0, int c1, int c2, int c3, int c4,
+                                         unsigned barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
+      "[%7];" ::"r"(to),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
+      : "memory");
+}
+
+// Brings a map's description near, which the first copy would wait for.
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+// 16 aligned bytes past the first-level cache (sm_80).
+__device__ __forceinline__ void copy_16(unsigned to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}

@@ -1,0 +1,44 @@
+#pragma once
+// Half-precision numbers as bits, without the toolkit's headers, and the fast exponential.
+
+typedef unsigned short half_bits;
+
+template <bool BFLOAT>
+__device__ __forceinline__ float widen(half_bits x) {
+  float y;
+  if constexpr (BFLOAT)
+    y = __uint_as_float(static_cast<unsigned>(x) << 16);
+  else
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
+  return y;
+}
+
+template <bool BFLOAT>
+__device__ __forceinline__ half_bits narrow(float x) {
+  half_bits y;
+  if constexpr (BFLOAT)
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
+  return y;
+}
+
+template <bool BFLOAT>
+__device__ __forceinline__ unsigned narrow_pair(float low, float high) {
+  unsigned y;
+  if constexpr (BFLOAT)
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+// 2^x to 2 units in the last place; NaN of NaN.
+__device__ __forceinline__ float exp2_fast(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float minus_infinity() { return __uint_as_float(0xff800000u); }
+__device__ __forceinline__ float quiet_nan() { return __uint_as_float(0x7fc00000u); }

@@ -1,0 +1,161 @@
+#pragma once
+// A warp's ring of slots in shared memory, which the warp itself fills ahead of its own reading: keys and values of
+// its steps in turn. Nothing is shared between warps, so that none waits for another.
+//
+// A row is HEADS adjacent heads of one position. BOXES are brought by the copy engine; other rows by the lanes
+// together, 16 bytes at a time where ALIGNED, element by element otherwise.
+
+#include "delay.cuh"
+#include "ptx/copy.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared_memory.cuh"
+#include "schedule.cuh"
+
+struct Maps {
+  TensorMap k, v;
+};
+
+struct Ring {
+  const Maps* maps;
+  char* slots;
+  unsigned barriers;
+  int lane;
+  int slot;     // the one to be read next, and to be filled once it was read
+  unsigned parity;
+  bool written;  // whether a slot was written by ordinary stores since the copy engine was last told
+
+  Item item;  // of the step that is copied next
+  int step, end;
+  bool values_next;
+  long long outer;  // batch row or page, and position in it, of the step or of this lane's row; -1: none, -2: no such page
+  int place;
+
+  __device__ void start(const Problem& p, const Maps* tensor_maps, char* shared, const Item& first, int begin, int end_of_range) {
+    const int warp = threadIdx.x / 32;
+    maps = tensor_maps;
+    lane = threadIdx.x % 32;
+    slots = shared + RING_AT + warp * SLOTS * SLOT_BYTES;
+    barriers = shared_address(shared + BARRIERS_AT) + warp * SLOTS * 8;
+    slot = 0, parity = 0, written = false;
+    item = first, step = begin + warp, end = end_of_range, values_next = false;
+    if constexpr (BOXES) {
+      if (lane == 0) prefetch_map(maps->k), prefetch_map(maps->v);
+      if (lane < SLOTS) mbarrier_init(barriers + lane * 8, 1);
+      fence_mbarrier_init();
+    } else {
+      // Padding columns are read as well, and never written again.
+#pragma unroll 1
+      for (int i = lane; i < SLOTS * SLOT_BYTES / 16; i += 32)
+        reinterpret_cast<uint4*>(slots)[i] = make_uint4(0, 0, 0, 0);
+    }
+    __syncwarp();
+    find_place(p);
+#pragma unroll 1
+    for (int s = 0; s < SLOTS; s++) fill(p, s);
+  }
+
+  __device__ char* wait() {
+    delay();
+    if constexpr (BOXES)
+      mbarrier_wait(barriers + slot * 8, parity);
+    else
+      copy_wait<SLOTS - 1>(), __syncwarp();
+    return slots + slot * SLOT_BYTES;
+  }
+
+  // The slot has been read: fill it again and move on to the next.
+  __device__ void release(const Problem& p) {
+    __syncwarp();
+    delay();
+    fill(p, slot);
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  }
+
+ private:
+  // Where this lane's box or row of the step lies.
+  __device__ void find_place(const Problem& p) {
+    outer = -1;
+    if (step >= end) return;
+    advance(p, item, step);
+    const int position = item.position(step) + (BOXES ? 0 : lane);
+    if (lane >= (BOXES ? 32 : STEP) || position >= item.keys.end) return;
+    outer = item.batch, place = position;
+    if constexpr (PAGED) {
+      const long long at = item.batch * p.page_table_stride[0] + position / PAGE * p.page_table_stride[1];
+      outer = index_at(p.page_table, at, p.page_table_wide), place = position % PAGE;
+      if (outer < 0 || outer >= p.num_pages) outer = -2;
+    }
+  }
+
+  __device__ void fill(const Problem& p, int s) {
+    if (step < end) {
+      char* to = slots + s * SLOT_BYTES;
+      if constexpr (BOXES) {
+        copy_boxes(p, to, barriers + s * 8);
+      } else {
+        const Element* from = nullptr;
+        if (outer >= 0) {
+          const int head = item.unit * HEADS;
+          from = static_cast<const Element*>(values_next ? p.v : p.k);
+          const long long(&stride)[3] = values_next ? p.v_stride : p.k_stride;
+          from += outer * stride[0] + place * stride[1] + head * stride[2];
+        }
+        if (values_next)
+          copy_rows<VALUE_DIM>(to, from);
+        else
+          copy_rows<HEAD_DIM>(to, from);
+      }
+      if (values_next) step += WARPS, find_place(p);
+      values_next = !values_next;
+    }
+    if constexpr (!BOXES) copy_commit();
+  }
+
+  // A key of NaN makes every row that sees it NaN: so do those of a page that does not exist.
+  __device__ static Element absent() { return FLOAT ? Element(quiet_nan()) : Element(0x7fff); }
+
+  // By one lane, the same for the whole warp.
+  __device__ void copy_boxes(const Problem& p, char* to, unsigned barrier) {
+    const int bytes = BOX * (values_next ? VALUE_BYTES : KEY_BYTES);
+    if (PAGED && outer == -2) {
+      if (lane < STEP) *reinterpret_cast<Element*>(to + place_of<KEY_BYTES>(lane, 0)) = absent();
+      written = true;
+    }
+    if (written) {
+      fence_async_proxy();
+      __syncwarp();
+      written = false;
+    }
+    if (lane == 0) {
+      // The second box of a last step may hold nothing.
+      const bool both = BOX < STEP && item.position(step) + BOX < item.keys.end;
+      mbarrier_arrive_expect(barrier, outer >= 0 ? (both ? 2 * bytes : bytes) : 0);
+      if (outer >= 0) {
+        const TensorMap& map = values_next ? maps->v : maps->k;
+        box_copy(shared_address(to), map, 0, place, 0, item.unit, int(outer), barrier);
+        if (both) box_copy(shared_address(to) + bytes, map, 0, place + BOX, 0, item.unit, int(outer), barrier);
+      }
+    }
+  }
+
+  template <int COLUMNS>
+  __device__ void copy_rows(char* to, const Element* row) {
+    constexpr int PIECE = ALIGNED ? 16 : int(sizeof(Element));
+    constexpr int PIECES = HEADS * COLUMNS * int(sizeof(Element)) / PIECE;
+    const unsigned long long address = outer == -2 ? 1 : reinterpret_cast<unsigned long long>(row);
+#pragma unroll(ALIGNED ? 8 : 1)
+    for (int i = lane; i < round_up(STEP * PIECES, 32); i += 32) {
+      const int number = i / PIECES, offset = i % PIECES * PIECE;
+      const unsigned long long source = __shfl_sync(~0u, address, number % STEP);
+      if (number >= STEP || !source) continue;
+      char* place = to + number * PITCH + offset;
+      const char* from = reinterpret_cast<const char*>(source) + offset;
+      if (PAGED && source == 1) {
+        if (offset == 0) *reinterpret_cast<Element*>(place) = absent();
+      } else if constexpr (ALIGNED)
+        copy_16(shared_address(place), from);
+      else
+        *reinterpret_cast<Element*>(place) = *reinterpret_cast<const Element*>(from);
+    }
+  }
+};

@@ -1,0 +1,103 @@
+#pragma once
+// The compile-time shape of a kernel, from the launcher's definitions, and its plan of shared memory.
+//
+//   ELEMENT      0 bfloat16, 1 float16, 2 float32
+//   HEAD_DIM     channels of queries and keys        VALUE_DIM  channels of values
+//   GROUP        query heads of a key head
+//   PROBE        0 none, 1 in the element type, 2 float32 beside half-precision elements
+//   HEADS        key heads that lie side by side in memory and share a row of the ring
+//   TILES        groups of four query rows that a block takes at a time
+//   QUERIES      query rows of a group in use: 1, 2 or 4; 4 where TILES > 1
+//   WARPS, BLOCKS  warps of a block, blocks a multiprocessor is to hold
+//   SLOTS        slots of a warp's ring
+//   GRID         how blocks share the work: 0 equal ranges of all keys; 1 every item cut alike, one cut a block
+//                (x: cut, y: unit and block of rows, z: batch row); 2 a block computes whole rows (x: item)
+//   CLUSTER      blocks of a cluster, which merge through distributed shared memory; a divisor of the cuts
+//   PINNED       1: ranges are split after split_steps steps of an item, whatever the batch
+//   INDEXED      1: lengths or paddings of the batch rows are read on the device
+//   PACKED       1: sequences are packed between cu_seqlens
+//   VARIED       1: rows of an item may see different keys
+//   PAGE_SIZE    positions of a page, 0 where the caches are not paged
+//   VECTORS      1: rows of q and r are whole vectors of 16 aligned bytes
+//   BOX          keys that the copy engine brings at a time, 8 or 16
+// and from the kernel: BOXES 1 where the copy engine brings the keys, ALIGNED 1 where 16 bytes can be copied at a time.
+
+#include "ptx/numbers.cuh"
+
+constexpr bool FLOAT = ELEMENT == 2;
+constexpr bool BFLOAT = ELEMENT == 0;
+constexpr bool PAGED = PAGE_SIZE > 0;
+constexpr int PAGE = PAGED ? PAGE_SIZE : 1;
+constexpr int STEP = 16;  // keys that a warp takes at a time
+constexpr bool WHOLE = GRID == 2;
+constexpr bool SINGLE = GRID != 0;  // whether a block has one item alone
+
+constexpr int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+template <bool F>
+struct ElementOf {
+  typedef half_bits type;
+};
+template <>
+struct ElementOf<true> {
+  typedef float type;
+};
+typedef ElementOf<FLOAT>::type Element;
+
+constexpr int KEY_COLUMNS = round_up(HEAD_DIM, FLOAT ? 4 : 16);
+constexpr int VALUE_COLUMNS = round_up(VALUE_DIM, FLOAT ? 32 : 16);
+constexpr int KEY_BYTES = HEADS * KEY_COLUMNS * int(sizeof(Element));
+constexpr int VALUE_BYTES = HEADS * VALUE_COLUMNS * int(sizeof(Element));
+constexpr int ROW_BYTES = KEY_BYTES > VALUE_BYTES ? KEY_BYTES : VALUE_BYTES;
+// An odd multiple of 16 bytes between rows: eight rows of a matrix then fall into eight different bank groups.
+constexpr int PITCH = ROW_BYTES + 16;
+constexpr int SLOT_BYTES = STEP * (BOXES ? ROW_BYTES : PITCH);
+constexpr int THREADS = WARPS * 32;
+constexpr int ROWS = 4 * TILES;                   // query rows of a key head that a block takes at a time
+constexpr int CHANNELS = VALUE_COLUMNS / 8;       // channels of a query row that one lane accumulates
+constexpr int RECORDS = HEADS * TILES * QUERIES;  // rows of a partial result
+constexpr int QUERY_PITCH = KEY_COLUMNS + 16 / int(sizeof(Element));  // elements between query rows in shared memory
+// Elements between the arrays of query rows; half of the banks away, since rows of q and of r are read together.
+constexpr int QUERY_ARRAY = round_up(HEADS * ROWS * QUERY_PITCH - 64 / int(sizeof(Element)), 128 / int(sizeof(Element))) + 64 / int(sizeof(Element));
+constexpr int SLICE = VALUE_DIM / CLUSTER;  // channels that a block of a cluster merges
+
+// Shared memory, in bytes from its start. Warps hand their sums over where their rings are, once those have run out;
+// where another item follows, a few channels at a time beside them.
+constexpr int RING_BYTES = SLOTS * SLOT_BYTES;  // of a warp
+constexpr int HANDED = SINGLE ? RING_BYTES / (8 * RECORDS) / 32 * 32 : (RECORDS < 4 ? 128 / RECORDS : 32);
+constexpr int EXCHANGE_CHANNELS = HANDED < round_up(VALUE_COLUMNS, 32) ? HANDED : round_up(VALUE_COLUMNS, 32);
+constexpr int RING_AT = 0;
+constexpr int EXCHANGE_AT = SINGLE ? RING_AT : RING_AT + WARPS * RING_BYTES;
+constexpr int EXCHANGE_PITCH = SINGLE ? RING_BYTES : RECORDS * EXCHANGE_CHANNELS * 8;  // of a warp
+constexpr int STATISTICS_AT = SINGLE ? WARPS * RING_BYTES : EXCHANGE_AT + WARPS * EXCHANGE_PITCH;
+constexpr int FACTORS_AT = STATISTICS_AT + WARPS * RECORDS * 16;
+constexpr int TOTALS_AT = FACTORS_AT + round_up(WARPS * RECORDS * 8, 16);
+constexpr int RESULT_AT = TOTALS_AT + RECORDS * 16;
+constexpr int QUERIES_AT = RESULT_AT + (CLUSTER > 1 ? RECORDS * (16 + 8 * VALUE_DIM) : 0);
+constexpr int BARRIERS_AT = QUERIES_AT + (1 + PROBE) * QUERY_ARRAY * int(sizeof(Element));
+constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * SLOTS * 8;
+
+static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
+static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
+static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");
+static_assert(HEADS == 1 || (KEY_COLUMNS == HEAD_DIM && VALUE_COLUMNS == VALUE_DIM), "rows of several heads have no padding");
+static_assert(TILES == 1 || QUERIES == 4, "only a single group of rows may be partly used");
+static_assert(PITCH / 16 % 2 == 1, "the pitch must be an odd multiple of 16 bytes");
+static_assert(!BOXES || (HEADS * HEAD_DIM * sizeof(Element) % 128 == 0 && HEADS * VALUE_DIM * sizeof(Element) % 128 == 0),
+              "a box is made of runs of 128 bytes");
+static_assert(!BOXES || PAGE_SIZE % STEP == 0, "a step must not cross pages");
+
+// Where byte `at` of row `row` of a slot lies. The copy engine lays a box out by runs of 128 bytes of its rows, and swaps the 16-byte pieces of a row by its number, which spreads a column over all banks. Runs of a box's rows follow one another.
+template <int BYTES>
+__device__ __forceinline__ int place_of(int row, int at) {
+  if constexpr (!BOXES) return row * PITCH + at;
+  return row / BOX * (BOX * BYTES) + at / 128 * (BOX * 128) + row % BOX * 128 + ((at / 16 % 8 ^ row % 8) * 16) + at % 16;
+}
+
+// Where the lane's row of a matrix load begins in columns 16 i and on, `half` naming the first or second 8 of them.
+template <int BYTES>
+struct MatrixRow {
+  unsigned base;
+  __device__ MatrixRow(unsigned slot, int row, int half) : base(slot + place_of<BYTES>(row, half * 16)) {}
+  __device__ unsigned at(int i) const { return BOXES ? (base ^ (i % 4 * 32)) + i / 4 * (BOX * 128) : base + i * 32; }
+};

@@ -1,0 +1,10 @@
+// Attention on every GPU from sm_80 on, for every layout, head size and element type.
+
+#define BOXES 0
+#define CLUSTER 1
+#define BOX 16
+#include "attend.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_kernel(const __grid_constant__ Problem p) {
+  attend(p, nullptr);
+}

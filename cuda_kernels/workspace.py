@@ -1,0 +1,158 @@
+"""Device memory that launches share: partial results of splits, and the counters that say who comes last.
+
+One slab a stream, since launches of one stream follow one another, and one for each stream of a graph under
+capture, since graphs may run beside one another. Counters are zeroed once: the last block to arrive sets them
+back.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict, deque
+from typing import NamedTuple
+
+import cupy
+from cuda.bindings import driver
+from cupy.cuda import runtime
+
+from . import capture
+
+MOST_STREAMS = 64
+"""Streams whose slab is kept at most."""
+MOST_POLLED = 64
+"""Graphs asked at a time whether they are gone."""
+
+_ALIGNMENT = 256
+_OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+
+
+class Slab(NamedTuple):
+    """Room for partial results behind room for counters, in one allocation."""
+
+    counters: int
+    partials: int
+    counter_room: int
+    partial_room: int
+
+    def holds(self, partial_bytes: int, counters: int) -> bool:
+        return partial_bytes <= self.partial_room and counters <= self.counter_room
+
+
+_lock = threading.Lock()
+# By stream, whose handle may be another stream's tomorrow: its number never is.
+_slabs: OrderedDict[tuple[int, int], Slab] = OrderedDict()
+# Slabs that were outgrown. Another thread may be about to launch with one, so none is freed; they grow by
+# doubling, so that all of them together are no larger than the one in use.
+_outgrown: dict[tuple[int, int], list[Slab]] = {}
+# Slabs of graphs by device, capture and stream; all that are held; by device, those of graphs that are gone.
+_captured: dict[tuple[int, int, int], Slab] = {}
+_held: deque[tuple[tuple[int, int, int], Slab, capture.GraphLifetime]] = deque()
+_idle: dict[int, list[tuple[Slab, capture.GraphLifetime]]] = {}
+_zeroing: dict[int, cupy.cuda.Stream] = {}
+
+
+def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tuple[int, int]:
+    """Addresses of ``partial_bytes`` of scratch and of ``counters`` zeroed 32-bit counters for one launch.
+
+    device: the current one; stream: the one that the launch goes to. The kernel must leave the counters zero.
+    Raises MemoryError where the device has no room.
+    """
+    number = int(driver.cuStreamGetId(stream)[1])
+    if runtime.streamIsCapturing(stream):
+        slab = _for_graph(device, stream, number, partial_bytes, counters)
+    else:
+        key = device, number
+        try:
+            _slabs.move_to_end(key)
+            slab = _slabs[key]
+        except KeyError:
+            slab = None
+        if slab is None or not slab.holds(partial_bytes, counters):
+            slab = _for_stream(key, partial_bytes, counters)
+    return slab.partials, slab.counters
+
+
+def _for_stream(key: tuple[int, int], partial_bytes: int, counters: int) -> Slab:
+    with _lock:
+        slab = _slabs.get(key)
+        if slab is not None and slab.holds(partial_bytes, counters):
+            return slab
+        if slab is None:
+            if len(_slabs) >= MOST_STREAMS:
+                _forget_oldest()
+            wanted = partial_bytes, counters
+        else:
+            _outgrown.setdefault(key, []).append(slab)
+            wanted = max(partial_bytes, 2 * slab.partial_room), max(counters, slab.counter_room)
+        _slabs[key] = _allocate(key[0], *wanted)
+        return _slabs[key]
+
+
+def _for_graph(device: int, stream: int, number: int, partial_bytes: int, counters: int) -> Slab:
+    identity, graph = capture.graph_of(stream)
+    key = device, identity, number
+    with _lock:
+        slab = _captured.get(key)
+        if slab is not None and slab.holds(partial_bytes, counters):
+            return slab
+        _collect_ended()
+        idle = _idle.setdefault(device, [])
+        fitting = [entry for entry in idle if entry[0].holds(partial_bytes, counters)]
+        if fitting:
+            slab, lifetime = min(fitting, key=lambda entry: entry[0].partial_room)
+            idle.remove((slab, lifetime))
+        else:
+            slab, lifetime = _allocate(device, partial_bytes, counters), capture.GraphLifetime()
+        lifetime.begin(graph)
+        _held.append((key, slab, lifetime))
+        _captured[key] = slab
+        return slab
+
+
+def _collect_ended() -> None:
+    for _ in range(min(len(_held), MOST_POLLED)):
+        key, slab, lifetime = _held.popleft()
+        if not lifetime.ended():
+            _held.append((key, slab, lifetime))
+            continue
+        if _captured.get(key) is slab:
+            del _captured[key]
+        _idle.setdefault(key[0], []).append((slab, lifetime))
+
+
+def _allocate(device: int, partial_bytes: int, counters: int) -> Slab:
+    counter_bytes = _rounded(4 * counters)
+    size = counter_bytes + _rounded(partial_bytes)
+    with capture.relaxed():
+        try:
+            address = runtime.malloc(size)
+        except runtime.CUDARuntimeError as error:
+            if error.status == _OUT_OF_MEMORY:
+                raise MemoryError(f"CUDA device {device} has no {size} bytes of workspace left") from error
+            raise
+        # Not on the launch's own stream, which may be under capture: the graph must not zero them again.
+        zeroing = _zeroing.get(device)
+        if zeroing is None:
+            zeroing = _zeroing[device] = cupy.cuda.Stream(non_blocking=True)
+        runtime.memsetAsync(address, 0, counter_bytes, zeroing.ptr)
+        zeroing.synchronize()
+    return Slab(address, address + counter_bytes, counter_bytes // 4, size - counter_bytes)
+
+
+def _forget_oldest() -> None:
+    """Free the slabs of the older half of the streams, once all work that may use them is done."""
+    try:
+        with capture.relaxed():
+            for device in {device for device, _ in _slabs}:
+                with cupy.cuda.Device(device):
+                    runtime.deviceSynchronize()
+    except runtime.CUDARuntimeError:
+        return  # a capture under way forbids it: a later call will
+    for _ in range(len(_slabs) // 2):
+        key, slab = _slabs.popitem(last=False)
+        for old in (slab, *_outgrown.pop(key, ())):
+            runtime.free(old.counters)
+
+
+def _rounded(size: int) -> int:
+    return -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
