@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 import parallax_core
+from parallax_core import cuda_kernels
 from parallax_core.distributed import decode, decode_arrays, decode_peers
 from parallax_core.distributed.decode import Options, measure
 from parallax_core.distributed.decode_config import DecodeConfig, decode_points, load_decode_config
@@ -114,6 +115,31 @@ def test_a_peer_that_fails_is_part_of_the_row_and_the_others_stay(monkeypatch):
     assert peers[1]["absent"] is None or "PyTorch" in peers[1]["absent"]
     # Parallax's peers have nothing to say about softmax.
     assert [peer["name"] for peer in measure(point("softmax"), QUICK)["peers"]] == ["sdpa"]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(cuda_kernels.availability() is not None, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize("library", ["torch", "cupy"])
+def test_a_gpu_row_comes_from_captured_graphs_and_has_a_host_cost(library, page_size, monkeypatch):
+    if library == "torch" and not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("this PyTorch has no CUDA")
+    if library == "cupy":
+        monkeypatch.setattr(decode, "framework", lambda device: decode_arrays.CupyArrays())
+    options = QUICK._replace(device="gpu")
+    row = measure(
+        point(shape=(2, 8, 2, 300, 64), dtype="float16", page_size=page_size, cache="warm"), options
+    )
+    assert row["framework"] == library
+    assert row["error"] < LARGEST_ERROR["float16"]
+    assert row["host_us"] > 0
+    assert row["read_bandwidth"] > 1e11  # any GPU that the kernels run on
+    peers = {peer["name"]: peer for peer in row["peers"]}
+    if library == "torch" and page_size is None:
+        assert peers["fa2"]["error"] < LARGEST_ERROR["float16"]
+    else:
+        assert peers["fa2"]["absent"] in ("needs PyTorch", "has no paged cache")
+    assert peers["fa3"]["absent"] is not None
 
 
 def flash_attention_3(
