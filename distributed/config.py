@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.resources
 from pathlib import Path
 from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
+from . import study_file
 from .point import Estimator, Kernel, SyntheticProblem
+from .study_file import Section
 
 DEFAULT = "regression.yaml"
 
@@ -23,15 +23,7 @@ Replicates = Annotated[int, Field(ge=2)]
 Estimators = Annotated[list[Estimator], Field(min_length=1)]
 
 
-class ConfigError(ValueError):
-    """A study's configuration is not valid; the message is one line that names the key."""
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class BandwidthRule(_Section):
+class BandwidthRule(Section):
     """``h = constant * n**-rate``; a plain number is a bandwidth that stays."""
 
     constant: Positive
@@ -47,7 +39,7 @@ class BandwidthRule(_Section):
         return self.constant * n**-self.rate
 
 
-class Convergence(_Section):
+class Convergence(Section):
     """Error against the number of keys, with noise, at a bandwidth that follows a rule."""
 
     problem: SyntheticProblem
@@ -62,7 +54,7 @@ class Convergence(_Section):
     replicates: Replicates
 
 
-class Tradeoff(_Section):
+class Tradeoff(Section):
     """Squared bias and variance against the bandwidth, on the smooth problem."""
 
     estimators: Estimators
@@ -73,7 +65,7 @@ class Tradeoff(_Section):
     replicates: Replicates
 
 
-class Exponents(_Section):
+class Exponents(Section):
     """Bias against the bandwidth, on the smooth problem without noise, and the exponent fitted to it."""
 
     where: Literal["interior", "boundary"]
@@ -84,7 +76,7 @@ class Exponents(_Section):
     replicates: Replicates
 
 
-class Real(_Section):
+class Real(Section):
     """Leave-one-out prediction of the values of real attention heads."""
 
     estimators: Estimators
@@ -96,7 +88,7 @@ class Real(_Section):
     probe_ridge: Positive = 1.0
 
 
-class RegressionConfig(_Section):
+class RegressionConfig(Section):
     """The whole study; parts that are left out are not run.
 
     seed: of every random number. resamples: of each bootstrap.
@@ -104,9 +96,9 @@ class RegressionConfig(_Section):
 
     seed: int = Field(default=0, ge=0)
     resamples: int = Field(default=1000, ge=100)
-    convergence: list[Convergence] = []
+    convergence: list[Convergence] = Field(default_factory=list)
     tradeoff: Tradeoff | None = None
-    exponents: list[Exponents] = []
+    exponents: list[Exponents] = Field(default_factory=list)
     real: Real | None = None
 
     @model_validator(mode="after")
@@ -122,40 +114,14 @@ def load_config(path: str | Path | None = None) -> RegressionConfig:
     path: a YAML file; the default grid, which ships with the package, if None. Returns a RegressionConfig.
     Raises FileNotFoundError, or ConfigError with one line that names the first key at fault.
     """
-    if path is None:
-        return parse_config(default_config_text())
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
-    return parse_config(path.read_text(encoding="utf-8"))
+    return parse_config(default_config_text()) if path is None else study_file.load(RegressionConfig, path)
 
 
 def default_config_text() -> str:
     """The YAML text of the default grid, comments included."""
-    return (importlib.resources.files(__package__) / "configs" / DEFAULT).read_text(encoding="utf-8")
+    return study_file.shipped_text(DEFAULT)
 
 
 def parse_config(text: str) -> RegressionConfig:
     """Validate the YAML text of a configuration. Raises ConfigError."""
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"line {mark.line + 1}: " if mark is not None else ""
-        raise ConfigError(f"{where}not YAML: {getattr(error, 'problem', None) or error}") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"expected keys and values, got {type(content).__name__}")
-    try:
-        return RegressionConfig.model_validate(content)
-    except ValidationError as error:
-        raise ConfigError(_first(error)) from error
-
-
-def _first(error: ValidationError) -> str:
-    first, *rest = error.errors(include_url=False)
-    key = ".".join(str(part) for part in first["loc"])
-    message = {"extra_forbidden": "unknown key", "missing": "missing"}.get(first["type"], first["msg"])
-    valued = first["type"] not in ("extra_forbidden", "missing") and not isinstance(first["input"], dict)
-    got = f", got {first['input']!r}" if valued else ""
-    more = f" (and {len(rest)} more)" if rest else ""
-    return f"{key}: {message}{got}{more}" if key else f"{message}{more}"
+    return study_file.parse(RegressionConfig, text)

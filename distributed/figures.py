@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Sequence
 
@@ -13,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from .figure_style import STYLE, svg
 from .findings import WHERE, BiasCurve, Convergence, RealError, TradeoffCurve
 
 # The palette of Okabe and Ito, which colour-blind readers can tell apart; markers differ as well.
@@ -39,26 +39,6 @@ NAME = {
     "parallax-fitted": "Parallax, fitted probe",
     "global-ridge": "global ridge",
     "linear-attention": "linear attention",
-}
-STYLE = {
-    "font.size": 9.5,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#666666",
-    "axes.labelcolor": "#333333",
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "axes.grid": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.7,
-    "axes.axisbelow": True,
-    "lines.linewidth": 1.7,
-    "lines.markersize": 5,
-    "legend.frameon": False,
-    "svg.fonttype": "path",
 }
 PLACE = {"interior": "interior", "boundary": "boundary"}
 PIECEWISE_PLACE = {"interior": "segment complete", "boundary": "segment just begun"}
@@ -87,7 +67,7 @@ def error_against_n(results: Sequence[Convergence]) -> str:
                     axis.set_xlabel("keys n")
                 _plain_powers_of_two(axis, result.curves[0].n)
         _legend(figure, axes.flat, theory="rate in theory")
-        return _svg(figure, "error-against-n")
+        return svg(figure, "error-against-n")
 
 
 def tradeoff(curves: Sequence[TradeoffCurve]) -> str:
@@ -128,7 +108,7 @@ def tradeoff(curves: Sequence[TradeoffCurve]) -> str:
             axes[row, 0].set_ylim(bottom=floor / 30)
         _plain_bandwidths(axes.flat)
         _legend(figure, axes.flat, theory="leading order in theory", ring="smallest error")
-        return _svg(figure, "tradeoff")
+        return svg(figure, "tradeoff")
 
 
 def bias_exponents(curves: Sequence[BiasCurve]) -> str:
@@ -156,7 +136,7 @@ def bias_exponents(curves: Sequence[BiasCurve]) -> str:
             low, high = axis.get_ylim()
             axis.set_ylim(low, high * (high / low) ** 0.45)
             _plain_bandwidths([axis])
-        return _svg(figure, "bias-exponents")
+        return svg(figure, "bias-exponents")
 
 
 def interior_against_boundary(results: Sequence[Convergence]) -> str:
@@ -190,7 +170,7 @@ def interior_against_boundary(results: Sequence[Convergence]) -> str:
             loc="outside lower center",
             ncols=2,
         )
-        return _svg(figure, "interior-against-boundary")
+        return svg(figure, "interior-against-boundary")
 
 
 def real_errors(results: Sequence[RealError]) -> str:
@@ -245,7 +225,7 @@ def real_errors(results: Sequence[RealError]) -> str:
             axis.set_yticks(range(len(estimators)), [NAME[estimator] for estimator in estimators])
             axis.set_ylim(len(estimators) - 0.5, -0.6)
             axis.grid(axis="y", visible=False)
-        return _svg(figure, "real-errors")
+        return svg(figure, "real-errors")
 
 
 def _line(estimator: str) -> dict[str, object]:
@@ -286,12 +266,3 @@ def _plain_bandwidths(axes: Sequence[Axes]) -> None:
         axis.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
         axis.xaxis.set_minor_locator(matplotlib.ticker.NullLocator())
-
-
-def _svg(figure: Figure, name: str) -> str:
-    # Salted with the figure's name, the ids are the same in every run and no two figures of a page share one.
-    with matplotlib.rc_context({"svg.hashsalt": name}):
-        text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    return svg[svg.index("<svg") :]

@@ -41,6 +41,11 @@ class Point(BaseModel):
     heads: tuple[int, ...] | None = None
 
     @property
+    def brief(self) -> str:
+        """The few words that a progress bar has room for."""
+        return f"{self.experiment}, {self.estimator}"
+
+    @property
     def label(self) -> str:
         """The name that progress and errors give the point."""
         where = f" {self.layer}" if self.layer is not None else ""

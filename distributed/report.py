@@ -1,27 +1,16 @@
-"""The files of a regression report: one HTML page, a Markdown summary, the rows and the configuration."""
+"""The report of a regression study: its page, its summary, and the schema of its rows."""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import os
-import platform
-from dataclasses import dataclass
 from pathlib import Path
 
-import jinja2
 import pyarrow as pa
-import pyarrow.parquet as pq
-import yaml
-
-import parallax_core
 
 from . import figures
 from .findings import Findings, RealError
+from .report_files import Provenance, write_files
 from .statistics import Interval
 from .study import Study
-
-PAGE, SUMMARY, ROWS, CONFIG = "report.html", "summary.md", "rows.parquet", "config.yaml"
 
 SCHEMA = pa.schema(
     [
@@ -53,32 +42,6 @@ SCHEMA = pa.schema(
 )
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Where a report comes from. command: what was run. engine: with its workers. seconds: of computing."""
-
-    command: str
-    engine: str
-    seconds: float
-
-    def entries(self, study: Study) -> dict[str, str]:
-        """What the header of the report lists, by name."""
-        now = datetime.datetime.now(datetime.UTC)
-        packages = ("numpy", "scipy", "numba", *(["ray"] if self.engine.startswith("Ray") else []))
-        versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
-        python = f"Python {platform.python_version()}"
-        return {
-            "command": self.command,
-            "date": now.strftime("%Y-%m-%d %H:%M UTC"),
-            "versions": f"parallax-core {parallax_core.__version__}, {python}, {versions}",
-            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
-            "engine": f"{self.engine}, {self.seconds:.0f} s",
-            "points": f"{len(study.rows)}",
-            "seed": str(study.config.seed),
-            "data": study.source or "none",
-        }
-
-
 def write_report(study: Study, findings: Findings, folder: Path, provenance: Provenance) -> list[Path]:
     """Write the report of a study.
 
@@ -86,31 +49,24 @@ def write_report(study: Study, findings: Findings, folder: Path, provenance: Pro
     ``summary.md``, ``rows.parquet`` and ``config.yaml``. provenance: for the header. Returns the paths.
     """
     context = {
-        "entries": provenance.entries(study),
+        "entries": provenance.entries(study) | {"data": study.source or "none"},
         "findings": findings,
         "name": figures.NAME,
         "colour": figures.COLOUR,
-        "config": yaml.safe_dump(study.config.model_dump(mode="json"), sort_keys=False),
         "figures": _figures(findings),
         "layers": list(dict.fromkeys(result.layer for result in findings.real)),
         "best": _best(findings.real),
         "rate_table": _rate_table(findings),
     }
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader(__package__),
-        autoescape=jinja2.select_autoescape(["html.j2"]),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
+    return write_files(
+        study,
+        folder,
+        page="regression.html.j2",
+        summary="regression.md.j2",
+        schema=SCHEMA,
+        context=context,
+        filters={"number": _number, "rounded": _rounded, "interval": _interval},
     )
-    environment.filters |= {"number": _number, "rounded": _rounded, "interval": _interval}
-    for name in (PAGE, SUMMARY):
-        text = environment.get_template(f"{name}.j2").render(context)
-        (folder / name).write_text(text, encoding="utf-8")
-    (folder / CONFIG).write_text(context["config"], encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(study.rows, schema=SCHEMA), folder / ROWS)
-    return [folder / name for name in (PAGE, SUMMARY, ROWS, CONFIG)]
 
 
 def _figures(findings: Findings) -> dict[str, str]:

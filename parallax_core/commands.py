@@ -36,6 +36,33 @@ class Engine(StrEnum):
     local = "local"
 
 
+class Device(StrEnum):
+    """What a study of speed measures."""
+
+    auto = "auto"
+    gpu = "gpu"
+    cpu = "cpu"
+
+
+_EngineOption = Annotated[
+    Engine,
+    typer.Option(
+        help="ray: actors, on the cluster RAY_ADDRESS names or on a local Ray it starts; local: here."
+    ),
+]
+_OutputOption = Annotated[
+    Path, typer.Option(metavar="DIR", help="Folder of the report; its files are replaced, others kept.")
+]
+_SeedOption = Annotated[
+    int | None,
+    typer.Option(min=0, metavar="S", help="Seed of the study, instead of the configuration's."),
+]
+_ConfigOption = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="YAML grid; a report's config.yaml runs that study again."),
+]
+
+
 app = typer.Typer(
     help="Attention as regression at test time: softmax, local linear (LLA) and Parallax attention.",
     no_args_is_help=True,
@@ -66,26 +93,13 @@ def _root(
 
 @study_app.command("regression")
 def study_regression(
-    output: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder of the report; its files are replaced, others kept.")
-    ] = Path("study-report"),
-    engine: Annotated[
-        Engine,
-        typer.Option(
-            help="ray: actors, on the cluster RAY_ADDRESS names or on a local Ray it starts; local: here."
-        ),
-    ] = Engine.ray,
+    output: _OutputOption = Path("study-report"),
+    engine: _EngineOption = Engine.ray,
     workers: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Ray actors, one CPU each.  [default: every CPU]")
     ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(min=0, metavar="S", help="Seed of the study, instead of the configuration's."),
-    ] = None,
-    config: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="YAML grid; a report's config.yaml runs that study again."),
-    ] = None,
+    seed: _SeedOption = None,
+    config: _ConfigOption = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -109,21 +123,14 @@ def study_regression(
 
     - your own attention heads: `parallax-core study regression --data heads.safetensors`
     """
-    if workers is not None and engine is Engine.local:
-        raise InputError(f"--workers: expected with --engine ray only, got {workers} with --engine local")
-    if engine is Engine.ray and importlib.util.find_spec("ray") is None:
-        raise InputError(
-            "--engine: Ray is not installed: pip install 'parallax-core[ray]', or choose --engine local"
-        )
+    _check_engine(engine, workers)
+    from parallax_core.distributed.config import load_config
     from parallax_core.distributed.findings import find
     from parallax_core.distributed.grid import points
-    from parallax_core.distributed.output import output_folder
-    from parallax_core.distributed.report import PAGE, Provenance, write_report
+    from parallax_core.distributed.report import write_report
     from parallax_core.distributed.study import run_regression
 
-    settings = _read_config(config)
-    if seed is not None:
-        settings = settings.model_copy(update={"seed": seed})
+    settings = _read_config(load_config, config, seed=seed)
     if data is not None and settings.real is None:
         raise InputError(f"--data: the configuration has no part 'real' that would read {data}")
     sample = _read_data("--data", data) if settings.real else None
@@ -131,25 +138,92 @@ def study_regression(
         points(settings, sample)
     except ValueError as error:
         raise InputError(f"--config: real.{error}") from error
-    with ExitStack() as stack:
-        with _input("--output", OSError):
-            folder = stack.enter_context(output_folder(output))
-        began = time.perf_counter()
-        with _progress("regression study") as progress:
-            try:
-                study = run_regression(
-                    settings, sample, engine=engine.value, workers=workers, progress=progress
-                )
-            except ValueError as error:  # which begins with the name of the argument
-                raise InputError(f"--{error}") from error
-        seconds = time.perf_counter() - began
+
+    def run(progress):
+        return run_regression(settings, sample, engine=engine.value, workers=workers, progress=progress)
+
+    def report(study, folder, provenance):
         findings = find(settings, study.rows)
-        actors = f"{workers} workers" if workers else "a worker on every CPU"
-        where = "this process" if engine is Engine.local else f"Ray, {actors}"
-        command = shlex.join(["parallax-core", *sys.argv[1:]])
-        write_report(study, findings, folder, Provenance(command, where, seconds))
-    _print_findings(findings)
-    print(f"Report: {output.expanduser().absolute() / PAGE}")
+        write_report(study, findings, folder, provenance)
+        return findings
+
+    actors = f"{workers} workers" if workers else "a worker on every CPU"
+    _print_findings(_study("regression study", output, engine, actors, run, report))
+    _print_page(output)
+
+
+@study_app.command("decode")
+def study_decode(
+    output: _OutputOption = Path("decode-report"),
+    engine: _EngineOption = Engine.local,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Ray actors, a GPU or a whole node each.  [default: all]"),
+    ] = None,
+    device: Annotated[
+        Device,
+        typer.Option(help="What is measured. auto: a GPU where this machine has one."),
+    ] = Device.auto,
+    seed: _SeedOption = None,
+    config: _ConfigOption = None,
+    fa3: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="vLLM's FlashAttention-3 library, _vllm_fa3_C.abi3.so."),
+    ] = None,
+    host_cost: Annotated[
+        bool | None,
+        typer.Option(
+            "--host-cost/--no-host-cost",
+            help="Also time, on a GPU, the call in Python to its launch.  "
+            "[default: as the configuration says]",
+        ),
+    ] = None,
+) -> None:
+    """Time decoding against key-value caches, beside the attention libraries that are installed.
+
+    For each operation, size, dtype, page size and kind of cache: microseconds a call, bytes per second as a
+    fraction of a plain read, the error against float64, and the same for the peers, in turns in one run. On a
+    GPU: FlashAttention-2 of PyTorch, FlashAttention-3 of vLLM (--fa3), Parallax of fla-core. On the CPU: SDPA
+    of PyTorch. The folder receives report.html, summary.md, rows.parquet and config.yaml.
+
+    Examples:
+
+    - this machine: `parallax-core study decode --output report`
+
+    - with FlashAttention-3: `parallax-core study decode --fa3 vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so`
+
+    - the GPUs of a cluster: `parallax-core study decode --engine ray --device gpu`
+    """
+    _check_engine(engine, workers)
+    where = _device(device, engine)
+    if host_cost and where == "cpu":
+        raise InputError("--host-cost: expected with a GPU, whose launches return before the work is done")
+    if fa3 is not None:
+        if where == "cpu":
+            raise InputError(f"--fa3: expected with a GPU, got {fa3} with the CPU")
+        if engine is Engine.local and not fa3.expanduser().is_file():
+            raise InputError(f"--fa3: no file {fa3}")
+    from parallax_core.distributed.decode_config import decode_points, load_decode_config
+    from parallax_core.distributed.decode_findings import find_decode
+    from parallax_core.distributed.decode_report import write_decode_report
+    from parallax_core.distributed.study import run_decode
+
+    library = None if fa3 is None else str(fa3.expanduser().absolute())
+    settings = _read_config(load_decode_config, config, seed=seed, fa3=library, host_cost=host_cost)
+    with _input("--config", ValueError):
+        decode_points(settings, where)
+
+    def run(progress):
+        return run_decode(settings, where, engine=engine.value, workers=workers, progress=progress)
+
+    def report(study, folder, provenance):
+        findings = find_decode(study.rows)
+        write_decode_report(study, findings, folder, provenance)
+        return findings
+
+    actors = f"{workers or 'all'} {'GPUs' if where == 'gpu' else 'nodes'}"
+    _print_decode_findings(_study("decode study", output, engine, actors, run, report))
+    _print_page(output)
 
 
 @app.command()
@@ -285,11 +359,62 @@ def _input(argument: str, *errors: type[Exception]) -> Iterator[None]:
         raise InputError(f"{argument}: {error}") from error
 
 
-def _read_config(path: Path | None):
-    from parallax_core.distributed.config import load_config
+def _check_engine(engine: Engine, workers: int | None) -> None:
+    if workers is not None and engine is Engine.local:
+        raise InputError(f"--workers: expected with --engine ray only, got {workers} with --engine local")
+    if engine is Engine.ray and importlib.util.find_spec("ray") is None:
+        raise InputError(
+            "--engine: Ray is not installed: pip install 'parallax-core[ray]', or choose --engine local"
+        )
 
+
+def _device(device: Device, engine: Engine) -> str:
+    """``gpu`` or ``cpu``; a GPU that is asked for by name may be a cluster's alone."""
+    if device is Device.cpu or (device is Device.gpu and engine is Engine.ray):
+        return device.value
+    from parallax_core import cuda_kernels
+
+    reason = cuda_kernels.availability()
+    if reason is not None and device is Device.gpu:
+        raise InputError(f"--device: {reason}")
+    return "cpu" if reason is not None else "gpu"
+
+
+def _read_config(load: Callable, path: Path | None, **instead: object):
+    """A configuration, with the values that options give instead of its own; None gives none."""
     with _input(f"--config {path}" if path else "--config", ValueError, OSError):
-        return load_config(path)
+        settings = load(path)
+    return settings.model_copy(update={name: value for name, value in instead.items() if value is not None})
+
+
+def _study(title: str, output: Path, engine: Engine, actors: str, run: Callable, report: Callable):
+    """Run a study and write its folder, all of it or nothing.
+
+    run: from what takes progress to the study. report: from the study, the folder and the provenance to the
+    findings, which are returned.
+    """
+    from parallax_core.distributed.output import output_folder
+    from parallax_core.distributed.report_files import Provenance
+
+    with ExitStack() as stack:
+        with _input("--output", OSError):
+            folder = stack.enter_context(output_folder(output))
+        began = time.perf_counter()
+        with _progress(title) as progress:
+            try:
+                study = run(progress)
+            except ValueError as error:  # which begins with the name of the argument
+                raise InputError(f"--{error}") from error
+        seconds = time.perf_counter() - began
+        where = "this process" if engine is Engine.local else f"Ray, {actors}"
+        command = shlex.join(["parallax-core", *sys.argv[1:]])
+        return report(study, folder, Provenance(command, where, seconds))
+
+
+def _print_page(output: Path) -> None:
+    from parallax_core.distributed.report_files import PAGE
+
+    print(f"Report: {output.expanduser().absolute() / PAGE}")
 
 
 def _read_data(argument: str, path: Path | None):
@@ -344,7 +469,7 @@ def _progress(title: str) -> Iterator[Callable[..., None]]:
         task = bar.add_task(title, total=None, last="starting")
 
         def advance(done: int, total: int, point: object = None) -> None:
-            last = f"{point.experiment}, {point.estimator}" if point is not None else ""
+            last = point.brief if point is not None else ""
             bar.update(task, completed=done, total=total, last=last)
 
         yield advance
@@ -370,6 +495,57 @@ def _print_findings(findings) -> None:
             errors = {r.layer: r.error.estimate for r in findings.real if r.estimator == estimator}
             table.add_row(estimator, *(f"{errors[layer]:.3f}" for layer in layers))
         console.print(table)
+
+
+def _print_decode_findings(findings) -> None:
+    from parallax_core.distributed.decode_figures import OPERATION, sizes
+    from parallax_core.distributed.decode_findings import peer_of
+    from parallax_core.distributed.decode_report import error, microseconds, ratio
+
+    console = Console()
+    names = [peer.name for peer in findings.peers]
+    headings = "B×H×L×D", "cache", "µs", "read", "error", *names, "ratio"
+    for (operation, dtype), places in findings.groups.items():
+        table = Table(
+            title=f"{OPERATION[operation]}, {dtype}",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            collapse_padding=True,
+            pad_edge=False,
+        )
+        for heading in headings:
+            table.add_column(heading, justify="left" if heading in headings[:2] else "right", no_wrap=True)
+        for place in places:
+            row = findings.rows[place]
+            peers = (peer_of(row, name) for name in names)
+            table.add_row(
+                sizes(row),
+                row["cache"],
+                microseconds(row["us"]),
+                ratio(row["fraction"]),
+                error(row["error"]),
+                *(microseconds(None if peer is None else peer["us"]) for peer in peers),
+                ratio(findings.ratios[place]["softmax"]),
+            )
+        console.print(table)
+    console.print("µs: medians; read: bytes/s over those of a plain read; ratio: fastest softmax peer / ours")
+    means = Table("fastest peer's time / ours", "mean", "least", "ours faster", box=box.SIMPLE_HEAD)
+    for result in findings.comparisons:
+        means.add_row(
+            f"{OPERATION[result.operation]} {result.dtype}, {result.cache}: {', '.join(result.peers)}",
+            ratio(result.ratio),
+            ratio(result.least),
+            f"{result.won} of {result.rows}",
+        )
+    if findings.comparisons:
+        console.print(means)
+    if findings.own.host_us is not None:
+        costs = {"ours": findings.own.host_us} | {peer.name: peer.host_us for peer in findings.peers}
+        listed = ", ".join(f"{name} {microseconds(us)}" for name, us in costs.items())
+        console.print(f"µs from a call in Python to its launch: {listed}")
+    for peer in findings.peers:
+        if peer.absent:
+            console.print(escape(f"{peer.name}: no numbers in some rows: {'; '.join(peer.absent)}"))
 
 
 _ROW_MEASURES = {

@@ -18,6 +18,12 @@ exponents:
   - {where: boundary, estimators: [softmax, lla], n: 300, bandwidth: [0.05, 0.07, 0.1, 0.14], ridge: 1.0e-10,
      replicates: 4}
 """
+DECODE = """
+rounds: 5
+seconds: 0.001
+rotation: 1
+cpu: [{operations: [parallax, lla], dtypes: [float32], shapes: [[1, 4, 2, 64, 16]]}]
+"""
 FILES = ["config.yaml", "report.html", "rows.parquet", "summary.md"]
 
 
@@ -85,7 +91,68 @@ def test_a_point_that_fails_is_named_and_leaves_nothing(run, config, tmp_path, m
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.yaml"]
 
 
-def refuse(point, sample):
+def test_the_decode_study_prints_its_rows_and_the_path_of_its_report(run, tmp_path):
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(DECODE)
+    command = ("study", "decode", "--device", "cpu", "--output", tmp_path / "o")
+    status, out, _ = run(*command, "--config", grid, "--seed", 3)
+    assert status == 0
+    assert out.splitlines()[-1] == f"Report: {tmp_path / 'o' / 'report.html'}"
+    assert out.count("1×4/2×64×16") == 4
+    assert "…" not in out  # every number is there, also where the output is no terminal
+    assert sorted(path.name for path in (tmp_path / "o").iterdir()) == FILES
+    written = tmp_path / "o" / "config.yaml"
+    assert "seed: 3" in written.read_text()
+    assert run(*command, "--config", written)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workers", "2"], "--workers: expected with --engine ray only, got 2"),
+        (["--engine", "dask"], "'--engine'"),
+        (["--device", "tpu"], "'--device'"),
+        (["--device", "cpu", "--fa3", "x.so"], "--fa3: expected with a GPU, got x.so"),
+        (["--device", "cpu", "--host-cost"], "--host-cost: expected with a GPU"),
+        (["--config", "absent.yaml"], "--config absent.yaml: no file"),
+        (["--device", "cpu", "--output", f"{__file__}/x"], "--output: .* is a file"),
+    ],
+)
+def test_bad_input_of_the_decode_study_is_one_line_that_names_the_argument(
+    run, monkeypatch, arguments, message
+):
+    monkeypatch.setattr(study_module, "measure", refuse)
+    status, out, err = run("study", "decode", *arguments)
+    assert status == 2
+    assert out == ""
+    (line,) = err.splitlines()
+    assert re.search(message, line), line
+
+
+def test_a_gpu_that_is_not_there_is_named(run, monkeypatch):
+    from parallax_core import cuda_kernels
+
+    monkeypatch.setattr(cuda_kernels, "availability", lambda: "no NVIDIA GPU is visible")
+    monkeypatch.setattr(study_module, "measure", refuse)
+    status, _, err = run("study", "decode", "--device", "gpu")
+    assert status == 2
+    assert err == "parallax-core: --device: no NVIDIA GPU is visible\n"
+
+
+def test_a_grid_that_the_device_lacks_is_named(run, tmp_path, monkeypatch):
+    from parallax_core import cuda_kernels
+
+    grid = tmp_path / "grid.yaml"
+    grid.write_text(DECODE)
+    monkeypatch.setattr(cuda_kernels, "availability", lambda: None)
+    monkeypatch.setattr(study_module, "measure", refuse)
+    status, _, err = run("study", "decode", "--config", grid)
+    assert status == 2
+    assert "--config: gpu: expected a grid" in err
+    assert "--fa3: no file absent.so" in run("study", "decode", "--fa3", "absent.so")[2]
+
+
+def refuse(point, shared):
     pytest.fail("bad input must be found before anything is computed")
 
 
@@ -217,7 +284,9 @@ def test_info_says_why_a_backend_is_missing(run):
     assert reason is None or " ".join(reason.split()[:3]) in out
 
 
-@pytest.mark.parametrize("command", [[], ["study"], ["study", "regression"], ["compare"], ["info"]])
+@pytest.mark.parametrize(
+    "command", [[], ["study"], ["study", "regression"], ["study", "decode"], ["compare"], ["info"]]
+)
 def test_every_command_has_help(run, command):
     status, out, _ = run(*command, "--help")
     assert status == 0

@@ -10,7 +10,8 @@ import pytest
 from parallax_core.data import load_sample
 from parallax_core.distributed.config import parse_config
 from parallax_core.distributed.findings import find
-from parallax_core.distributed.report import Provenance, write_report
+from parallax_core.distributed.report import write_report
+from parallax_core.distributed.report_files import Provenance
 from parallax_core.distributed.study import run_regression
 
 TEXT = """

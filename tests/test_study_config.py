@@ -3,8 +3,9 @@
 import pytest
 
 from parallax_core.data import load_sample
-from parallax_core.distributed.config import ConfigError, default_config_text, load_config, parse_config
+from parallax_core.distributed.config import default_config_text, load_config, parse_config
 from parallax_core.distributed.grid import points
+from parallax_core.distributed.study_file import ConfigError
 
 CONVERGENCE = """
 convergence:
