@@ -189,7 +189,7 @@ def test_what_is_hidden_may_hold_anything(writable, operation, case):
 @pytest.mark.parametrize("length", [1, 5])
 @dtypes
 def test_what_is_seen_by_some_rows_reaches_those_alone(cuda_torch, operation, length, dtype):
-    """A NaN or an infinite value at one key is not finite in the rows that see it, and nothing in the others."""
+    """A NaN or an infinite value at one key shows in the rows that see it, and changes no other."""
     for head_dim in (64, 128, 24):
         for place in (3, 300, 638, 639):
             for bad in (np.nan, np.inf):
