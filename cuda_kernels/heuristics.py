@@ -79,7 +79,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     grid = _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps)
 
     # Two blocks a multiprocessor hide each other's beginnings and ends, where their registers fit.
-    blocks = 2 if heads * tiles * channels <= 16 else 1
+    blocks = 2 if heads * tiles * channels <= 16 and grid != EQUAL_RANGES else 1
     cluster, cuts = 1, 1
     if grid == ALIKE:
         cuts = _cuts(steps, items, 8, blocks * layout.multiprocessors)
@@ -110,7 +110,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
             parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
         most = -(-items * steps // warps)
-        grids = max(1, min(blocks * layout.multiprocessors, most)), 1, 1
+        grids = min(_even(blocks * layout.multiprocessors, items), max(1, most)), 1, 1
         parts = items * -(-steps // split_steps) if split_steps else 2 * grids[0]
         counters = items
     defines = {
@@ -220,6 +220,13 @@ def _cuts(steps: int, items: int, warps: int, places: int) -> int:
 
     best = min(map(cost, range(1, most + 1)))
     return next(cuts for cuts in range(1, most + 1) if cost(cuts) <= 1.001 * best)
+
+
+def _even(places: int, items: int) -> int:
+    """As many blocks as there are places, or a little fewer: where all items are alike, none is cut askew."""
+    if items <= places:
+        return places // items * items
+    return max((n for n in range(places - places // 16, places + 1) if items % n == 0), default=places)
 
 
 def _cluster(cuts: int, items: int, value_dim: int, multiprocessors: int) -> int:

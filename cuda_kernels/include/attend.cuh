@@ -372,10 +372,14 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     };
     const Part part = part_at(own);
     // The block's, or the cluster's, state of a row in a channel of its slice.
-    const auto write = [&](int number, int channel, const RowState<1>& state) {
+    const auto write = [&](int number, int channel, const auto& state) {
       const Record record(number);
       if (!WHOLE && parts > 1) {
-        part.sums(number)[channel] = make_float2(state.O1[0], state.O2[0]);
+        constexpr int WIDTH = sizeof(state.O1) / sizeof(float);
+        if constexpr (WIDTH == 2)
+          *reinterpret_cast<float4*>(part.sums(number) + channel) = make_float4(state.O1[0], state.O2[0], state.O1[WIDTH - 1], state.O2[WIDTH - 1]);
+        else
+          part.sums(number)[channel] = make_float2(state.O1[0], state.O2[0]);
         if (channel == 0) *part.statistics(number) = state.s.packed();
       } else if (record.row < rows.count)
         finish(p, rows, record, rank * SLICE + channel, seen_by(p, item, rows, record.row), state);

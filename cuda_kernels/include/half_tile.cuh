@@ -26,7 +26,7 @@ struct HalfTile {
   __device__ void load(const Element* queries, int lane) {
     // Column 2 i of the second operand is query i, column 2 i + 1 its probe; two steps of 16 channels a load.
     const int column = lane % 8;
-    address = shared_address(queries + column % 2 * QUERY_ARRAY + column / 2 * QUERY_PITCH + lane / 8 * 8);
+    address = shared_address(queries + (PROBE ? column % 2 * QUERY_ARRAY : 0) + column / 2 * QUERY_PITCH + lane / 8 * 8);
     if constexpr (!KEPT) return;
 #pragma unroll
     for (int part = 0; part < PARTS; part++)

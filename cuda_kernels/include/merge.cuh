@@ -174,58 +174,84 @@ __device__ __forceinline__ void weigh_warps(char* shared) {
 // row's channels from `from` on.
 template <class Write>
 __device__ __forceinline__ void merge_warps(const char* shared, int from, Write write) {
+  // The rows of a channel follow one another, as the lanes that wrote them do; two of them are loaded at a time.
+  constexpr int PAIR = QUERIES > 1 ? 2 : 1;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < RECORDS * EXCHANGE_CHANNELS; i += THREADS) {
-    // The rows of a channel follow one another, as the lanes that wrote them do.
-    const int number = i / (EXCHANGE_CHANNELS * QUERIES) * QUERIES + i % QUERIES, channel = from + i / QUERIES % EXCHANGE_CHANNELS;
+  for (int first = threadIdx.x * PAIR; first < RECORDS * EXCHANGE_CHANNELS; first += THREADS * PAIR) {
+    const int channel = from + first / QUERIES % EXCHANGE_CHANNELS, number = first / (EXCHANGE_CHANNELS * QUERIES) * QUERIES + first % QUERIES;
     if (channel >= VALUE_DIM) continue;
-    RowState<1> state;
-    state.s = Statistics::of(reinterpret_cast<const float4*>(shared + TOTALS_AT)[number]);
-    state.O1[0] = state.O2[0] = 0;
+    RowState<1> state[PAIR];
+#pragma unroll
+    for (int e = 0; e < PAIR; e++) {
+      state[e].s = Statistics::of(reinterpret_cast<const float4*>(shared + TOTALS_AT)[number + e]);
+      state[e].O1[0] = state[e].O2[0] = 0;
+    }
 #pragma unroll
     for (int w = 0; w < WARPS; w++) {
-      const float2 sums = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH)[i];
-      const float2 factor = reinterpret_cast<const float2*>(shared + FACTORS_AT)[number * WARPS + w];
-      state.O1[0] += factor.x * sums.x, state.O2[0] += factor.x * (sums.y + factor.y * sums.x);
+      const float2* exchange = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH);
+      float2 sums[PAIR];
+      if constexpr (PAIR == 2) {
+        const float4 x = *reinterpret_cast<const float4*>(exchange + first);
+        sums[0] = make_float2(x.x, x.y), sums[PAIR - 1] = make_float2(x.z, x.w);
+      } else
+        sums[0] = exchange[first];
+#pragma unroll
+      for (int e = 0; e < PAIR; e++) {
+        const float2 factor = reinterpret_cast<const float2*>(shared + FACTORS_AT)[(number + e) * WARPS + w];
+        state[e].O1[0] += factor.x * sums[e].x, state[e].O2[0] += factor.x * (sums[e].y + factor.y * sums[e].x);
+      }
     }
-    write(number, channel, state);
+#pragma unroll
+    for (int e = 0; e < PAIR; e++) write(number + e, channel, state[e]);
   }
 }
 
 // The states of a cluster's blocks become one; write(record number, channel within the block's slice, state) gets
-// the block's channels.
+// the block's channels, WIDTH at a time.
 template <class Write>
 __device__ __forceinline__ void merge_cluster(char* shared, int rank, Write write) {
+  constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
   const unsigned result = shared_address(shared + RESULT_AT);
 #pragma unroll 1
-  for (int first = 0; first < RECORDS * SLICE * CLUSTER; first += THREADS) {
-    const int i = first + threadIdx.x, source = i % CLUSTER, number = i / CLUSTER / SLICE, channel = i / CLUSTER % SLICE;
+  for (int first = 0; first < UNITS * CLUSTER; first += THREADS) {
+    const int i = first + threadIdx.x, source = i % CLUSTER, unit = i / CLUSTER * WIDTH;
+    const int number = unit / SLICE, channel = unit % SLICE;
     Statistics x = Statistics::none();
-    float2 sums = make_float2(0, 0);
-    if (i < RECORDS * SLICE * CLUSTER) {
+    float2 sums[WIDTH] = {};
+    if (i < UNITS * CLUSTER) {
       const unsigned there = cluster_address(result, source);
       x = Statistics::of(cluster_load4(there + number * 16));
-      sums = cluster_load2(there + RECORDS * 16 + (number * VALUE_DIM + rank * SLICE + channel) * 8);
+      const unsigned place = there + RECORDS * 16 + (number * VALUE_DIM + rank * SLICE + channel) * 8;
+      if constexpr (WIDTH == 2) {
+        const float4 y = cluster_load4(place);
+        sums[0] = make_float2(y.x, y.y), sums[WIDTH - 1] = make_float2(y.z, y.w);
+      } else
+        sums[0] = cluster_load2(place);
     }
-    const unsigned seen = __ballot_sync(~0u, !x.saw_nothing()) & (((1ull << CLUSTER) - 1) << (threadIdx.x % 32 / CLUSTER * CLUSTER));
-    RowState<1> state;
+    const unsigned peers = ((1u << CLUSTER) - 1) << (threadIdx.x % 32 / CLUSTER * CLUSTER);
+    const unsigned seen = __ballot_sync(~0u, !x.saw_nothing()) & peers;
+    RowState<WIDTH> state;
+    state.clear();
     state.s.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
     state.s.m = x.saw_nothing() ? minus_infinity() : x.m;
 #pragma unroll
     for (int mask = 1; mask < CLUSTER; mask *= 2) state.s.m = fmaxf(state.s.m, __shfl_xor_sync(~0u, state.s.m, mask));
-    const float factor = x.saw_nothing() ? 0.f : weight(x.m, state.s.m), step = x.t0 - state.s.t0;
-    state.s.d1 = state.s.d2 = state.O1[0] = state.O2[0] = 0;
     if (!x.saw_nothing()) {
+      const float factor = weight(x.m, state.s.m), step = x.t0 - state.s.t0;
       state.s.d1 = factor * x.d1, state.s.d2 = factor * (x.d2 + step * x.d1);
-      state.O1[0] = factor * sums.x, state.O2[0] = factor * (sums.y + step * sums.x);
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) state.O1[e] = factor * sums[e].x, state.O2[e] = factor * (sums[e].y + step * sums[e].x);
     }
 #pragma unroll
     for (int mask = 1; mask < CLUSTER; mask *= 2) {
       state.s.d1 += __shfl_xor_sync(~0u, state.s.d1, mask);
       state.s.d2 += __shfl_xor_sync(~0u, state.s.d2, mask);
-      state.O1[0] += __shfl_xor_sync(~0u, state.O1[0], mask);
-      state.O2[0] += __shfl_xor_sync(~0u, state.O2[0], mask);
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) {
+        state.O1[e] += __shfl_xor_sync(~0u, state.O1[e], mask);
+        state.O2[e] += __shfl_xor_sync(~0u, state.O2[e], mask);
+      }
     }
-    if (source == 0 && i < RECORDS * SLICE * CLUSTER) write(number, channel, state);
+    if (source == 0 && i < UNITS * CLUSTER) write(number, channel, state);
   }
 }
