@@ -8,12 +8,12 @@ back.
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections import OrderedDict, deque
 from typing import NamedTuple
 
 import cupy
-from cuda.bindings import driver
 from cupy.cuda import runtime
 
 from . import capture
@@ -38,9 +38,6 @@ class Slab(NamedTuple):
     def holds(self, partial_bytes: int, counters: int) -> bool:
         return partial_bytes <= self.partial_room and counters <= self.counter_room
 
-
-_stream_number = ctypes.CDLL("libcuda.so.1").cuStreamGetId
-_stream_number.argtypes = ctypes.c_void_p, ctypes.POINTER(ctypes.c_ulonglong)
 
 _lock = threading.Lock()
 # By stream, whose handle may be another stream's tomorrow: its number never is.
@@ -76,10 +73,17 @@ def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tupl
     return slab.partials, slab.counters
 
 
+@functools.cache
+def _cu_stream_get_id():
+    function = ctypes.CDLL("libcuda.so.1").cuStreamGetId
+    function.argtypes = ctypes.c_void_p, ctypes.POINTER(ctypes.c_ulonglong)
+    return function
+
+
 def _number(stream: int) -> int:
     """A stream's number, which no other stream ever has; by ctypes in half a microsecond."""
     number = ctypes.c_ulonglong()
-    error = _stream_number(stream, ctypes.byref(number))
+    error = _cu_stream_get_id()(stream, ctypes.byref(number))
     if error:
         raise RuntimeError(f"cuStreamGetId: CUDA error {error} for stream {stream:#x}")
     return number.value
