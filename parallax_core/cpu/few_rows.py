@@ -7,13 +7,20 @@ from __future__ import annotations
 
 from numba import njit
 
-from .intrinsics import BF16, F32, F64, load_bf16, load_f16, load_f32, load_f64, prefetch
+from .intrinsics import BF16, F16, F32, F64
+from .streamed_products import ACCUMULATORS, VECTOR_BYTES, accumulate_block, score_block
 
 MOST_ROWS = 4
 """Rows of queries a key head up to which this way is taken."""
-AHEAD = 12
-"""Keys between the one at hand and the one asked for: each lies in a page of its own, where the processor's
-own prefetcher starts anew."""
+BLOCK = 4
+"""Keys that share a pass over the heads: few enough that the reading stays nearly sequential, enough that
+queries and sums are not loaded anew for every key."""
+TWO_QUERIES = ACCUMULATORS >= 4 * BLOCK
+"""Whether two queries and their probes fit the registers beside one block."""
+PAIR_VECTORS = ACCUMULATORS // 2
+"""Vectors of a value whose sums for two rows fit the registers."""
+QUAD_VECTORS = ACCUMULATORS // 4
+"""The same for four rows."""
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -26,116 +33,141 @@ def row_base(tensor, sequence, page_table, page_size, head, position):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def ask_for(tensor, base, size):
-    itemsize = 8 if tensor[4] == F64 else (4 if tensor[4] == F32 else 2)
-    for line in range(0, size * itemsize, 64):
-        prefetch(tensor[0] + base * itemsize + line)
+def run_length(page_size, position, keys):
+    """How many of ``keys`` positions from this one on lie at equal distances in memory."""
+    return keys if page_size == 0 else min(keys, page_size - position % page_size)
 
 
-def _functions(load):
-    """The product of a row in memory with a row of a workspace, and the sum of four such rows, weighted."""
+def _functions(code):
+    """The products and the weighted sums of a run of equally spaced keys of one storage type, a constant."""
 
-    @njit(
-        nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"}, forceinline=True
-    )
-    def product(address, base, A, i, size):
-        total = A.dtype.type(0)
-        for d in range(size):
-            total += load(address, base + d) * A[i, d]
-        return total
+    @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+    def score_rows(S, j, A, rows, address, base, stride, keys, size):
+        if keys == BLOCK:
+            score_block(S, j, A, rows, code, address, base, stride, BLOCK, size)
+        else:
+            for l in range(keys):
+                score_block(S, j + l, A, rows, code, address, base + l * stride, stride, 1, size)
 
-    @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, forceinline=True)
-    def add(O, i, address, b0, w0, b1, w1, b2, w2, b3, w3, size):
-        for d in range(size):
-            first = w0 * load(address, b0 + d) + w1 * load(address, b1 + d)
-            O[i, d] += first + (w2 * load(address, b2 + d) + w3 * load(address, b3 + d))
+    @njit(nogil=True, cache=True, error_model="numpy")
+    def score_run(S, A, heads, each, probed, tensor, base, j, keys, size):
+        address, stride, rows = tensor[0], tensor[2], heads * each
+        for l in range(0, keys, BLOCK):
+            block = min(BLOCK, keys - l)
+            for h in range(heads):
+                at = base + l * stride + h * tensor[3]
+                i, end = h * each, (h + 1) * each
+                while i < end:
+                    if probed and TWO_QUERIES and i + 2 <= end:
+                        score_rows(
+                            S, j + l, A, (i, i + 1, rows + i, rows + i + 1), address, at, stride, block, size
+                        )
+                        i += 2
+                    elif probed:
+                        score_rows(S, j + l, A, (i, rows + i), address, at, stride, block, size)
+                        i += 1
+                    elif i + 2 <= end:
+                        score_rows(S, j + l, A, (i, i + 1), address, at, stride, block, size)
+                        i += 2
+                    else:
+                        score_rows(S, j + l, A, (i,), address, at, stride, block, size)
+                        i += 1
 
-    @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, forceinline=True)
-    def add_one(O, i, address, b0, w0, size):
-        for d in range(size):
-            O[i, d] += w0 * load(address, b0 + d)
+    @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+    def accumulate_rows(O, S, rows, address, base, stride, j, keys, size):
+        lanes = VECTOR_BYTES // O.itemsize
+        d = 0
+        if len(rows) == 4:
+            while d + QUAD_VECTORS * lanes <= size:
+                accumulate_block(O, d, S, j, rows, code, address, base, stride, keys, QUAD_VECTORS, 0)
+                d += QUAD_VECTORS * lanes
+        else:
+            while d + PAIR_VECTORS * lanes <= size:
+                accumulate_block(O, d, S, j, rows, code, address, base, stride, keys, PAIR_VECTORS, 0)
+                d += PAIR_VECTORS * lanes
+        while d + lanes <= size:
+            accumulate_block(O, d, S, j, rows, code, address, base, stride, keys, 1, 0)
+            d += lanes
+        if d < size:
+            accumulate_block(O, d, S, j, rows, code, address, base, stride, keys, 0, size - d)
 
-    return product, add, add_one
+    @njit(nogil=True, cache=True, error_model="numpy")
+    def accumulate_run(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, keys, size):
+        address, stride, rows = tensor[0], tensor[2], heads * each
+        for l in range(0, keys, BLOCK):
+            for h in range(heads):
+                at = base + l * stride + h * tensor[3]
+                i, end = h * each, (h + 1) * each
+                while i < end:
+                    f = max(firsts[i] - key, j + l)
+                    e = min(ends[i] - key, j + min(l + BLOCK, keys))
+                    together = i + 2 <= end and firsts[i] == firsts[i + 1] and ends[i] == ends[i + 1]
+                    first = at + (f - j - l) * stride
+                    if probed and TWO_QUERIES and together:
+                        accumulate_rows(
+                            O, S, (i, i + 1, rows + i, rows + i + 1), address, first, stride, f, e - f, size
+                        )
+                        i += 2
+                    elif probed:
+                        accumulate_rows(O, S, (i, rows + i), address, first, stride, f, e - f, size)
+                        i += 1
+                    elif together:
+                        accumulate_rows(O, S, (i, i + 1), address, first, stride, f, e - f, size)
+                        i += 2
+                    else:
+                        accumulate_rows(O, S, (i,), address, first, stride, f, e - f, size)
+                        i += 1
+
+    return score_run, accumulate_run
 
 
-_product_f64, _add_f64, _add_one_f64 = _functions(load_f64)
-_product_f32, _add_f32, _add_one_f32 = _functions(load_f32)
-_product_bf16, _add_bf16, _add_one_bf16 = _functions(load_bf16)
-_product_f16, _add_f16, _add_one_f16 = _functions(load_f16)
+_score_f64, _accumulate_f64 = _functions(F64)
+_score_f32, _accumulate_f32 = _functions(F32)
+_score_bf16, _accumulate_bf16 = _functions(BF16)
+_score_f16, _accumulate_f16 = _functions(F16)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def score_few(
-    S, A, heads, each, probed, tensor, sequence, page_table, page_size, head, key, keys, end, size
+    S, A, heads, each, probed, tensor, sequence, page_table, page_size, head, key, keys, size
 ):  # fmt: skip
     """S[i, j] = A[i] . key j of the row's head, ``each`` rows a head, the probes' after all of the queries'.
 
-    Keys up to ``end`` are asked for in advance. All heads of a position are read together, since they are
-    neighbours in memory.
+    All heads of a position are read together, since they are neighbours in memory.
     """
-    address, code, rows = tensor[0], tensor[4], heads * each
-    for j in range(keys):
-        for h in range(heads):
-            base = row_base(tensor, sequence, page_table, page_size, head + h, key + j)
-            if key + j + AHEAD < end:
-                ahead = row_base(tensor, sequence, page_table, page_size, head + h, key + j + AHEAD)
-                ask_for(tensor, ahead, size)
-            for part in range(2 if probed else 1):
-                for i in range(part * rows + h * each, part * rows + (h + 1) * each):
-                    if code == F32:
-                        S[i, j] = _product_f32(address, base, A, i, size)
-                    elif code == F64:
-                        S[i, j] = _product_f64(address, base, A, i, size)
-                    elif code == BF16:
-                        S[i, j] = _product_bf16(address, base, A, i, size)
-                    else:
-                        S[i, j] = _product_f16(address, base, A, i, size)
+    code, j = tensor[4], 0
+    while j < keys:
+        base = row_base(tensor, sequence, page_table, page_size, head, key + j)
+        run = run_length(page_size, key + j, keys - j)
+        if code == F32:
+            _score_f32(S, A, heads, each, probed, tensor, base, j, run, size)
+        elif code == F64:
+            _score_f64(S, A, heads, each, probed, tensor, base, j, run, size)
+        elif code == BF16:
+            _score_bf16(S, A, heads, each, probed, tensor, base, j, run, size)
+        else:
+            _score_f16(S, A, heads, each, probed, tensor, base, j, run, size)
+        j += run
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def accumulate_few(
-    O, S, heads, each, probed, firsts, ends, tensor, sequence, page_table, page_size, head, key, keys, end,
-    size,
+    O, S, heads, each, probed, firsts, ends, tensor, sequence, page_table, page_size, head, key, keys, size
 ):  # fmt: skip
     """O[i] += S[i] @ values, each row over the keys it sees alone: a hidden NaN is never multiplied.
 
     firsts, ends: of the rows of queries, in whose order the probes' rows follow.
     """
-    address, code, rows = tensor[0], tensor[4], heads * each
-    j = 0
+    code, j = tensor[4], 0
     while j < keys:
-        step = 4 if j + 4 <= keys else 1
-        for h in range(heads):
-            b0 = row_base(tensor, sequence, page_table, page_size, head + h, key + j)
-            b1, b2, b3 = b0, b0, b0
-            if step == 4:
-                b1 = row_base(tensor, sequence, page_table, page_size, head + h, key + j + 1)
-                b2 = row_base(tensor, sequence, page_table, page_size, head + h, key + j + 2)
-                b3 = row_base(tensor, sequence, page_table, page_size, head + h, key + j + 3)
-            for ahead in range(key + j + AHEAD, min(key + j + AHEAD + step, end)):
-                ask_for(tensor, row_base(tensor, sequence, page_table, page_size, head + h, ahead), size)
-            for n in range(each * (2 if probed else 1)):
-                i = (n // each) * rows + h * each + n % each
-                f, e = firsts[i % rows] - key, ends[i % rows] - key
-                if step == 4 and j >= f and j + 4 <= e:
-                    w0, w1, w2, w3 = S[i, j], S[i, j + 1], S[i, j + 2], S[i, j + 3]
-                    if code == F32:
-                        _add_f32(O, i, address, b0, w0, b1, w1, b2, w2, b3, w3, size)
-                    elif code == F64:
-                        _add_f64(O, i, address, b0, w0, b1, w1, b2, w2, b3, w3, size)
-                    elif code == BF16:
-                        _add_bf16(O, i, address, b0, w0, b1, w1, b2, w2, b3, w3, size)
-                    else:
-                        _add_f16(O, i, address, b0, w0, b1, w1, b2, w2, b3, w3, size)
-                    continue
-                for l in range(max(j, f), min(j + step, e)):
-                    base = b0 if l == j else (b1 if l == j + 1 else (b2 if l == j + 2 else b3))
-                    if code == F32:
-                        _add_one_f32(O, i, address, base, S[i, l], size)
-                    elif code == F64:
-                        _add_one_f64(O, i, address, base, S[i, l], size)
-                    elif code == BF16:
-                        _add_one_bf16(O, i, address, base, S[i, l], size)
-                    else:
-                        _add_one_f16(O, i, address, base, S[i, l], size)
-        j += step
+        base = row_base(tensor, sequence, page_table, page_size, head, key + j)
+        run = run_length(page_size, key + j, keys - j)
+        if code == F32:
+            _accumulate_f32(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+        elif code == F64:
+            _accumulate_f64(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+        elif code == BF16:
+            _accumulate_bf16(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+        else:
+            _accumulate_f16(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+        j += run

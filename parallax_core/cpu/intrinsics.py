@@ -25,21 +25,6 @@ def fetch_add(typingctx, counter):
     return types.int64(counter), codegen
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at an address, which may be any."""
-
-    def codegen(context, builder, signature, args):
-        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0"
-        )
-        builder.call(function, [builder.inttoptr(args[0], pointer), i32(0), i32(3), i32(1)])
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
 def _element(builder, address, index, llvm_type):
     # Indexing the pointer, not the integer, is what lets the vectoriser see consecutive loads.
     return builder.gep(builder.inttoptr(address, llvm_type.as_pointer()), [index])
@@ -77,24 +62,38 @@ def load_bf16(typingctx, address, index):
     return types.float32(types.int64, types.int64), codegen
 
 
-@intrinsic
-def load_f16(typingctx, address, index):
-    """Element ``index`` of the float16 array at ``address``, as float32.
+def single_of_half(builder, bits):
+    """float32 of the bits of a float16 in an i32, or vectors of both.
 
     By integer operations: LLVM's conversion becomes a call that is not there on processors without F16C.
     """
+    vector = isinstance(bits.type, ir.VectorType)
+    f32 = ir.VectorType(ir.FloatType(), bits.type.count) if vector else ir.FloatType()
+
+    def constant(type_, value):
+        return ir.Constant(type_, [value] * type_.count if vector else value)
+
+    def i32(value):
+        return constant(bits.type, value)
+
+    magnitude = builder.and_(bits, i32(0x7FFF))
+    # The exponents differ by 112; multiplying by 2**112 mends it and normalises subnormals.
+    shifted = builder.shl(magnitude, i32(13))
+    scaled = builder.fmul(builder.bitcast(shifted, f32), constant(f32, 2.0**112))
+    special = builder.icmp_unsigned(">=", magnitude, i32(0x7C00))
+    payload = builder.or_(shifted, i32(0x7F800000))
+    finite_or_not = builder.select(special, payload, builder.bitcast(scaled, bits.type))
+    sign = builder.shl(builder.and_(bits, i32(0x8000)), i32(16))
+    return builder.bitcast(builder.or_(finite_or_not, sign), f32)
+
+
+@intrinsic
+def load_f16(typingctx, address, index):
+    """Element ``index`` of the float16 array at ``address``, as float32."""
 
     def codegen(context, builder, signature, args):
-        i32, f32 = ir.IntType(32), ir.FloatType()
-        bits = builder.zext(builder.load(_element(builder, *args, ir.IntType(16))), i32)
-        magnitude = builder.and_(bits, i32(0x7FFF))
-        # The exponents differ by 112; multiplying by 2**112 mends it and normalises subnormals.
-        scaled = builder.fmul(builder.bitcast(builder.shl(magnitude, i32(13)), f32), f32(2.0**112))
-        special = builder.icmp_unsigned(">=", magnitude, i32(0x7C00))
-        payload = builder.or_(builder.shl(magnitude, i32(13)), i32(0x7F800000))
-        finite_or_not = builder.select(special, payload, builder.bitcast(scaled, i32))
-        sign = builder.shl(builder.and_(bits, i32(0x8000)), i32(16))
-        return builder.bitcast(builder.or_(finite_or_not, sign), f32)
+        bits = builder.load(_element(builder, *args, ir.IntType(16)))
+        return single_of_half(builder, builder.zext(bits, ir.IntType(32)))
 
     return types.float32(types.int64, types.int64), codegen
 

@@ -238,7 +238,7 @@ def attend(
             if few:
                 score_few(
                     S, A, heads, each, probed, tensors[1], sequence, page_table, page_size, head, key, keys,
-                    end, head_dim,
+                    head_dim,
                 )  # fmt: skip
             elif packed:
                 tile = tiles_from[items[taken, 0]] + (key - sequence[3]) // KEY_TILE
@@ -265,7 +265,7 @@ def attend(
             if few:
                 accumulate_few(
                     O, S, heads, each, probed, firsts, ends, tensors[2], sequence, page_table, page_size,
-                    head, key, keys, end, value_dim,
+                    head, key, keys, value_dim,
                 )  # fmt: skip
             elif partial and not (finite_packed[head, tile] if packed else all_finite(V, keys, value_dim)):
                 for i in range(rows):

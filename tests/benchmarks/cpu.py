@@ -93,20 +93,28 @@ def whole_sequences(rounds):
 
 
 def decode(rounds):
-    B, H, L, D = 8, 8, 4096, 128
+    B, L = 8, 4096
     for dtype, target in ((torch.float32, 0.6), (torch.bfloat16, 0.3)):
-        q, r = arrays((B, 1, H, D), (B, 1, H, D), dtype=dtype)
-        k, v = arrays((B, L, H, D), (B, L, H, D), dtype=dtype)
-        sq, sk, sv = (x.transpose(1, 2) for x in (q, k, v))
-        seconds = turns(
-            rounds,
-            Parallax=lambda: plx.parallax_decode(q, r, k, v),
-            SDPA=lambda: F.scaled_dot_product_attention(sq, sk, sv),
-            read=lambda: (k.view(torch.float32).amax(), v.view(torch.float32).amax()),
-        )
-        title = f"B{B} H{H} L{L} D{D} {str(dtype)[6:]}, decode"
-        row(title, {n: s for n, s in seconds.items() if n != "read"}, "SDPA", {"Parallax": target})
-        row(title, {n: s for n, s in seconds.items() if n != "SDPA"}, "read", {"Parallax": 1 / 0.7})
+        for Hq, Hkv, D in ((8, 8, 128), (32, 8, 128), (8, 8, 64)):
+            q, r = arrays((B, 1, Hq, D), (B, 1, Hq, D), dtype=dtype)
+            k, v = arrays((B, L, Hkv, D), (B, L, Hkv, D), dtype=dtype)
+            sq, sk, sv = (x.transpose(1, 2) for x in (q, k, v))
+            seconds = turns(
+                rounds,
+                Parallax=lambda: plx.parallax_decode(q, r, k, v),
+                SDPA=lambda: F.scaled_dot_product_attention(sq, sk, sv, enable_gqa=Hq != Hkv),
+                read=lambda: (k.view(torch.float32).amax(), v.view(torch.float32).amax()),
+            )
+            heads = f"H{Hq}" if Hq == Hkv else f"Hq{Hq} Hkv{Hkv}"
+            title = f"B{B} {heads} L{L} D{D} {str(dtype)[6:]}, decode"
+            tuned = (Hq, D) == (8, 128)
+            row(
+                title,
+                {n: s for n, s in seconds.items() if n != "read"},
+                "SDPA",
+                {"Parallax": target} if tuned else None,
+            )
+            row(title, {n: s for n, s in seconds.items() if n != "SDPA"}, "read", {"Parallax": 1 / 0.7})
 
 
 def lla(rounds):
