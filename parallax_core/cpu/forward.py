@@ -118,12 +118,11 @@ def _pack(problem: Problem, cut: Plan, table: np.ndarray, dtype: np.dtype) -> tu
         return np.zeros(0, np.int64), *none, np.zeros((0,) * 2, np.bool_)
     counts = -(-(cut.sequences[:, 4] - cut.sequences[:, 3]) // KEY_TILE)
     starts = np.cumsum(counts) - counts
-    tiles = problem.kv_heads * int(counts.sum())
-    keys = exchange.empty((tiles * key_rows(problem.head_dim), KEY_STRIDE), dtype)
-    values = exchange.empty((tiles * KEY_TILE, stride(problem.value_dim)), dtype)
-    finite = np.zeros((problem.kv_heads, int(counts.sum())), np.bool_)
+    tiles = int(counts.sum())
+    keys = exchange.empty((problem.kv_heads * tiles * key_rows(problem.head_dim), KEY_STRIDE), dtype)
+    values = exchange.empty((problem.kv_heads * tiles * KEY_TILE, stride(problem.value_dim)), dtype)
+    finite = np.zeros((problem.kv_heads, tiles), np.bool_)
     threads.run(
-        pack, len(starts) * problem.kv_heads, cut.sequences, starts, table, problem.kv_heads,
-        problem.head_dim, problem.value_dim, keys, values, finite,
+        pack, tiles, cut.sequences, starts, table, problem.head_dim, problem.value_dim, keys, values, finite,
     )  # fmt: skip
     return starts, keys, values, finite

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 from numba import njit
 
-from .intrinsics import BF16, F16, F32, F64, fetch_add, load_bf16, load_f16, load_f32, load_f64
+from .intrinsics import BF16, F16, F32, F64, fetch_add, load_bf16, load_f16, load_f32, load_f64, prefetch
 from .microkernel import NR, SQUARE, transpose_block
 
 KEY_TILE = 64
@@ -18,6 +18,7 @@ KEY_STRIDE = KEY_TILE + 16
 ROW_TILE = 96
 """Query rows of a tile at most; a multiple of every microkernel's row count."""
 
+AHEAD = 8
 _LINE = 16
 """float32 elements of a cache line."""
 
@@ -74,7 +75,7 @@ def workspace(rows, columns, dtype):
     return elements[first : first + rows * columns].reshape((rows, columns))
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def read_row(tensor, a, b, c, to, at, size):
     """to[at, i] = tensor[a, b, c, i] for i < size."""
     base = a * tensor[1] + b * tensor[2] + c * tensor[3]
@@ -105,11 +106,16 @@ def read_query_rows(tensor, sequence, head, group, first, count, size, to, at):
 @njit(nogil=True, cache=True, error_model="numpy")
 def read_keys(tensor, sequence, page_table, page_size, head, first, count, size, to, at):
     """Positions ``first`` and on of a sequence, one a row of ``to`` from its row ``at``."""
+    itemsize = 8 if tensor[4] == F64 else (4 if tensor[4] == F32 else 2)
     for j in range(count):
         a, b = sequence[0], first + j
         if page_size > 0:
             a, b = page_table[a, b // page_size], b % page_size
         read_row(tensor, a, b, head, to, at + j, size)
+        if page_size == 0:
+            ahead = a * tensor[1] + (b + AHEAD) * tensor[2] + head * tensor[3]
+            for line in range(0, size * itemsize, 64):
+                prefetch(tensor[0] + ahead * itemsize + line)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -122,7 +128,7 @@ def transpose(tile, columns, to, at):
             )
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
+@njit(nogil=True, cache=True, error_model="numpy", inline="always")
 def visible(sequence, query, causal, window):
     """First position that query ``query`` of the sequence sees, and the one after its last."""
     first, end = sequence[3], sequence[4]
@@ -150,27 +156,28 @@ def key_rows(head_dim):
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
-def pack(counter, sequences, starts, tensors, heads, head_dim, value_dim, keys_out, values_out, finite_out):
+def pack(counter, sequences, starts, tensors, head_dim, value_dim, keys_out, values_out, finite_out):
     """Write all keys and values of whole sequences as the tiles that a row tile would read.
 
     With heads between the positions every key lies in a page of its own; read again for each tile of rows
-    that costs more than the copy. Tiles lie one below the other, those of sequence ``n`` from ``starts[n]``
-    of each head. keys_out: ``(H * tiles * key_rows(D), KEY_STRIDE)``, transposed; values_out:
+    that costs more than the copy. All heads of a position are read at about the same time, as neighbours in
+    memory. Tiles lie one below the other, those of sequence ``n`` from ``starts[n]`` of each head. keys_out: ``(H * tiles * key_rows(D), KEY_STRIDE)``, transposed; values_out:
     ``(H * tiles * KEY_TILE, stride(Dv))``; finite_out: ``(H, tiles)``, whether all values are. The rest of a
     last tile is left as it is.
     """
-    K = np.zeros((KEY_TILE, stride(head_dim)), keys_out.dtype)
+    K = workspace(KEY_TILE, stride(head_dim), keys_out.dtype)
     no_pages = np.zeros((0, 0), np.int64)
+    tiles = finite_out.shape[1]
     while True:
-        taken = fetch_add(counter)
-        if taken >= sequences.shape[0] * heads:
+        tile = fetch_add(counter)
+        if tile >= tiles:
             break
-        n, head = taken // heads, taken % heads
+        n = np.searchsorted(starts, tile, side="right") - 1
         sequence = sequences[n]
-        for key in range(sequence[3], sequence[4], KEY_TILE):
-            tile = starts[n] + (key - sequence[3]) // KEY_TILE
-            at = head * finite_out.shape[1] + tile
-            keys = min(KEY_TILE, sequence[4] - key)
+        key = sequence[3] + (tile - starts[n]) * KEY_TILE
+        keys = min(KEY_TILE, sequence[4] - key)
+        for head in range(finite_out.shape[0]):
+            at = head * tiles + tile
             read_keys(tensors[1], sequence, no_pages, 0, head, key, keys, head_dim, K, 0)
             transpose(K, head_dim, keys_out, at * key_rows(head_dim))
             read_keys(
