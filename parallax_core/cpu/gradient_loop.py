@@ -194,9 +194,7 @@ def differentiate(
                     for i in range(rows):
                         f, e = firsts[i], ends[i]
                         for s in range(outward):
-                            accumulate_visible(
-                                DQ, at + s * rows + i, S, s * rows + i, K, 0, f, e, head_dim
-                            )
+                            accumulate_visible(DQ, at + s * rows + i, S, s * rows + i, K, 0, f, e, head_dim)
                         for j in range(f, e):
                             for s in range(stack):
                                 for d in range(head_dim):

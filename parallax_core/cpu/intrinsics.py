@@ -1,4 +1,4 @@
-"""What Numba has no spelling for: raw loads, an atomic counter, row operations, a vectorisable exponential."""
+"""What Numba has no spelling for: raw loads, an atomic counter, rows in vectors, an exponential for them."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def load_f16(typingctx, address, index):
 
 
 LANES = 16
-"""Elements of a row that the functions below take at a time."""
+"""Elements of a row that the functions below take at a time: their counts are multiples of it."""
 
 
 class _Row:
@@ -121,7 +121,9 @@ class _Row:
     def spread(self, value):
         undefined = ir.Constant(self.vector, ir.Undefined)
         one = self.builder.insert_element(undefined, value, ir.IntType(32)(0))
-        return self.builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None))
+        return self.builder.shuffle_vector(
+            one, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        )
 
     def pointer(self, first, offset):
         at = self.builder.gep(self.data, [self.builder.add(first, offset)])
@@ -134,7 +136,7 @@ class _Row:
         self.builder.store(value, self.pointer(first, offset), align=self.align)
 
     def fold(self, count, start, step, combine):
-        """Combine ``step(offset)`` over the offsets below ``count``, a multiple of LANES, into one element."""
+        """Combine ``step(offset)``, offset = 0, LANES, .. below ``count``, into one element."""
         builder, i32 = self.builder, ir.IntType(32)
         start = ir.Constant(self.vector, [ir.Constant(self.scalar, start)] * LANES)
         result = cgutils.alloca_once_value(builder, start)
@@ -185,7 +187,7 @@ def exponentials(typingctx, tile, first, count, m):
 
 @intrinsic
 def shifted_products(typingctx, tile, first, t_first, count, shift):
-    """t becomes tile.flat[first:first+count] * (t - shift), t = tile.flat[t_first:][:count]; returns the sum."""
+    """t, from ``t_first`` of tile.flat, becomes w * (t - shift), w from ``first``; returns the sum."""
 
     def codegen(context, builder, signature, args):
         tile, first, t_first, count, shift = args

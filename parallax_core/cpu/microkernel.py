@@ -78,7 +78,9 @@ def block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth, fresh):
         sums = []
         for row, accumulator in zip(a_rows, accumulators):
             a = builder.load(builder.gep(a_data, [builder.add(row, a_step)]))
-            broadcast = builder.shuffle_vector(builder.insert_element(undefined, a, i32(0)), undefined, spread)
+            broadcast = builder.shuffle_vector(
+                builder.insert_element(undefined, a, i32(0)), undefined, spread
+            )
             sums.append(builder.call(muladd, [broadcast, b, accumulator]))
         following = builder.add(l, ir.Constant(i64, 1))
         l.add_incoming(zero, ready)

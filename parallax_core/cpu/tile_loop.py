@@ -92,7 +92,7 @@ def reach(firsts, ends, rows, key, keys, first_columns, end_columns):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def project(S, first, A, KT, k_row, rows, head_dim, first_columns, end_columns):
-    """S[first:first+rows] = A[first:first+rows] @ KT, where a block of rows sees some of a block of columns."""
+    """S[first:][:rows] = A[first:][:rows] @ KT, but for the blocks of columns that no row of a block sees."""
     lds, lda, ldk = S.shape[1], A.shape[1], KT.shape[1]
     width = block_columns(S)
     for j in range(0, KEY_TILE, width):

@@ -18,9 +18,10 @@ KEY_STRIDE = KEY_TILE + 16
 ROW_TILE = 96
 """Query rows of a tile at most; a multiple of every microkernel's row count."""
 
-AHEAD = 8
 _LINE = 16
 """float32 elements of a cache line."""
+_AHEAD = 8
+"""Keys between the one read and the one asked for."""
 
 _CODES = {
     np.dtype(np.float64): F64,
@@ -69,7 +70,7 @@ def stride(columns):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def workspace(rows, columns, dtype):
-    """Zeros of shape ``(rows, columns)`` that begin a cache line: a vector that straddles two costs two loads."""
+    """Zeros ``(rows, columns)`` that begin a cache line: a vector that straddles two costs two loads."""
     elements = np.zeros(rows * columns + 64, dtype)
     first = (64 - elements.ctypes.data % 64) % 64 // elements.itemsize
     return elements[first : first + rows * columns].reshape((rows, columns))
@@ -105,7 +106,10 @@ def read_query_rows(tensor, sequence, head, group, first, count, size, to, at):
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def read_keys(tensor, sequence, page_table, page_size, head, first, count, size, to, at):
-    """Positions ``first`` and on of a sequence, one a row of ``to`` from its row ``at``."""
+    """Positions ``first`` and on of a sequence, one a row of ``to`` from its row ``at``.
+
+    With heads between the positions, the processor does not see which lines come next: they are asked for.
+    """
     itemsize = 8 if tensor[4] == F64 else (4 if tensor[4] == F32 else 2)
     for j in range(count):
         a, b = sequence[0], first + j
@@ -113,7 +117,7 @@ def read_keys(tensor, sequence, page_table, page_size, head, first, count, size,
             a, b = page_table[a, b // page_size], b % page_size
         read_row(tensor, a, b, head, to, at + j, size)
         if page_size == 0:
-            ahead = a * tensor[1] + (b + AHEAD) * tensor[2] + head * tensor[3]
+            ahead = a * tensor[1] + (b + _AHEAD) * tensor[2] + head * tensor[3]
             for line in range(0, size * itemsize, 64):
                 prefetch(tensor[0] + ahead * itemsize + line)
 
@@ -161,9 +165,9 @@ def pack(counter, sequences, starts, tensors, head_dim, value_dim, keys_out, val
 
     With heads between the positions every key lies in a page of its own; read again for each tile of rows
     that costs more than the copy. All heads of a position are read at about the same time, as neighbours in
-    memory. Tiles lie one below the other, those of sequence ``n`` from ``starts[n]`` of each head. keys_out: ``(H * tiles * key_rows(D), KEY_STRIDE)``, transposed; values_out:
-    ``(H * tiles * KEY_TILE, stride(Dv))``; finite_out: ``(H, tiles)``, whether all values are. The rest of a
-    last tile is left as it is.
+    memory. Tiles lie one below the other, those of sequence ``n`` from ``starts[n]`` of each head. keys_out:
+    ``(H * tiles * key_rows(D), KEY_STRIDE)``, transposed; values_out: ``(H * tiles * KEY_TILE, stride(Dv))``;
+    finite_out: ``(H, tiles)``, whether all values are. The rest of a last tile may be anything.
     """
     K = workspace(KEY_TILE, stride(head_dim), keys_out.dtype)
     no_pages = np.zeros((0, 0), np.int64)
