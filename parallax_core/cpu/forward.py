@@ -11,7 +11,7 @@ from ..problem import Problem
 from ..state import ParallaxState, SoftmaxState
 from . import threads, tile_loop, work
 from .few_rows import MOST_ROWS
-from .tiles import KEY_STRIDE, KEY_TILE, pack, stride, tensors
+from .tiles import KEY_STRIDE, KEY_TILE, key_rows, pack, stride, tensors
 
 _NO_PAGES = np.zeros((0, 0), np.int64)
 KERNELS = {"dot": tile_loop.DOT, "gaussian": tile_loop.GAUSSIAN}
@@ -114,16 +114,15 @@ def _pack(problem: Problem, cut: Plan, table: np.ndarray, dtype: np.dtype) -> tu
     """Keys and values as tiles, where several tiles of rows read each; else arrays of size 0."""
     queries = cut.sequences[:, 2] - cut.sequences[:, 1]
     if cut.page_size or problem.kv_len == 0 or queries.max() * problem.group_size <= 2 * cut.rows:
-        none = (np.zeros((0,) * 4, dtype) for _ in range(2))
+        none = (np.zeros((0,) * 2, dtype) for _ in range(2))
         return np.zeros(0, np.int64), *none, np.zeros((0,) * 2, np.bool_)
     counts = -(-(cut.sequences[:, 4] - cut.sequences[:, 3]) // KEY_TILE)
     starts = np.cumsum(counts) - counts
-    tiles = problem.kv_heads, int(counts.sum())
-    keys = np.zeros((*tiles, problem.head_dim, KEY_STRIDE), dtype)
-    values = np.zeros((*tiles, KEY_TILE, stride(problem.value_dim)), dtype)
-    finite = np.zeros(tiles, np.bool_)
+    tiles = int(counts.sum())
+    keys = exchange.empty((problem.kv_heads * tiles * key_rows(problem.head_dim), KEY_STRIDE), dtype)
+    values = exchange.empty((problem.kv_heads * tiles * KEY_TILE, stride(problem.value_dim)), dtype)
+    finite = np.zeros((problem.kv_heads, tiles), np.bool_)
     threads.run(
-        pack, len(starts) * problem.kv_heads, cut.sequences, starts, table, problem.kv_heads,
-        problem.head_dim, problem.value_dim, keys, values, finite,
+        pack, tiles, cut.sequences, starts, table, problem.head_dim, problem.value_dim, keys, values, finite,
     )  # fmt: skip
     return starts, keys, values, finite

@@ -10,7 +10,7 @@ from numba import njit
 
 from .intrinsics import exp, fetch_add
 from .microkernel import MR, multiply_add
-from .tile_loop import accumulate_visible, hide, project, row_dot, scale_row, within
+from .tile_loop import accumulate_visible, every_column, hide, project, row_dot, scale_row, within
 from .tiles import (
     KEY_STRIDE,
     KEY_TILE,
@@ -124,6 +124,7 @@ def differentiate(
     DV = np.zeros((KEY_TILE + MR, value_width), dtype)
     DQ = np.zeros((tiles * outward * tile_rows + MR, width), dtype)
     firsts, ends = np.empty(tile_rows, np.int64), np.empty(tile_rows, np.int64)
+    first_columns, end_columns = every_column(S)
     while True:
         taken = fetch_add(counter)
         if taken >= items.shape[0]:
@@ -134,11 +135,11 @@ def differentiate(
         DQ[:] = 0
         for key in range(items[taken, 2], items[taken, 3], KEY_TILE):
             keys = min(KEY_TILE, items[taken, 3] - key)
-            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
-            read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
-            transpose(K, head_dim, KT)
-            transpose(V, value_dim, VT)
-            tile_finite = all_finite(K, keys, head_dim)
+            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K, 0)
+            read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V, 0)
+            transpose(K, head_dim, KT, 0)
+            transpose(V, value_dim, VT, 0)
+            tile_finite = all_finite(K, 0, keys, head_dim)
             DK[:] = 0
             DV[:] = 0
             low, high = seeing_queries(sequence, key, key + keys, causal, window)
@@ -149,8 +150,8 @@ def differentiate(
                 for s in range(1, stack):
                     read_query_rows(tensors[2 + s], sequence, head, group, row, rows, head_dim, A, s * rows)
                 read_query_rows(tensors[gradient], sequence, head, group, row, rows, value_dim, g, 0)
-                project(S, 0, A, KT, stack * rows, head_dim)
-                project(G, 0, g, VT, rows, value_dim)
+                project(S, 0, A, KT, 0, stack * rows, head_dim, first_columns, end_columns)
+                project(G, 0, g, VT, 0, rows, value_dim, first_columns, end_columns)
                 partial = False
                 for i in range(rows):
                     f, e = visible(sequence, (row + i) // group, causal, window)
@@ -159,15 +160,15 @@ def differentiate(
                     scale_row(S, i, scale)
                     if e - f < KEY_TILE:
                         partial = partial or f > 0 or e < keys
-                        hide(S, i, f, e, -np.inf)
-                        hide(G, i, f, e, 0.0)
+                        hide(S, i, 0, f, e, KEY_TILE, -np.inf)
+                        hide(G, i, 0, f, e, KEY_TILE, 0.0)
                         for s in range(1, stack):
-                            hide(S, s * rows + i, f, e, 0.0)
+                            hide(S, s * rows + i, 0, f, e, KEY_TILE, 0.0)
                     n = numbers[batch, sequence[1] + (row + i) // group, head * group + (row + i) % group]
                     if e <= f:
                         # What is kept for a row that sees no key at all is 0 / 0.
-                        hide(S, i, 0, 0, 0.0)
-                        hide(W, i, 0, 0, 0.0)
+                        hide(S, i, 0, 0, 0, KEY_TILE, 0.0)
+                        hide(W, i, 0, 0, 0, KEY_TILE, 0.0)
                         continue
                     weight_row(S, i, n[MAXIMUM], n[NORMALISER])
                     if kind == SOFTMAX:
@@ -181,17 +182,19 @@ def differentiate(
                         )  # fmt: skip
                     if e - f < KEY_TILE:
                         # A row whose own numbers overflowed is NaN where it sees a key, and there alone.
-                        hide(W, i, f, e, 0.0)
+                        hide(W, i, 0, f, e, KEY_TILE, 0.0)
                         for s in range(stack):
-                            hide(S, s * rows + i, f, e, 0.0)
+                            hide(S, s * rows + i, 0, f, e, KEY_TILE, 0.0)
                 at = tile * outward * tile_rows
                 if partial and not (
-                    tile_finite and all_finite(A, stack * rows, head_dim) and all_finite(g, rows, value_dim)
+                    tile_finite
+                    and all_finite(A, 0, stack * rows, head_dim)
+                    and all_finite(g, 0, rows, value_dim)
                 ):
                     for i in range(rows):
                         f, e = firsts[i], ends[i]
                         for s in range(outward):
-                            accumulate_visible(DQ[at + s * rows + i], S[s * rows + i], K, f, e, head_dim)
+                            accumulate_visible(DQ, at + s * rows + i, S, s * rows + i, K, 0, f, e, head_dim)
                         for j in range(f, e):
                             for s in range(stack):
                                 for d in range(head_dim):
@@ -230,15 +233,15 @@ def row_numbers(tensors, gradient, sequences, group, kind, m, d1, d2, t0, O1, O2
     for b in range(m.shape[0]):
         for i in range(m.shape[1]):
             for h in range(heads):
-                read_row(tensors[gradient], b, i, h, g[0], value_dim)
+                read_row(tensors[gradient], b, i, h, g, 0, value_dim)
                 for d in range(value_dim):
                     vbar[0, d] = O1[b, i, h, d] / d1[b, i, h]
-                mean = row_dot(g, 0, vbar, 0, value_dim)
+                mean = row_dot(g, 0, vbar, 0, 0, value_dim)
                 n = numbers[b, i, h]
                 n[MAXIMUM], n[NORMALISER], n[OUTPUT], n[MEAN] = m[b, i, h], d1[b, i, h], mean, mean
                 if kind == PARALLAX:
                     c = d2[b, i, h] / d1[b, i, h]
                     for d in range(value_dim):
                         vbar[0, d] = (one + c) * vbar[0, d] - O2[b, i, h, d] / d1[b, i, h]
-                    n[OUTPUT] = row_dot(g, 0, vbar, 0, value_dim)
+                    n[OUTPUT] = row_dot(g, 0, vbar, 0, 0, value_dim)
                     n[SHIFT], n[CENTRE] = t0[b, i, h], c

@@ -1,14 +1,15 @@
-"""What Numba has no spelling for: raw loads, an atomic counter, reductions, a vectorisable exponential."""
+"""What Numba has no spelling for: raw loads, an atomic counter, rows in vectors, an exponential for them."""
 
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic
 
 F64, F32, BF16, F16 = range(4)
 """Codes of the storage types in memory."""
@@ -99,112 +100,171 @@ def load_f16(typingctx, address, index):
 
 
 LANES = 16
-"""Elements that a reduction over a row takes at a time."""
+"""Elements of a row that the functions below take at a time: their counts are multiples of it."""
 
 
-def _reduction(name, doc, start, combine):
-    """An intrinsic that reduces ``count`` elements of a tile, a constant multiple of LANES.
+class _Row:
+    """Emits code for vectors of LANES elements: of a row, a tile's flat elements from ``first``.
 
-    Written in vectors, in a fixed order: such loops vectorise only where the compiler may reorder sums or
-    assume NaN away.
+    Sums over a row vectorise only where the compiler may reorder them, and maxima only where it may assume
+    NaN away; so they are written in vectors here, in an order of their own.
     """
 
-    @intrinsic(prefer_literal=True)
-    def reduce(typingctx, tile, first, count):
-        if not isinstance(count, types.IntegerLiteral):
-            return None
-        element, size = tile.dtype, count.literal_value
+    def __init__(self, context, builder, tile_type, tile):
+        self.builder = builder
+        self.scalar = context.get_value_type(tile_type.dtype)
+        self.vector = ir.VectorType(self.scalar, LANES)
+        self.align = tile_type.dtype.bitwidth // 8
+        self.data = cgutils.create_struct_proxy(tile_type)(context, builder, tile).data
 
-        def codegen(context, builder, signature, args):
-            scalar = context.get_value_type(element)
-            vector, i32 = ir.VectorType(scalar, LANES), ir.IntType(32)
-            data = cgutils.create_struct_proxy(signature.args[0])(context, builder, args[0]).data
-            align = 4 if element == types.float32 else 8
-            result = ir.Constant(vector, [ir.Constant(scalar, start)] * LANES)
-            for offset in range(0, size, LANES):
-                at = builder.gep(data, [builder.add(args[1], ir.Constant(ir.IntType(64), offset))])
-                part = builder.load(builder.bitcast(at, vector.as_pointer()), align=align)
-                result = combine(builder, part, result)
-            for width in (8, 4, 2, 1):
-                order = ir.Constant(ir.VectorType(i32, LANES), [(i + width) % LANES for i in range(LANES)])
-                result = combine(builder, builder.shuffle_vector(result, result, order), result)
-            return builder.extract_element(result, i32(0))
+    def spread(self, value):
+        undefined = ir.Constant(self.vector, ir.Undefined)
+        one = self.builder.insert_element(undefined, value, ir.IntType(32)(0))
+        return self.builder.shuffle_vector(
+            one, undefined, ir.Constant(ir.VectorType(ir.IntType(32), LANES), None)
+        )
 
-        return element(tile, first, count), codegen
+    def pointer(self, first, offset):
+        at = self.builder.gep(self.data, [self.builder.add(first, offset)])
+        return self.builder.bitcast(at, self.vector.as_pointer())
 
-    reduce.__name__, reduce.__doc__ = name, doc
-    return reduce
+    def load(self, first, offset):
+        return self.builder.load(self.pointer(first, offset), align=self.align)
 
+    def store(self, value, first, offset):
+        self.builder.store(value, self.pointer(first, offset), align=self.align)
 
-maximum = _reduction(
-    "maximum",
-    "Largest of tile.flat[first:first+count] that is not NaN, -inf if there is none.",
-    float("-inf"),
-    lambda builder, x, y: builder.select(builder.fcmp_ordered(">", x, y), x, y),
-)
-total = _reduction(
-    "total", "Sum of tile.flat[first:first+count].", 0.0, lambda builder, x, y: builder.fadd(y, x)
-)
-
-
-def _minimax_exp_coefficients(degree: int) -> np.ndarray:
-    """Coefficients of a polynomial for (exp(r) - 1 - r) / r**2 on |r| <= log(2)/2, at Chebyshev nodes."""
-    nodes = np.cos(np.pi * (np.arange(4 * degree) + 0.5) / (4 * degree)) * (0.51 * math.log(2))
-    with np.errstate(invalid="ignore"):
-        values = (np.expm1(nodes) - nodes) / nodes**2
-    return (
-        np.polynomial.chebyshev.Chebyshev.fit(nodes, values, degree)
-        .convert(kind=np.polynomial.Polynomial)
-        .coef
-    )
-
-
-_EXP_COEFFICIENTS = [float(np.float32(c)) for c in _minimax_exp_coefficients(5)]
-_LOG2_HIGH, _LOG2_LOW = 0.693359375, -2.12194440e-4  # nine bits and the rest: n * high is exact
-_EXP_MINIMUM = -87.0
-_ROUND = 1.5 * 2**23
+    def fold(self, count, start, step, combine):
+        """Combine ``step(offset)``, offset = 0, LANES, .. below ``count``, into one element."""
+        builder, i32 = self.builder, ir.IntType(32)
+        start = ir.Constant(self.vector, [ir.Constant(self.scalar, start)] * LANES)
+        result = cgutils.alloca_once_value(builder, start)
+        zero, lanes = ir.Constant(count.type, 0), ir.Constant(count.type, LANES)
+        with cgutils.for_range_slice(builder, zero, count, lanes, count.type) as (offset, _):
+            builder.store(combine(step(offset), builder.load(result)), result)
+        result = builder.load(result)
+        for width in (8, 4, 2, 1):
+            order = ir.Constant(ir.VectorType(i32, LANES), [(i + width) % LANES for i in range(LANES)])
+            result = combine(builder.shuffle_vector(result, result, order), result)
+        return builder.extract_element(result, i32(0))
 
 
 @intrinsic
-def exp_f32(typingctx, x):
-    """exp(x) of a float32 x <= 0 to 2 units in the last place; 0 below -87, NaN for NaN.
+def maximum(typingctx, tile, first, count):
+    """Largest of tile.flat[first:first+count] that is not NaN, -inf if there is none."""
+
+    def codegen(context, builder, signature, args):
+        tile, first, count = args
+        row = _Row(context, builder, signature.args[0], tile)
+
+        def larger(x, y):
+            return builder.select(builder.fcmp_ordered(">", x, y), x, y)
+
+        return row.fold(count, float("-inf"), lambda offset: row.load(first, offset), larger)
+
+    return tile.dtype(tile, types.int64, types.int64), codegen
+
+
+@intrinsic
+def exponentials(typingctx, tile, first, count, m):
+    """tile.flat[first:first+count] becomes its exp(x - m); returns the sum."""
+
+    def codegen(context, builder, signature, args):
+        tile, first, count, m = args
+        row = _Row(context, builder, signature.args[0], tile)
+        m = row.spread(m)
+
+        def step(offset):
+            weight = _exp(builder, builder.fsub(row.load(first, offset), m))
+            row.store(weight, first, offset)
+            return weight
+
+        return row.fold(count, 0.0, step, builder.fadd)
+
+    return tile.dtype(tile, types.int64, types.int64, tile.dtype), codegen
+
+
+@intrinsic
+def shifted_products(typingctx, tile, first, t_first, count, shift):
+    """t, from ``t_first`` of tile.flat, becomes w * (t - shift), w from ``first``; returns the sum."""
+
+    def codegen(context, builder, signature, args):
+        tile, first, t_first, count, shift = args
+        row = _Row(context, builder, signature.args[0], tile)
+        shift = row.spread(shift)
+
+        def step(offset):
+            t = builder.fsub(row.load(t_first, offset), shift)
+            product = builder.fmul(row.load(first, offset), t)
+            row.store(product, t_first, offset)
+            return product
+
+        return row.fold(count, 0.0, step, builder.fadd)
+
+    return tile.dtype(tile, types.int64, types.int64, types.int64, tile.dtype), codegen
+
+
+class _Exponential(NamedTuple):
+    """What evaluates exp(x) as 2**n * exp(r), r = x - n log(2), in one element type."""
+
+    log2_high: float
+    """log(2) to so few bits that n * log2_high is exact."""
+    log2_low: float
+    mantissa: int
+    bias: int
+    minimum: float
+    """What lies below is 0; the least whole number whose exponential is not subnormal."""
+    coefficients: tuple[float, ...]
+
+
+def _minimax_exp_coefficients(degree: int, dtype) -> tuple[float, ...]:
+    """Coefficients of a polynomial for (exp(r) - 1 - r) / r**2 on |r| <= log(2)/2, at Chebyshev nodes."""
+    nodes = np.cos(np.pi * (np.arange(4 * degree) + 0.5) / (4 * degree)) * (0.51 * math.log(2))
+    fit = np.polynomial.chebyshev.Chebyshev.fit(nodes, (np.expm1(nodes) - nodes) / nodes**2, degree)
+    return tuple(float(dtype(c)) for c in fit.convert(kind=np.polynomial.Polynomial).coef)
+
+
+_EXPONENTIALS = {
+    32: _Exponential(0.693359375, -2.12194440e-4, 23, 127, -87.0, _minimax_exp_coefficients(4, np.float32)),
+    64: _Exponential(
+        6.93147180369123816490e-1, 1.90821492927058770002e-10, 52, 1023, -708.0,
+        _minimax_exp_coefficients(9, np.float64),
+    ),
+}  # fmt: skip
+
+
+def _exp(builder, x):
+    """exp(x) of x <= 0, float32 or float64, a scalar or a vector: see :func:`exp`."""
+    lanes = x.type.count if isinstance(x.type, ir.VectorType) else 0
+    scalar = x.type.element if lanes else x.type
+    bits = 32 if isinstance(scalar, ir.FloatType) else 64
+    integer = ir.VectorType(ir.IntType(bits), lanes) if lanes else ir.IntType(bits)
+    parts = _EXPONENTIALS[bits]
+    name = f"llvm.fmuladd.{f'v{lanes}' if lanes else ''}f{bits}"
+    fma = cgutils.get_or_insert_function(builder.module, ir.FunctionType(x.type, [x.type] * 3), name)
+
+    def constant(value, of=x.type):
+        return ir.Constant(of, [value] * lanes if lanes else value)
+
+    # Adding 1.5 * 2**mantissa rounds to an integer and leaves it in the low bits, ready to be an exponent.
+    rounder = constant(1.5 * 2.0**parts.mantissa + parts.bias)
+    shifted = builder.call(fma, [x, constant(1.0 / math.log(2)), rounder])
+    n = builder.fsub(shifted, rounder)
+    r = builder.call(fma, [n, constant(-parts.log2_high), x])
+    r = builder.call(fma, [n, constant(-parts.log2_low), r])
+    p = constant(parts.coefficients[-1])
+    for c in (*reversed(parts.coefficients[:-1]), 1.0, 1.0):
+        p = builder.call(fma, [p, r, constant(c)])
+    exponent = builder.shl(builder.bitcast(shifted, integer), constant(parts.mantissa, integer))
+    # Of a NaN the power is anything, but the product NaN: its payload must not reach the exponent.
+    value = builder.fmul(p, builder.bitcast(exponent, x.type))
+    return builder.select(builder.fcmp_ordered("<", x, constant(parts.minimum)), constant(0.0), value)
+
+
+@intrinsic
+def exp(typingctx, x):
+    """exp(x) of x <= 0 to 2 units in the last place; 0 where it would be subnormal, NaN for NaN.
 
     Straight-line code, so that loops over it vectorise; a call into libm would not.
     """
-
-    def codegen(context, builder, signature, args):
-        (x,) = args
-        f32, i32 = ir.FloatType(), ir.IntType(32)
-        fma = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(f32, [f32] * 3), "llvm.fmuladd.f32"
-        )
-        # Adding 1.5 * 2**23 rounds to an integer and leaves it in the low bits.
-        shifted = builder.call(fma, [x, f32(1.0 / math.log(2)), f32(_ROUND)])
-        n = builder.fsub(shifted, f32(_ROUND))
-        r = builder.call(fma, [n, f32(-_LOG2_HIGH), x])
-        r = builder.call(fma, [n, f32(-_LOG2_LOW), r])
-        p = f32(_EXP_COEFFICIENTS[-1])
-        for c in reversed(_EXP_COEFFICIENTS[:-1]):
-            p = builder.call(fma, [p, r, f32(c)])
-        p = builder.call(fma, [builder.fmul(p, r), r, r])
-        p = builder.fadd(p, f32(1.0))
-        exponent = builder.shl(builder.bitcast(shifted, i32), i32(23))
-        power = builder.bitcast(builder.add(exponent, i32(0x3F800000)), f32)
-        # Of a NaN the power is anything, but the product NaN: its payload must not reach the exponent.
-        value = builder.fmul(p, power)
-        low = builder.fcmp_ordered("<", x, f32(_EXP_MINIMUM))
-        return builder.select(low, f32(0.0), value)
-
-    return types.float32(types.float32), codegen
-
-
-def exp(x):
-    """exp(x) for x <= 0 in the type of ``x``; for use in compiled code."""
-    raise NotImplementedError("compiled code only")
-
-
-@overload(exp, inline="always")
-def _exp(x):
-    if x == types.float32:
-        return lambda x: exp_f32(x)
-    return lambda x: math.exp(x)
+    return x(x), lambda context, builder, signature, args: _exp(builder, args[0])

@@ -20,18 +20,17 @@ NR = 32 if _WIDE else 16
 """float32 columns of C in a block, and the padding of column counts; half as many for float64."""
 
 
-UNROLL = 4
-"""Steps of the depth that a turn of the inner loop takes, a power of two."""
-
-
 @intrinsic
-def _block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth):
-    """C[c0 + i*ldc + j] += sum_l A[a0 + i*rsa + l*csa] * B[b0 + l*ldb + j] for an MR x NR block."""
+def block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth, fresh):
+    """C[c0 + i*ldc + j] += sum_l A[a0 + i*rsa + l*csa] * B[b0 + l*ldb + j] for an MR x NR block.
+
+    With ``fresh`` C is not read but taken for 0.
+    """
     element = C.dtype
     columns = NR if element == types.float32 else NR // 2
 
     def codegen(context, builder, signature, args):
-        _, c0, ldc, _, a0, rsa, csa, _, b0, ldb, depth = args
+        _, c0, ldc, _, a0, rsa, csa, _, b0, ldb, depth, fresh = args
         scalar = context.get_value_type(element)
         i64, i32 = ir.IntType(64), ir.IntType(32)
         vector = ir.VectorType(scalar, columns)
@@ -55,53 +54,52 @@ def _block(typingctx, C, c0, ldc, A, a0, rsa, csa, B, b0, ldb, depth):
         undefined = ir.Constant(vector, ir.Undefined)
         spread = ir.Constant(ir.VectorType(i32, columns), [0] * columns)
 
-        def step(l, accumulators):
-            b = builder.load(vector_at(b_data, builder.add(b0, builder.mul(l, ldb))), align=align)
-            a_step = builder.mul(l, csa)
-            sums = []
-            for row, accumulator in zip(a_rows, accumulators):
-                a = builder.load(builder.gep(a_data, [builder.add(row, a_step)]))
-                broadcast = builder.shuffle_vector(
-                    builder.insert_element(undefined, a, i32(0)), undefined, spread
-                )
-                sums.append(builder.call(muladd, [broadcast, b, accumulator]))
-            return sums
-
-        def loop(name, first, end, steps, accumulators):
-            """Steps ``first .. end``, so many a turn, over and over; the accumulators after it."""
-            entry = builder.block
-            body, after = builder.append_basic_block(name), builder.append_basic_block(f"after {name}")
-            builder.cbranch(builder.icmp_signed("<", first, end), body, after)
-            builder.position_at_end(body)
-            l = builder.phi(i64)
-            phis = [builder.phi(vector) for _ in range(MR)]
-            sums = phis
-            for s in range(steps):
-                sums = step(builder.add(l, ir.Constant(i64, s)), sums)
-            following = builder.add(l, ir.Constant(i64, steps))
-            l.add_incoming(first, entry)
-            l.add_incoming(following, body)
-            for phi, before, value in zip(phis, accumulators, sums):
-                phi.add_incoming(before, entry)
-                phi.add_incoming(value, body)
-            builder.cbranch(builder.icmp_signed("<", following, end), body, after)
-            builder.position_at_end(after)
-            results = [builder.phi(vector) for _ in range(MR)]
-            for result, before, value in zip(results, accumulators, sums):
-                result.add_incoming(before, entry)
-                result.add_incoming(value, body)
-            return results
-
+        start = builder.block
+        given, ready = builder.append_basic_block("given"), builder.append_basic_block("ready")
+        body, after = builder.append_basic_block("step"), builder.append_basic_block("after")
+        builder.cbranch(fresh, ready, given)
+        builder.position_at_end(given)
+        loaded = [builder.load(p, align=align) for p in c_rows]
+        builder.branch(ready)
+        builder.position_at_end(ready)
         zero = ir.Constant(i64, 0)
-        whole = builder.and_(depth, ir.Constant(i64, -UNROLL))
-        accumulators = [builder.load(p, align=align) for p in c_rows]
-        accumulators = loop("unrolled", zero, whole, UNROLL, accumulators)
-        accumulators = loop("rest", whole, depth, 1, accumulators)
-        for pointer, value in zip(c_rows, accumulators):
+        initial = [builder.phi(vector) for _ in range(MR)]
+        for phi, value in zip(initial, loaded):
+            phi.add_incoming(ir.Constant(vector, None), start)
+            phi.add_incoming(value, given)
+        builder.cbranch(builder.icmp_signed("<", zero, depth), body, after)
+        # One step of the depth a turn. The compiler takes more for a licence to load their elements of A
+        # ahead of the products, more than there are registers, and the multiply-adds hide the turn anyway.
+        builder.position_at_end(body)
+        l = builder.phi(i64)
+        accumulators = [builder.phi(vector) for _ in range(MR)]
+        b = builder.load(vector_at(b_data, builder.add(b0, builder.mul(l, ldb))), align=align)
+        a_step = builder.mul(l, csa)
+        sums = []
+        for row, accumulator in zip(a_rows, accumulators):
+            a = builder.load(builder.gep(a_data, [builder.add(row, a_step)]))
+            broadcast = builder.shuffle_vector(
+                builder.insert_element(undefined, a, i32(0)), undefined, spread
+            )
+            sums.append(builder.call(muladd, [broadcast, b, accumulator]))
+        following = builder.add(l, ir.Constant(i64, 1))
+        l.add_incoming(zero, ready)
+        l.add_incoming(following, body)
+        for phi, before, value in zip(accumulators, initial, sums):
+            phi.add_incoming(before, ready)
+            phi.add_incoming(value, body)
+        builder.cbranch(builder.icmp_signed("<", following, depth), body, after)
+        builder.position_at_end(after)
+        results = [builder.phi(vector) for _ in range(MR)]
+        for phi, before, value in zip(results, initial, sums):
+            phi.add_incoming(before, ready)
+            phi.add_incoming(value, body)
+        for pointer, value in zip(c_rows, results):
             builder.store(value, pointer, align=align)
         return context.get_dummy_value()
 
-    return types.void(C, *([types.int64] * 2), A, *([types.int64] * 3), B, *([types.int64] * 3)), codegen
+    numbers = [types.int64] * 3
+    return types.void(C, *numbers[:2], A, *numbers, B, *numbers, types.boolean), codegen
 
 
 SQUARE = 8
@@ -150,6 +148,12 @@ def padded(n: int, multiple: int) -> int:
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
+def block_columns(C):
+    """Columns of a block."""
+    return NR if C.itemsize == 4 else NR // 2
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
 def multiply_add(C, c_row, A, a_row, transposed, B, rows, columns, depth, upper):
     """C[c_row:c_row+rows, :columns] += A[a_row:a_row+rows, :depth] @ B[:depth, :columns], or with A^T.
 
@@ -157,11 +161,11 @@ def multiply_add(C, c_row, A, a_row, transposed, B, rows, columns, depth, upper)
     be overrun up to the padding. With ``upper`` the blocks strictly below the diagonal are left out.
     """
     ldc, lda, ldb = C.shape[1], A.shape[1], B.shape[1]
-    width = NR if C.itemsize == 4 else NR // 2
+    width = block_columns(C)
     rsa, csa = (1, lda) if transposed else (lda, 1)
     for j in range(0, columns, width):
         for i in range(0, rows, MR):
             if upper and i >= j + width:
                 break
             a0 = (a_row + i) * rsa
-            _block(C, (c_row + i) * ldc + j, ldc, A, a0, rsa, csa, B, j, ldb, depth)
+            block(C, (c_row + i) * ldc + j, ldc, A, a0, rsa, csa, B, j, ldb, depth, False)

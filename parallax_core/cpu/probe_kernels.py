@@ -10,7 +10,7 @@ from numba import njit
 
 from .intrinsics import exp, fetch_add
 from .microkernel import MR, multiply_add
-from .tile_loop import score, within
+from .tile_loop import every_column, score, within
 from .tiles import KEY_STRIDE, KEY_TILE, read_keys, read_query_rows, stride, transpose, visible
 
 CHOLESKY, CG, LSTSQ = 0, 1, 2
@@ -154,7 +154,7 @@ def solve_conjugate_gradients(
         y[:n] = 0
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
-            read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X)
+            read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X, 0)
             centre_rows(X, keys, n, base, origin, weights, 0, False)
             for j in range(keys):
                 factor = weights[key - first + j] * dot(X[j], p, n)
@@ -203,6 +203,7 @@ def solve_probes(
     K = np.zeros((KEY_TILE, width), wide)
     KT = np.zeros((width, KEY_STRIDE), wide)
     S = np.zeros((tile_rows + MR, KEY_STRIDE), wide)
+    first_columns, end_columns = every_column(S)
     weights = np.zeros((tile_rows, longest), dtype)
     # The microkernel reads A^T in blocks of MR columns, which may pass the last one.
     X = np.zeros((KEY_TILE + 1, width), dtype)
@@ -234,9 +235,9 @@ def solve_probes(
                 begin, end = min(begin, f), max(end, e)
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
-            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
-            transpose(K, head_dim, KT)
-            score(S, A, KT, rows, head_dim, kernel, scale)
+            read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K, 0)
+            transpose(K, head_dim, KT, 0)
+            score(S, A, KT, 0, rows, head_dim, kernel, scale, first_columns, end_columns)
             for i in range(rows):
                 query, h = (row + i) // group, head * group + (row + i) % group
                 largest = m[sequence[0], sequence[1] + query, h]
@@ -297,7 +298,7 @@ def solve_probes(
             wv[:] = 0
             for key in range(f, e, KEY_TILE):
                 keys = min(KEY_TILE, e - key)
-                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, X)
+                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, X, 0)
                 centre_rows(X, keys, head_dim, base, origin, w, key - begin, True)
                 for j in range(keys):
                     root = np.sqrt(w[key - begin + j])
@@ -305,7 +306,7 @@ def solve_probes(
                         wk[d] += root * X[j, d]
                 multiply_add(C, 0, X, 0, True, X, head_dim, head_dim, keys, True)
                 if stated:
-                    read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
+                    read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V, 0)
                     for j in range(keys):
                         root = np.sqrt(w[key - begin + j])
                         for d in range(value_dim):

@@ -9,24 +9,29 @@ import numpy as np
 from numba import njit
 
 from .few_rows import accumulate_few, score_few
-from .intrinsics import exp, fetch_add, maximum, total
-from .microkernel import MR, multiply_add
+from .intrinsics import LANES, exp, exponentials, fetch_add, maximum, shifted_products
+from .microkernel import MR, block, block_columns
 from .tiles import (
     KEY_STRIDE,
     KEY_TILE,
     all_finite,
+    key_rows,
     read_keys,
     read_query_rows,
     stride,
     transpose,
     visible,
+    workspace,
 )
 
 DOT, GAUSSIAN = 0, 1
 
+# Functions that are called for every row or tile take whole arrays and places in them: a view would cost
+# reference counts, which threads that share the array fight over.
+
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def score(S, A, KT, rows, head_dim, kernel, scale):
+def score(S, A, KT, k_row, rows, head_dim, kernel, scale, first_columns, end_columns):
     """Log-weights of a tile, ``scale * q.k`` or ``-scale/2 |q - k|^2``: rows of A against columns of KT."""
     if kernel == GAUSSIAN:
         # Summed as squares of differences: expanding the square would cancel far from the origin.
@@ -35,13 +40,13 @@ def score(S, A, KT, rows, head_dim, kernel, scale):
             s = S[i]
             s[:] = 0
             for d in range(head_dim):
-                a, key = A[i, d], KT[d]
+                a, key = A[i, d], KT[k_row + d]
                 for j in range(KEY_TILE):
                     difference = a - key[j]
                     s[j] += difference * difference
             scale_row(S, i, factor)
         return
-    project(S, 0, A, KT, rows, head_dim)
+    project(S, 0, A, KT, k_row, rows, head_dim, first_columns, end_columns)
     for i in range(rows):
         scale_row(S, i, scale)
 
@@ -52,13 +57,6 @@ def scale_row(S, i, factor):
         S[i, j] *= factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy")
-def project(S, first, A, KT, rows, head_dim):
-    """S[first:first+rows] = A[first:first+rows] @ KT."""
-    S[first : first + (rows + MR - 1) // MR * MR, :] = 0
-    multiply_add(S, first, A, first, False, KT, rows, KEY_TILE, head_dim, False)
-
-
 @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
 def within(first, end, key, keys):
     """The keys ``first .. end`` of a row as columns of the tile that starts at ``key``."""
@@ -66,114 +64,159 @@ def within(first, end, key, keys):
     return f, max(f, min(end - key, keys))
 
 
-# The functions of one row run over all of a tile's columns, a constant: that is what lets them vectorise.
-# What a row does not see has been set to values that leave no trace. They take the tile and the row's
-# number, since a view would cost as much in reference counts as the row's arithmetic.
+@njit(nogil=True, cache=True, error_model="numpy")
+def every_column(S):
+    """What :func:`reach` gives where every row sees all of a tile."""
+    blocks = (S.shape[0] + MR - 1) // MR
+    return np.zeros(blocks, np.int64), np.full(blocks, KEY_TILE, np.int64)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def reach(firsts, ends, rows, key, keys, first_columns, end_columns):
+    """The columns of a tile that the rows of each block of MR see between them, none as ``keys .. keys``.
+
+    Returns whether some row does not see all of the tile's keys.
+    """
+    partial = False
+    for b in range((rows + MR - 1) // MR):
+        low, high = keys, keys
+        for i in range(b * MR, min(rows, b * MR + MR)):
+            f, e = within(firsts[i], ends[i], key, keys)
+            partial = partial or f > 0 or e < keys
+            if e > f:
+                high = max(high, e) if low < keys else e
+                low = min(low, f)
+        first_columns[b], end_columns[b] = low, high
+    return partial
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def project(S, first, A, KT, k_row, rows, head_dim, first_columns, end_columns):
+    """S[first:][:rows] = A[first:][:rows] @ KT, but for the blocks of columns that no row of a block sees."""
+    lds, lda, ldk = S.shape[1], A.shape[1], KT.shape[1]
+    width = block_columns(S)
+    for j in range(0, KEY_TILE, width):
+        for b in range((rows + MR - 1) // MR):
+            if first_columns[b] < j + width and end_columns[b] > j:
+                row = first + b * MR
+                block(S, row * lds + j, lds, A, row * lda, lda, 1, KT, k_row * ldk + j, ldk, head_dim, True)
+
+
+@njit(nogil=True, cache=True, error_model="numpy")
+def accumulate(O, first, S, V, v_row, rows, value_dim, first_columns, end_columns):
+    """O[first:first+rows] += S[first:first+rows] @ V, over the columns of S that a block of rows sees."""
+    ldo, lds, ldv = O.shape[1], S.shape[1], V.shape[1]
+    for d in range(0, value_dim, block_columns(O)):
+        for b in range((rows + MR - 1) // MR):
+            row, low = first + b * MR, first_columns[b]
+            block(
+                O, row * ldo + d, ldo, S, row * lds + low, lds, 1, V, (v_row + low) * ldv + d, ldv,
+                end_columns[b] - low, False,
+            )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
-def hide(S, i, first, end, value):
-    """Everything of S[i] but S[i, first:end] becomes ``value``."""
-    for j in range(first):
+def hide(S, i, start, first, end, stop, value):
+    """Everything of S[i, start:stop] but S[i, first:end] becomes ``value``."""
+    for j in range(start, first):
         S[i, j] = value
-    for j in range(end, KEY_TILE):
+    for j in range(end, stop):
         S[i, j] = value
-
-
-@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
-def exponentials(S, i, m):
-    """S[i] becomes exp(S[i] - m)."""
-    for j in range(KEY_TILE):
-        S[i, j] = exp(S[i, j] - m)
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"reassoc", "nsz", "contract"}, forceinline=True)
-def row_dot(A, i, B, b, size):
+def row_dot(A, i, B, b, first, end):
     total = A.dtype.type(0)
-    for j in range(size):
+    for j in range(first, end):
         total += A[i, j] * B[b, j]
     return total
 
 
 @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
-def shifted_product(S, t_row, i, shift):
-    """S[t_row] becomes S[i] * (S[t_row] - shift)."""
-    for j in range(KEY_TILE):
-        S[t_row, j] = S[i, j] * (S[t_row, j] - shift)
-
-
-@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
-def multiply_row(O, i, factor):
-    for d in range(O.shape[1]):
+def multiply_row(O, i, factor, size):
+    for d in range(size):
         O[i, d] *= factor
 
 
-@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"}, forceinline=True)
-def weigh_row(S, O, i, t_row, first, end, m, d1, d2, t0, shifted):
-    """Scores of row ``i`` become weights, its running sums move on to the new maximum.
+@njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
+def weigh_rows(
+    S, O, rows, probes, firsts, ends, key, keys, first_columns, end_columns, m, d1, d2, t0, shifted,
+):  # fmt: skip
+    """Scores of a tile become weights, every row's running sums move on to its new maximum.
 
-    ``t_row`` is the row of the probe scores in S and of O2 in O, or -1; it becomes weights times shifted
-    probe scores. Columns outside ``first .. end`` get the weight 0.
+    ``probes``: the first row of the probe scores in S and of O2 in O, or 0 without a probe; the scores become
+    weights times shifted probe scores. What a row does not see of its block's columns gets the weight 0.
     """
-    if end - first < KEY_TILE:
-        hide(S, i, first, end, -np.inf)
-        if t_row >= 0:
-            # A hidden probe score may be NaN, which a weight of 0 would not silence.
-            hide(S, t_row, first, end, 0.0)
-    largest = maximum(S, i * KEY_STRIDE, KEY_TILE)
-    if largest > m[i]:
-        correction = exp(m[i] - largest)
-        d1[i] *= correction
-        d2[i] *= correction
-        multiply_row(O, i, correction)
-        if t_row >= 0:
-            multiply_row(O, t_row, correction)
-        m[i] = largest
-    # Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
-    exponentials(S, i, m[i] if m[i] != -np.inf else m.dtype.type(0))
-    weight = total(S, i * KEY_STRIDE, KEY_TILE)
-    d1[i] += weight
-    if t_row < 0:
-        return
-    # Keys with a large common component make the probe scores large and nearly constant, and the output
-    # then a difference of large numbers: they are kept relative to the first tile's weighted mean.
-    if not shifted[i] and weight != 0:
-        t0[i] = row_dot(S, i, S, t_row, KEY_TILE) / weight
-        shifted[i] = True
-    shifted_product(S, t_row, i, t0[i])
-    d2[i] += total(S, t_row * KEY_STRIDE, KEY_TILE)
+    none = S.dtype.type(-np.inf)
+    zero = S.dtype.type(0)
+    for i in range(rows):
+        # Whole vectors; their excess columns are hidden with the rest.
+        start = first_columns[i // MR] // LANES * LANES
+        stop = (end_columns[i // MR] + LANES - 1) // LANES * LANES
+        if first_columns[i // MR] == end_columns[i // MR]:
+            continue
+        t_row, at, count = probes + i, i * KEY_STRIDE + start, stop - start
+        f, e = within(firsts[i], ends[i], key, keys)
+        if e - f < count:
+            hide(S, i, start, f, e, stop, none)
+            if probes > 0:
+                # A hidden probe score may be NaN, which a weight of 0 would not silence.
+                hide(S, t_row, start, f, e, stop, zero)
+        largest = maximum(S, at, count)
+        if largest > m[i]:
+            correction = exp(m[i] - largest)
+            d1[i] *= correction
+            d2[i] *= correction
+            multiply_row(O, i, correction, O.shape[1])
+            if probes > 0:
+                multiply_row(O, t_row, correction, O.shape[1])
+            m[i] = largest
+        # Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
+        weight = exponentials(S, at, count, m[i] if m[i] != none else zero)
+        d1[i] += weight
+        if probes > 0:
+            # Keys with a large common component make the probe scores large and nearly constant, and the
+            # output then a difference of large numbers: they are kept relative to the first tile's
+            # weighted mean.
+            if not shifted[i] and weight != 0:
+                t0[i] = row_dot(S, i, S, t_row, start, stop) / weight
+                shifted[i] = True
+            d2[i] += shifted_products(S, at, t_row * KEY_STRIDE + start, count, t0[i])
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def accumulate_visible(o, s, V, first, end, value_dim):
-    """o += s[first:end] @ V[first:end]: a hidden NaN must not be multiplied by a weight of 0."""
+def accumulate_visible(O, o_row, S, s_row, V, v_row, first, end, value_dim):
+    """O[o_row] += S[s_row, first:end] @ V[v_row:][first:end].
+
+    For tiles that are not finite: a hidden NaN must not be multiplied by a weight of 0.
+    """
     for j in range(first, end):
-        weight, v = s[j], V[j]
+        weight = S[s_row, j]
         for d in range(value_dim):
-            o[d] += weight * v[d]
+            O[o_row, d] += weight * V[v_row + j, d]
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
-def finish_row(out, O, i, t_row, d1, d2, t0, rq, intercept, amplification, value_dim):
-    """Output of one row from its sums, for every member of the family."""
-    if t_row < 0:
+def finish_row(out, b, query, h, O, i, t_row, d1, d2, t0, rq, intercept, amplification, value_dim):
+    """Output of one row from its sums, for every member of the family; ``t_row`` is 0 without a probe."""
+    one = O.dtype.type(1)
+    if t_row == 0:
         for d in range(value_dim):
-            out[d] = O[i, d] / d1
+            out[b, query, h, d] = O[i, d] / d1
         return
     if not intercept:
         for d in range(value_dim):
-            out[d] = -(O[t_row, d] + t0 * O[i, d]) / d1
+            out[b, query, h, d] = -(O[t_row, d] + t0 * O[i, d]) / d1
         return
-    one = O.dtype.type(1)
     c = d2 / d1
     if amplification:
         factor = one / (one - (t0 + c - rq))
         for d in range(value_dim):
             vbar = O[i, d] / d1
-            out[d] = vbar - factor * (O[t_row, d] / d1 - c * vbar)
+            out[b, query, h, d] = vbar - factor * (O[t_row, d] / d1 - c * vbar)
         return
     for d in range(value_dim):
-        out[d] = (one + c) * (O[i, d] / d1) - O[t_row, d] / d1
+        out[b, query, h, d] = (one + c) * (O[i, d] / d1) - O[t_row, d] / d1
 
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
@@ -192,20 +235,22 @@ def attend(
     ``(splits, B, Lq, Hq[, Dv])``, or of size 0. All are of one dtype, in which everything is accumulated.
     """
     dtype = m_out.dtype
-    zero = dtype.type(0)
     probed = tensors[3, 0] != 0
-    packed = keys_packed.size > 0
-    stacked = tile_rows * 2 if probed else tile_rows
-    # A microkernel's last block may overrun the rows in use.
-    A = np.zeros((stacked + MR, stride(head_dim)), dtype)
-    S = np.zeros((stacked + MR, KEY_STRIDE), dtype)
-    O = np.zeros((stacked + MR, stride(value_dim)), dtype)
-    K = np.zeros((KEY_TILE, stride(head_dim)), dtype)
-    KT = np.zeros((K.shape[1], KEY_STRIDE), dtype)
-    V = np.zeros((KEY_TILE, O.shape[1]), dtype)
+    packed = finite_packed.size > 0
+    most = (tile_rows + MR - 1) // MR * MR
+    stacked = most * 2 if probed else most
+    A = workspace(stacked, stride(head_dim), dtype)
+    S = workspace(stacked, KEY_STRIDE, dtype)
+    O = workspace(stacked, stride(value_dim), dtype)
+    K = workspace(KEY_TILE, stride(head_dim), dtype)
+    KT = keys_packed if packed else workspace(K.shape[1], KEY_STRIDE, dtype)
+    V = values_packed if packed else workspace(KEY_TILE, O.shape[1], dtype)
+    k_row, v_row = 0, 0
     m, d1, d2 = np.empty(tile_rows, dtype), np.empty(tile_rows, dtype), np.empty(tile_rows, dtype)
-    t0, shifted = np.empty(tile_rows, dtype), np.empty(tile_rows, np.bool_)
+    t0, rq = np.empty(tile_rows, dtype), np.zeros(tile_rows, dtype)
+    shifted = np.empty(tile_rows, np.bool_)
     firsts, ends = np.empty(tile_rows, np.int64), np.empty(tile_rows, np.int64)
+    first_columns, end_columns = every_column(S)
     while True:
         taken = fetch_add(counter)
         if taken >= items.shape[0]:
@@ -213,13 +258,21 @@ def attend(
         sequence, head, row = sequences[items[taken, 0]], items[taken, 1], items[taken, 2]
         each, split = items[taken, 3] - row, items[taken, 6]
         rows = heads * each
+        # Probes begin a block of the microkernel, so that it sees what the same block of queries sees.
+        probes = 0 if not probed else (rows if few else (rows + MR - 1) // MR * MR)
         for h in range(heads):
             read_query_rows(tensors[0], sequence, head + h, group, row, each, head_dim, A, h * each)
             if probed:
                 read_query_rows(
-                    tensors[3], sequence, head + h, group, row, each, head_dim, A, rows + h * each
+                    tensors[3], sequence, head + h, group, row, each, head_dim, A, probes + h * each
                 )
-        stack = rows * 2 if probed else rows
+        if amplification:
+            for i in range(rows):
+                rq[i] = row_dot(A, i, A, probes + i, 0, head_dim)
+        if kernel == DOT:
+            # Once for the queries, not for every score.
+            for i in range(rows):
+                multiply_row(A, i, scale, head_dim)
         begin, end = items[taken, 5], items[taken, 4]
         for i in range(rows):
             f, e = visible(sequence, (row + i % each) // group, causal, window)
@@ -235,6 +288,7 @@ def attend(
         tile = 0
         for key in range(begin, end, KEY_TILE):
             keys = min(KEY_TILE, end - key)
+            partial = reach(firsts, ends, rows, key, keys, first_columns, end_columns)
             if few:
                 score_few(
                     S, A, heads, each, probed, tensors[1], sequence, page_table, page_size, head, key, keys,
@@ -242,39 +296,38 @@ def attend(
                 )  # fmt: skip
             elif packed:
                 tile = tiles_from[items[taken, 0]] + (key - sequence[3]) // KEY_TILE
-                KT, V = keys_packed[head, tile], values_packed[head, tile]
+                k_row = (head * finite_packed.shape[1] + tile) * key_rows(head_dim)
+                v_row = (head * finite_packed.shape[1] + tile) * KEY_TILE
             else:
-                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K)
-                transpose(K, head_dim, KT)
-                read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V)
-            if few or (kernel == DOT and probed):
-                if not few:
-                    # Queries and probes are rows of one product.
-                    project(S, 0, A, KT, stack, head_dim)
-                for i in range(rows):
-                    scale_row(S, i, scale)
-            else:
+                read_keys(tensors[1], sequence, page_table, page_size, head, key, keys, head_dim, K, 0)
+                transpose(K, head_dim, KT, 0)
+                read_keys(tensors[2], sequence, page_table, page_size, head, key, keys, value_dim, V, 0)
+            if not few:
+                if kernel == DOT:
+                    project(S, 0, A, KT, k_row, rows, head_dim, first_columns, end_columns)
+                else:
+                    score(S, A, KT, k_row, rows, head_dim, kernel, scale, first_columns, end_columns)
                 if probed:
-                    project(S, rows, A, KT, rows, head_dim)
-                score(S, A, KT, rows, head_dim, kernel, scale)
-            partial = False
-            for i in range(rows):
-                f, e = within(firsts[i], ends[i], key, keys)
-                partial = partial or f > 0 or e < keys
-                weigh_row(S, O, i, rows + i if probed else -1, f, e, m, d1, d2, t0, shifted)
+                    project(S, probes, A, KT, k_row, rows, head_dim, first_columns, end_columns)
+            weigh_rows(
+                S, O, rows, probes, firsts, ends, key, keys, first_columns, end_columns, m, d1, d2, t0,
+                shifted,
+            )  # fmt: skip
             if few:
                 accumulate_few(
                     O, S, heads, each, probed, firsts, ends, tensors[2], sequence, page_table, page_size,
                     head, key, keys, value_dim,
                 )  # fmt: skip
-            elif partial and not (finite_packed[head, tile] if packed else all_finite(V, keys, value_dim)):
+            elif partial and not (finite_packed[head, tile] if packed else all_finite(V, 0, keys, value_dim)):
                 for i in range(rows):
                     f, e = within(firsts[i], ends[i], key, keys)
-                    accumulate_visible(O[i], S[i], V, f, e, value_dim)
+                    accumulate_visible(O, i, S, i, V, v_row, f, e, value_dim)
                     if probed:
-                        accumulate_visible(O[rows + i], S[rows + i], V, f, e, value_dim)
+                        accumulate_visible(O, probes + i, S, probes + i, V, v_row, f, e, value_dim)
             else:
-                multiply_add(O, 0, S, 0, False, V, stack, value_dim, keys, False)
+                accumulate(O, 0, S, V, v_row, rows, value_dim, first_columns, end_columns)
+                if probed:
+                    accumulate(O, probes, S, V, v_row, rows, value_dim, first_columns, end_columns)
         for i in range(rows):
             b, query = sequence[0], sequence[1] + (row + i % each) // group
             query_head = (head + i // each) * group + (row + i % each) % group
@@ -289,15 +342,14 @@ def attend(
                     d2_out[split, b, query, query_head] = d2[i]
                     t0_out[split, b, query, query_head] = t0[i]
                     for d in range(value_dim):
-                        O2_out[split, b, query, query_head, d] = O[rows + i, d]
+                        O2_out[split, b, query, query_head, d] = O[probes + i, d]
             if out.size > 0:
                 if ends[i] <= firsts[i]:
                     out[b, query, query_head, :] = 0
                 else:
-                    rq = row_dot(A, i, A, rows + i, head_dim) if probed else zero
                     finish_row(
-                        out[b, query, query_head], O, i, rows + i if probed else -1,
-                        d1[i], d2[i], t0[i], rq, intercept, amplification, value_dim,
+                        out, b, query, query_head, O, i, probes + i if probed else 0,
+                        d1[i], d2[i], t0[i], rq[i], intercept, amplification, value_dim,
                     )  # fmt: skip
 
 

@@ -50,4 +50,4 @@ def items(problem: Problem, sequences: np.ndarray, rows: int, splits: int = 1, h
         last_query = (table[:, 3] - 1) // problem.group_size
         length = sequences[sequence, 2] - sequences[sequence, 1]
         keys = np.clip(keys - length + 1 + last_query, 0, problem.window_size)
-    return table[np.argsort(-keys, kind="stable")]
+    return table[np.lexsort((-keys, table[:, 1], table[:, 0]))]

@@ -4,6 +4,8 @@
 
 The competitors of a row take turns, and a row shows the median times and the median of the ratios turn by
 turn, which holds where the machine's speed drifts. PyTorch computes softmax, half of Parallax's arithmetic.
+Last come two measurements in processes of their own: what the order of the imports does to either side, and
+the memory of a long sequence.
 """
 
 from __future__ import annotations
@@ -13,7 +15,11 @@ import math
 import os
 import platform
 import statistics
+import subprocess
+import sys
+import textwrap
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -21,6 +27,9 @@ import torch.nn.functional as F
 
 import parallax_core as plx
 from parallax_core.cpu import threads
+
+PAUSE = 0.02
+"""Seconds before every call: OpenMP's threads spin for milliseconds after their work, on whose time it is."""
 
 
 def turns(rounds, **functions):
@@ -30,6 +39,7 @@ def turns(rounds, **functions):
         function()
     for _ in range(rounds):
         for name, function in functions.items():
+            time.sleep(PAUSE)
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
@@ -134,6 +144,90 @@ def lla(rounds):
         )
 
 
+def in_a_process(script, **values):
+    """The numbers that a Python program prints, run in a process of its own."""
+    script = textwrap.dedent(script).format(**values)
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return [float(x) for x in run.stdout.split()]
+
+
+def import_order(rounds, count):
+    """Parallax and SDPA forward where ours is imported before PyTorch, and after it."""
+    script = """
+        import statistics, time
+        {imports}
+        from parallax_core.cpu import threads
+        threads.set_num_threads({threads}), torch.set_num_threads({threads})
+        q, r, k, v = torch.randn((4, 1, 1024, 8, 64)).unbind()
+        sq, sk, sv = (x.transpose(1, 2) for x in (q, k, v))
+        for call in (
+            lambda: plx.parallax_attention(q, r, k, v),
+            lambda: torch.nn.functional.scaled_dot_product_attention(sq, sk, sv, is_causal=True),
+        ):
+            times = []
+            for _ in range({rounds}):
+                time.sleep({pause})
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+            print(statistics.median(times))
+    """
+    # The backend by name, since the package alone leaves Numba for the first call.
+    ours, torchs = "import parallax_core as plx, parallax_core.cpu.forward", "import torch"
+    orders = {"first": f"{ours}; {torchs}", "last": f"{torchs}; {ours}"}
+    seconds = {order: [] for order in orders}
+    # A process is faster or slower as a whole by where its memory lies, hence several of each.
+    for _ in range(5):
+        for order, imports in orders.items():
+            seconds[order].append(
+                in_a_process(script, imports=imports, threads=count, rounds=2 * rounds, pause=PAUSE)
+            )
+    first, last = ([statistics.median(times) for times in zip(*seconds[order])] for order in orders)
+    for name, a, b in zip(("Parallax", "SDPA"), first, last):
+        numbers = f"{1e3 * a:.1f} | ours imported last {1e3 * b:.1f} | {a / b:.2f}"
+        print(f"| B1 H8 L1024 D64 float32 causal, ours imported first | {name} | {numbers} | 0.90 to 1.10 |")
+
+
+def memory(count):
+    """Resident memory of a long sequence above its inputs and output, with the kernel compiled before.
+
+    The peak of the process, less what is resident before the call: where compiling took more than the call
+    it is the larger of the two. From Linux's own table, since ``getrusage`` hands a parent's peak down.
+    """
+    length = 65536
+    script = """
+        import numpy as np
+        import parallax_core as plx
+        from parallax_core.cpu import threads
+
+        def status(name):
+            line = next(x for x in open("/proc/self/status") if x.startswith(name))
+            return 1024 * int(line.split()[1])
+
+        threads.set_num_threads({threads})
+        q, r, k, v = np.random.default_rng(0).standard_normal((4, 1, {length}, 1, 64), np.float32)
+        # Long enough for the way that the long sequence takes.
+        plx.parallax_attention(*(x[:, :1024] for x in (q, r, k, v)))
+        before = status("VmRSS")
+        o = plx.parallax_attention(q, r, k, v)
+        print((status("VmHWM") - before - o.nbytes) / 1e6)
+    """
+    (megabytes,) = in_a_process(script, threads=count, length=length)
+    title = f"B1 H1 L{length} D64 float32 causal, forward"
+    print(f"| {title} | Parallax | {megabytes:.0f} MB above inputs and output | | | 200 MB |")
+
+
+def processor():
+    """The processor's name; where the operating system hides the model, its family and model number."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = (line.partition(":") for line in info.read_text().partition("\n\n")[0].splitlines())
+    fields = {name.strip(): value.strip() for name, _, value in lines}
+    numbers = ", ".join(f"{key} {fields[key]}" for key in ("cpu family", "model") if key in fields)
+    return f"{fields.get('model name', platform.machine())} ({numbers})" if numbers else platform.machine()
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -143,13 +237,15 @@ def main():
     arguments = parser.parse_args()
     threads.set_num_threads(arguments.threads)
     torch.set_num_threads(arguments.threads)
-    machine = f"{platform.machine()}, {os.cpu_count()} processors"
+    machine = f"{processor()}, {os.cpu_count()} processors"
     print(f"{machine}, {arguments.threads} threads each, torch {torch.__version__}")
     print("| case | ours | ms | peer ms | ratio | target |")
     print("|---|---|---|---|---|---|")
     whole_sequences(arguments.rounds)
     decode(arguments.rounds)
     lla(arguments.rounds)
+    import_order(arguments.rounds, arguments.threads)
+    memory(arguments.threads)
 
 
 if __name__ == "__main__":
