@@ -26,6 +26,21 @@ def fetch_add(typingctx, counter):
     return types.int64(counter), codegen
 
 
+@intrinsic
+def prefetch(typingctx, address):
+    """Ask for the cache line at an address, which may be any."""
+
+    def codegen(context, builder, signature, args):
+        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+        function = cgutils.get_or_insert_function(
+            builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0"
+        )
+        builder.call(function, [builder.inttoptr(args[0], pointer), i32(0), i32(3), i32(1)])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
 def _element(builder, address, index, llvm_type):
     # Indexing the pointer, not the integer, is what lets the vectoriser see consecutive loads.
     return builder.gep(builder.inttoptr(address, llvm_type.as_pointer()), [index])

@@ -56,13 +56,13 @@ def mean_about_heaviest(
     for key in range(begin, end):
         if weights[key - first] > weights[heaviest - first]:
             heaviest = key
-    read_keys(tensor, sequence, page_table, page_size, head, heaviest, 1, n, X)
+    read_keys(tensor, sequence, page_table, page_size, head, heaviest, 1, n, X, 0)
     for d in range(n):
         base[d] = X[0, d]
         mean[d] = 0
     for key in range(begin, end, KEY_TILE):
         keys = min(KEY_TILE, end - key)
-        read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X)
+        read_keys(tensor, sequence, page_table, page_size, head, key, keys, n, X, 0)
         for j in range(keys):
             for d in range(n):
                 mean[d] += weights[key - first + j] * (X[j, d] - base[d])
