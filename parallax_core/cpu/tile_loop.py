@@ -140,7 +140,7 @@ def multiply_row(O, i, factor, size):
 
 @njit(nogil=True, cache=True, error_model="numpy", fastmath={"contract"})
 def weigh_rows(
-    S, O, rows, probes, firsts, ends, key, keys, first_columns, end_columns, m, d1, d2, t0, shifted,
+    S, O, rows, probes, firsts, ends, key, keys, first_columns, end_columns, scale, m, d1, d2, t0, shifted,
 ):  # fmt: skip
     """Scores of a tile become weights, every row's running sums move on to its new maximum.
 
@@ -156,6 +156,10 @@ def weigh_rows(
         if first_columns[i // MR] == end_columns[i // MR]:
             continue
         t_row, at, count = probes + i, i * KEY_STRIDE + start, stop - start
+        # Here and not in the queries: gradients and slopes, which take the same products times the same scale,
+        # then find the very scores that the maximum and the normaliser are of.
+        for j in range(start, stop):
+            S[i, j] *= scale
         f, e = within(firsts[i], ends[i], key, keys)
         if e - f < count:
             hide(S, i, start, f, e, stop, none)
@@ -269,10 +273,6 @@ def attend(
         if amplification:
             for i in range(rows):
                 rq[i] = row_dot(A, i, A, probes + i, 0, head_dim)
-        if kernel == DOT:
-            # Once for the queries, not for every score.
-            for i in range(rows):
-                multiply_row(A, i, scale, head_dim)
         begin, end = items[taken, 5], items[taken, 4]
         for i in range(rows):
             f, e = visible(sequence, (row + i % each) // group, causal, window)
@@ -310,8 +310,8 @@ def attend(
                 if probed:
                     project(S, probes, A, KT, k_row, rows, head_dim, first_columns, end_columns)
             weigh_rows(
-                S, O, rows, probes, firsts, ends, key, keys, first_columns, end_columns, m, d1, d2, t0,
-                shifted,
+                S, O, rows, probes, firsts, ends, key, keys, first_columns, end_columns,
+                scale if kernel == DOT else dtype.type(1), m, d1, d2, t0, shifted,
             )  # fmt: skip
             if few:
                 accumulate_few(
