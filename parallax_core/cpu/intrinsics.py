@@ -165,19 +165,25 @@ class _Row:
 
 
 @intrinsic
-def maximum(typingctx, tile, first, count):
-    """Largest of tile.flat[first:first+count] that is not NaN, -inf if there is none."""
+def scale_to_maximum(typingctx, tile, first, count, factor):
+    """tile.flat[first:first+count] is multiplied by ``factor``; returns its largest number, -inf without one."""
 
     def codegen(context, builder, signature, args):
-        tile, first, count = args
+        tile, first, count, factor = args
         row = _Row(context, builder, signature.args[0], tile)
+        factor = row.spread(factor)
+
+        def step(offset):
+            x = builder.fmul(row.load(first, offset), factor)
+            row.store(x, first, offset)
+            return x
 
         def larger(x, y):
             return builder.select(builder.fcmp_ordered(">", x, y), x, y)
 
-        return row.fold(count, float("-inf"), lambda offset: row.load(first, offset), larger)
+        return row.fold(count, float("-inf"), step, larger)
 
-    return tile.dtype(tile, types.int64, types.int64), codegen
+    return tile.dtype(tile, types.int64, types.int64, tile.dtype), codegen
 
 
 @intrinsic

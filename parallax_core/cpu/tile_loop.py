@@ -9,7 +9,7 @@ import numpy as np
 from numba import njit
 
 from .few_rows import accumulate_few, score_few
-from .intrinsics import LANES, exp, exponentials, fetch_add, maximum, shifted_products
+from .intrinsics import LANES, exp, exponentials, fetch_add, scale_to_maximum, shifted_products
 from .microkernel import MR, block, block_columns
 from .tiles import (
     KEY_STRIDE,
@@ -148,7 +148,7 @@ def weigh_rows(
     weights times shifted probe scores. What a row does not see of its block's columns gets the weight 0.
     """
     none = S.dtype.type(-np.inf)
-    zero = S.dtype.type(0)
+    zero, one = S.dtype.type(0), S.dtype.type(1)
     for i in range(rows):
         # Whole vectors; their excess columns are hidden with the rest.
         start = first_columns[i // MR] // LANES * LANES
@@ -156,17 +156,19 @@ def weigh_rows(
         if first_columns[i // MR] == end_columns[i // MR]:
             continue
         t_row, at, count = probes + i, i * KEY_STRIDE + start, stop - start
-        # Here and not in the queries: gradients and slopes, which take the same products times the same scale,
-        # then find the very scores that the maximum and the normaliser are of.
-        for j in range(start, stop):
-            S[i, j] *= scale
         f, e = within(firsts[i], ends[i], key, keys)
+        factor = scale
         if e - f < count:
+            for j in range(f, e):
+                S[i, j] *= scale
+            factor = one
             hide(S, i, start, f, e, stop, none)
             if probes > 0:
                 # A hidden probe score may be NaN, which a weight of 0 would not silence.
                 hide(S, t_row, start, f, e, stop, zero)
-        largest = maximum(S, at, count)
+        # Scaled here and not with the queries: gradients and slopes, which take the same products times the
+        # same scale, then find the very scores that the maximum and the normaliser are of.
+        largest = scale_to_maximum(S, at, count, factor)
         if largest > m[i]:
             correction = exp(m[i] - largest)
             d1[i] *= correction
