@@ -21,10 +21,10 @@ MOST_MAPS = 256
 
 
 def plan(problem: Problem, layout: Layout) -> Plan:
-    """Choose a kernel for a call that has keys and an output, compile it where that is new, and prepare launches.
+    """Choose the kernel of a call that has keys and an output, compile it where that is new, prepare launches.
 
-    Index arrays of the problem are described, not read. Raises CompilationError and BackendUnavailableError as
-    :mod:`compiler` does.
+    Index arrays of the problem are described, not read. Raises what :mod:`compiler` does, CompilationError and
+    BackendUnavailableError.
     """
     shape = heuristics.choose(problem, layout)
     kernel = compiler.kernel(shape.source, "attend_kernel", shape.defines, layout.device)
@@ -49,7 +49,8 @@ class Plan:
         self._problem, self._layout = problem, layout
 
     def launch(
-        self, stream, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table, m, d1, d2, O1, O2, t0
+        self, stream, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
+        m, d1, d2, O1, O2, t0,
     ) -> None:  # fmt: skip
         """Launch on a stream of the current device; all arguments are addresses, 0 where there is no array."""
         partials = counters = 0
@@ -85,7 +86,12 @@ class Plan:
             ((k, layout.k, problem.head_dim), (v, layout.v, problem.value_dim))
         ):
             maps[place * tensor_map.BYTES :][: tensor_map.BYTES] = tensor_map.encode(
-                address, (outer, length, problem.kv_heads // heads), strides, heads, heads * size, heuristics.BOX
+                address,
+                (outer, length, problem.kv_heads // heads),
+                strides,
+                heads,
+                heads * size,
+                self.shape.box,
             )
         return maps, maps.ctypes.data
 

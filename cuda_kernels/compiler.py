@@ -155,7 +155,9 @@ def cache_folder() -> Path:
 
 def _options(defines: Defines, arch: str) -> tuple[str, ...]:
     macros = tuple(f"-D{name}={value}" for name, value in defines)
-    return ("-std=c++17", f"-arch={arch}", f"-I{FOLDER / 'include'}", "--ptxas-options=-v", *macros)
+    include = f"-I{FOLDER / 'include'}"
+    # Of older versions a lambda of generic arguments is a host's unless it is told otherwise.
+    return "-std=c++17", "-default-device", f"-arch={arch}", include, "--ptxas-options=-v", *macros
 
 
 def _image(source: str, defines: Defines, arch: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Which kernel runs a call of softmax or Parallax attention, in what shape: no CUDA needed to read or test it.
+"""Which kernel runs a call of softmax or Parallax attention, in what shape; no CUDA needed to read it.
 
 Measured on an H200 unless said otherwise; docs/gpu.md tells what was compared.
 """
@@ -16,8 +16,6 @@ from .layout import Layout
 STEP = 16
 """Keys that a warp takes at a time."""
 MOST_SLOTS = 16
-BOX = 8
-"""Keys that the copy engine brings at a time; 16 were as fast in large calls and slower in small ones."""
 LONGEST_GRID = 65535
 """Blocks along y and z."""
 MOST_STEPS = 2**31 - 1
@@ -38,8 +36,8 @@ class Shape(NamedTuple):
     """A compiled kernel and how it is launched.
 
     source, defines: what the compiler takes. grid, cluster: blocks. shared_bytes: of a block. boxes: whether
-    the copy engine brings keys and values. parts: partial results of the workspace, of ``part_floats`` floats
-    each, and counters beside them.
+    the copy engine brings keys and values, ``box`` keys at a time. parts: partial results of the workspace,
+    of ``part_floats`` floats each, and counters beside them.
     """
 
     source: str
@@ -48,6 +46,7 @@ class Shape(NamedTuple):
     warps: int
     shared_bytes: int
     boxes: bool
+    box: int
     heads: int
     row_blocks: int
     split_steps: int
@@ -87,20 +86,25 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         if boxes and cuts > 1:
             blocks = 1
             cuts = _cuts(steps, items, 8, layout.multiprocessors)
-        cluster = _cluster(cuts, items, problem.value_dim, layout.multiprocessors) if boxes else 1
+        if boxes:
+            cluster = _cluster(cuts, items, tiles, problem.value_dim, layout.multiprocessors)
 
     def plan(warps: int) -> tuple[int, int]:
         """Slots of a warp's ring, and bytes of shared memory."""
         records = heads * tiles * queries
         fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster)
         slot = STEP * (_row_bytes(problem, heads) + (0 if boxes else 16))
-        limit = _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
+        limit = (
+            _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
+        )
         slots = min(MOST_SLOTS, (limit - fixed) // (warps * (slot + 8)))
         return slots, fixed + slots * warps * (slot + 8)
 
     warps = next(w for w in (8, 4, 2, 1) if plan(w)[0] >= 2)
     slots, shared_bytes = plan(warps)
 
+    # Keys that the copy engine brings at a time; with many rows its instructions compete with theirs.
+    box = 16 if tiles == 4 else 8
     part_channels = problem.value_dim // cluster
     records = heads * tiles * queries
     grids, parts, counters = (items, 1, 1), 0, 0
@@ -135,7 +139,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "SHARED": shared_bytes,
     }
     if boxes:
-        defines |= {"CLUSTER": cluster, "BOX": BOX}
+        defines |= {"CLUSTER": cluster, "BOX": box}
     else:
         defines["ALIGNED"] = int(
             layout.aligned and all(d * size % 16 == 0 for d in (problem.head_dim, problem.value_dim))
@@ -147,6 +151,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         warps=warps,
         shared_bytes=shared_bytes,
         boxes=boxes,
+        box=box,
         heads=heads,
         row_blocks=row_blocks,
         split_steps=split_steps,
@@ -229,14 +234,16 @@ def _even(places: int, items: int) -> int:
     return max((n for n in range(places - places // 16, places + 1) if items % n == 0), default=places)
 
 
-def _cluster(cuts: int, items: int, value_dim: int, multiprocessors: int) -> int:
+def _cluster(cuts: int, items: int, tiles: int, value_dim: int, multiprocessors: int) -> int:
     """Blocks that merge through distributed shared memory.
 
     Clusters of more than two leave multiprocessors of a full grid without a place, and the rest of it waits.
+    Two blocks are worth a cluster where that spares the parts, or halves them where they are large.
     """
     for cluster in (8, 4, 2):
         few = items * cuts <= multiprocessors // 2 if cluster > 2 else items * cuts <= multiprocessors
-        if few and cuts % cluster == 0 and value_dim % cluster == 0:
+        gain = cluster > 2 or cuts == 2 or tiles == 4
+        if few and gain and cuts % cluster == 0 and value_dim % cluster == 0:
             return cluster
     return 1
 
@@ -248,7 +255,9 @@ def _vectors(problem: Problem, layout: Layout) -> bool:
 
 def _row_bytes(problem: Problem, heads: int) -> int:
     half = problem.dtype.itemsize == 2
-    columns = max(_round_up(problem.head_dim, 16 if half else 4), _round_up(problem.value_dim, 16 if half else 32))
+    columns = max(
+        _round_up(problem.head_dim, 16 if half else 4), _round_up(problem.value_dim, 16 if half else 32)
+    )
     return heads * columns * problem.dtype.itemsize
 
 
@@ -258,7 +267,9 @@ def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster) -> int:
     columns = _round_up(problem.head_dim, 16 if size == 2 else 4)
     array = _round_up(heads * 4 * tiles * (columns + 16 // size) - 64 // size, 128 // size) + 64 // size
     probe = 0 if problem.probe_dtype is None else 1 if problem.probe_dtype == problem.dtype else 2
-    total = warps * records * 16 + _round_up(warps * records * 8, 16) + records * 16 + (1 + probe) * array * size
+    total = (
+        warps * records * 16 + _round_up(warps * records * 8, 16) + records * 16 + (1 + probe) * array * size
+    )
     if grid == EQUAL_RANGES:
         value_columns = _round_up(problem.value_dim, 32)
         handed = min(value_columns, 128 // records if records < 4 else 32)

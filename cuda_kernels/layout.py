@@ -12,8 +12,9 @@ class Layout(NamedTuple):
 
     q, r, k, v, out: strides of the first three axes in elements, 0 along axes of size 1, of either sign; the
     last axis is dense; r is None without a probe. aligned: the addresses of k and v, and their strides in
-    bytes, are multiples of 16; aligned_queries: the same of q and r. index_bits: 32 or 64 for each index array that is there, all of them
-    contiguous, by its name. split_size: keys a split, or None. num_pages: pages of the cache, or None.
+    bytes, are multiples of 16; aligned_queries: those of q and r. index_bits: 32 or 64 for each index array
+    that is there, all of them contiguous, by its name. split_size: keys a split, or None. num_pages: pages of
+    the cache, or None.
     """
 
     device: int

@@ -7,11 +7,16 @@ from cuda.bindings import driver
 
 BYTES = 128
 RUN = 64
-"""Half-precision elements of a row that lie together in shared memory: 128 bytes, over which banks are spread."""
+"""Half-precision elements of a row that lie together in shared memory: 128 bytes, spread over all banks."""
 
 
 def encode(
-    address: int, sizes: tuple[int, int, int], strides: tuple[int, int, int], heads: int, columns: int, box: int
+    address: int,
+    sizes: tuple[int, int, int],
+    strides: tuple[int, int, int],
+    heads: int,
+    columns: int,
+    box: int,
 ) -> np.ndarray:
     """The map of half-precision rows of ``columns`` elements, in runs of 128 bytes.
 

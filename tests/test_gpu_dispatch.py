@@ -186,7 +186,7 @@ class Runtime:
 def _stand_in():
     """The stand-in in place of a GPU, whose devices 0 and 1 are H100s and device 2 is too old."""
     planners = {}
-    for name in ("decode", "lla_decode"):
+    for name in ("attend", "lla_decode"):
         planners[name] = types.ModuleType(name)
         planners[name].plan = Plan
     old = device.Device((7, 5), 72)

@@ -166,7 +166,7 @@ class _Row:
 
 @intrinsic
 def scale_to_maximum(typingctx, tile, first, count, factor):
-    """tile.flat[first:first+count] is multiplied by ``factor``; returns its largest number, -inf without one."""
+    """tile.flat[first:first+count] is multiplied by ``factor``; returns its largest, -inf if all are NaN."""
 
     def codegen(context, builder, signature, args):
         tile, first, count, factor = args
