@@ -21,9 +21,9 @@ MOST_MAPS = 256
 
 
 def plan(problem: Problem, layout: Layout) -> Plan:
-    """Choose the kernel of a call that has keys and an output, compile it where that is new, prepare launches.
+    """Choose the kernel of a call that has keys and an output, compile it where it is new, prepare launches.
 
-    Index arrays of the problem are described, not read. Raises what :mod:`compiler` does, CompilationError and
+    Index arrays of the problem are described, not read. Raises what :mod:`compiler` does: CompilationError,
     BackendUnavailableError.
     """
     shape = heuristics.choose(problem, layout)

@@ -183,7 +183,7 @@ def _takes_boxes(problem: Problem, layout: Layout, heads: int) -> bool:
 
 def _tiles(rows: int, heads: int, channels: int, half: bool) -> int:
     """Groups of four query rows a block takes; as many as its registers hold accumulators for."""
-    most = max(1, (64 if half else 32) // (heads * channels))
+    most = max(1, min((64 if half else 32) // (heads * channels), 4 // heads))
     return min(1 if rows <= 4 else 2 if rows <= 8 else 4, 4 if most >= 4 else 2 if most >= 2 else 1)
 
 
