@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import parallax_core
+from parallax_core import cuda_kernels
 from parallax_core.compare import compare
 from parallax_core.data import load_sample
 
@@ -39,7 +40,9 @@ def test_the_example_of_each_framework_runs(framework, package):
 
 @pytest.mark.gpu
 def test_the_example_of_cupy_runs():
-    pytest.importorskip("cupy")
+    reason = cuda_kernels.availability()
+    if reason is not None:
+        pytest.skip(reason)
     for code in blocks("frameworks.md", "CuPy"):
         exec(compile(code, "frameworks.md, CuPy", "exec"), {})
 
