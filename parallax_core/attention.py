@@ -349,6 +349,8 @@ def _cache_arrays(
         operation, q=q, k_cache=k_cache, v_cache=v_cache, cache_seqlens=cache_seqlens,
         cache_leftpad=cache_leftpad, page_table=page_table, out=out, **more,
     )  # fmt: skip
+    if out is not None and exchange.is_immutable(out):
+        raise ValueError("out is read-only; expected an array that can be written to")
     arrays["k"], arrays["v"] = arrays.pop("k_cache"), arrays.pop("v_cache")
     return arrays
 

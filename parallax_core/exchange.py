@@ -248,11 +248,11 @@ def imported(name: str, x: Any, **handshake: Any) -> tuple[_Tensor, bool, Any]:
         raise TypeError(f"{name} cannot be exchanged through DLPack: {_first_line(error)}") from error
     if not _capsule_valid(capsule, b"dltensor_versioned"):
         managed = _Managed.from_address(_capsule_pointer(capsule, b"dltensor"))
-        return managed.tensor, is_immutable(x), capsule
+        return managed.tensor, False, capsule
     managed = _ManagedVersioned.from_address(_capsule_pointer(capsule, b"dltensor_versioned"))
     if managed.major != 1:
         raise TypeError(f"{name} speaks DLPack {managed.major}.{managed.minor}; expected version 1")
-    return managed.tensor, bool(managed.flags & _READ_ONLY) or is_immutable(x), capsule
+    return managed.tensor, bool(managed.flags & _READ_ONLY), capsule
 
 
 def is_immutable(x: Any) -> bool:

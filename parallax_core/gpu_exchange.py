@@ -222,7 +222,7 @@ def as_cupy(name: str, x: Any, device: int, stream: int) -> cupy.ndarray:
         owner = x
         if interface.get("stream") is not None:
             _wait(stream, interface["stream"])
-    if name == "out" and read_only:
+    if name == "out" and (read_only or exchange.is_immutable(x)):
         raise ValueError("out is read-only; expected an array that can be written to")
     if strides is None:
         strides = tuple(int(np.prod(shape[i + 1 :])) * dtype.itemsize for i in range(len(shape)))

@@ -43,9 +43,9 @@ def test_the_example_of_each_framework_runs(framework, package):
 
 @pytest.mark.gpu
 def test_the_example_of_cupy_runs():
-    missing = cuda_kernels.availability()
-    if missing:
-        pytest.skip(missing)
+    reason = cuda_kernels.availability()
+    if reason is not None:
+        pytest.skip(reason)
     for code in blocks("frameworks.md", "CuPy"):
         exec(compile(code, "frameworks.md, CuPy", "exec"), {})
 

@@ -1,0 +1,65 @@
+"""Every kernel compiles for every GPU, and the tuned ones keep to their registers; NVRTC needs no GPU."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy", reason="CuPy brings NVRTC's bindings; pip install '.[gpu-compile]'")
+
+from test_cuda_heuristics import FLOAT32, shape_of
+
+from parallax_core.cuda_kernels import compiler
+
+# Calls that the heuristics are tuned for: heads of 64 and 128 in half precision, up to 16 query rows a key head.
+TUNED = {
+    "one row": dict(),
+    "one row, heads of 64": dict(head_dim=64),
+    "a group of 4": dict(q_heads=32, kv_len=8192, batch=8),
+    "16 rows of one head": dict(q_heads=16, kv_heads=1, kv_len=16384, batch=16),
+    "many sequences": dict(batch=64, kv_len=4096),
+    "ragged": dict(batch=8, lengths=True),
+    "ragged pages, a group of 4": dict(batch=8, q_heads=32, lengths=True, page_size=64),
+    "4 tokens": dict(q_len=4, lengths=True, batch=4),
+    "a float32 probe": dict(probe_dtype=FLOAT32),
+    "softmax": dict(probe_dtype=None),
+    "float16": dict(dtype=np.dtype(np.float16), probe_dtype=np.dtype(np.float16)),
+}
+PORTABLE = {
+    "half precision": dict(capability=(8, 0)),
+    "half precision, heads of 64": dict(capability=(8, 0), head_dim=64, lengths=True),
+    "float32": dict(capability=(8, 0), dtype=FLOAT32, probe_dtype=FLOAT32),
+}
+# Nothing tuned: odd sizes, no alignment, whole sequences.
+ODD = {
+    "unaligned pages": dict(head_dim=77, value_dim=33, aligned=False, lengths=True, page_size=20, q_len=3),
+    "packed sequences": dict(q_len=512, packed=3, head_dim=80, value_dim=256, lengths=False),
+    "a pinned split": dict(lengths=True, batch=3, split_size=48, head_dim=40),
+    "full attention in float32": dict(q_len=100, causal=False, dtype=FLOAT32, probe_dtype=None, head_dim=256),
+}
+
+
+def usage(shape, arch):
+    # The launcher's count of shared memory is compared with the kernel's own by a static assertion in it.
+    _, log = compiler.compile_cubin(shape.source, shape.defines, arch)
+    return compiler.usage(log)["attend_kernel"]
+
+
+@pytest.mark.parametrize("call", TUNED.values(), ids=TUNED)
+def test_tuned_kernels_of_hopper_do_not_spill(call):
+    _, shape = shape_of(**call)
+    assert shape.source == "sm90/attend.cu"
+    assert usage(shape, "sm_90a").spill_bytes == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
+@pytest.mark.parametrize("call", PORTABLE.values(), ids=PORTABLE)
+def test_tuned_portable_kernels_do_not_spill(call, arch):
+    _, shape = shape_of(**call)
+    assert shape.source == "portable/attend.cu"
+    assert usage(shape, arch).spill_bytes == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_120"])
+@pytest.mark.parametrize("call", ODD.values(), ids=ODD)
+def test_every_other_call_compiles(call, arch):
+    _, shape = shape_of(**call, capability=(8, 0))
+    assert usage(shape, arch).registers <= 255
