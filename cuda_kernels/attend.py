@@ -52,7 +52,7 @@ class Plan:
         self, stream, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
         m, d1, d2, O1, O2, t0,
     ) -> None:  # fmt: skip
-        """Launch on a stream of the current device; all arguments are addresses, 0 where there is no array."""
+        """Launch on a stream of the current device; arguments are addresses, 0 where there is no array."""
         partials = counters = 0
         if self._counters:
             partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)

@@ -9,7 +9,7 @@ from test_cuda_heuristics import FLOAT32, shape_of
 
 from parallax_core.cuda_kernels import compiler
 
-# Calls that the heuristics are tuned for: heads of 64 and 128 in half precision, up to 16 query rows a key head.
+# What the heuristics are tuned for: heads of 64 and 128 in half precision, up to 16 query rows a key head.
 TUNED = {
     "one row": dict(),
     "one row, heads of 64": dict(head_dim=64),
