@@ -105,7 +105,7 @@ def _record(problem: Problem, layout: Layout, shape: Shape) -> np.ndarray:
         batch=problem.batch, q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads,
         kv_heads=problem.kv_heads, window=problem.window_size or 0, causal=problem.causal,
         row_blocks=shape.row_blocks, split_steps=shape.split_steps, share=shape.share, surplus=shape.surplus,
-        scale=problem.scale, scale_log2=problem.scale * math.log2(math.e),
+        scale_log2=problem.scale * math.log2(math.e),
     )  # fmt: skip
     if layout.r is not None:
         fields["r_stride"] = layout.r

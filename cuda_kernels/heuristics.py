@@ -12,6 +12,7 @@ import numpy as np
 from parallax_core.problem import BFLOAT16, Problem
 
 from .layout import Layout
+from .parameters import PROBLEM
 
 STEP = 16
 """Keys that a warp takes at a time."""
@@ -137,6 +138,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "PAGE_SIZE": problem.page_size or 0,
         "VECTORS": int(_vectors(problem, layout)),
         "SHARED": shared_bytes,
+        "PROBLEM_BYTES": PROBLEM.itemsize,
     }
     if boxes:
         defines |= {"CLUSTER": cluster, "BOX": box}

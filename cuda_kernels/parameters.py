@@ -27,7 +27,7 @@ PROBLEM = np.dtype(
     + [(name, "i8") for name in _INDEX_STRIDES]
     + [("page_table_stride", "i8", (2,))]
     + [(name, "i4") for name in _INTEGERS]
-    + [("scale", "f4"), ("scale_log2", "f4")],
+    + [("scale_log2", "f4")],
     align=True,
 )
 

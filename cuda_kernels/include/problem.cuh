@@ -17,8 +17,10 @@ struct Problem {
   int sequences, num_pages, window, causal;
   int cu_seqlens_wide, cache_seqlens_wide, cache_leftpad_wide, page_table_wide;
   int row_blocks, split_steps, share, surplus;
-  float scale, scale_log2;
+  float scale_log2;  // of scores in units of log 2
 };
+
+static_assert(sizeof(Problem) == PROBLEM_BYTES, "parameters.py describes another structure");
 
 __device__ __forceinline__ long long index_at(const void* array, long long i, int wide) {
   return wide ? __ldg(static_cast<const long long*>(array) + i) : __ldg(static_cast<const int*>(array) + i);

@@ -19,6 +19,7 @@
 //   VARIED       1: rows of an item may see different keys
 //   PAGE_SIZE    positions of a page, 0 where the caches are not paged
 //   SHARED       bytes of shared memory that the launcher asks for
+//   PROBLEM_BYTES  size of the structure that it passes
 //   VECTORS      1: rows of q and r are whole vectors of 16 aligned bytes
 //   BOX          keys that the copy engine brings at a time, 8 or 16
 // and from the kernel: BOXES 1 where the copy engine brings the keys, ALIGNED 1 where 16 bytes can be copied at a time.

@@ -1,0 +1,39 @@
+"""Races, shaken out by waits of random length where a warp's copies and its reading meet."""
+
+import numpy as np
+import pytest
+from calls import call
+from test_decode import make
+
+import parallax_core as plx
+
+CASES = {
+    "copy engine": dict(batch=3, capacity=3000),
+    "copy engine, heads of 64": dict(batch=3, capacity=3000, head_dim=64),
+    "copy engine, ragged pages": dict(
+        batch=3, capacity=3072, page_size=64, cache_seqlens=np.array([3001, 5, 777], np.int32)
+    ),
+    "16 rows": dict(batch=2, capacity=3000, kv_heads=1, group=16),
+    "lanes copy": dict(batch=3, capacity=2000, head_dim=80),
+    "float32": dict(batch=2, capacity=1000, dtype=np.dtype(np.float32)),
+}
+
+
+@pytest.fixture
+def delayed(monkeypatch):
+    """Kernels with waits, in place of those that calls would find."""
+    from parallax_core.cuda_kernels import calls, compiler
+
+    options = compiler._options
+    monkeypatch.setattr(compiler, "_options", lambda *arguments: (*options(*arguments), "-DSTRESS"))
+    monkeypatch.setattr(compiler, "_kernels", {})
+    monkeypatch.setattr(calls, "_calls", {})
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_waits_change_no_bit(writable, case, request):
+    arrays = writable.case(make(**case))
+    expected = writable.get(call(plx, "parallax", arrays))
+    request.getfixturevalue("delayed")
+    for _ in range(20):
+        np.testing.assert_array_equal(writable.get(call(plx, "parallax", arrays)), expected)
