@@ -21,7 +21,13 @@ for module in pkgutil.walk_packages(parallax_core.__path__, "parallax_core."):
 # Where the folders are mapped by an editable install, walking finds only what lies under parallax_core.
 names += ["parallax_core.cuda_kernels", "parallax_core.distributed"]
 for name in names:
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as missing:
+        # What launches kernels is imported once an array on a GPU is passed, and CuPy is there then.
+        launches = name.startswith(("parallax_core.cuda_kernels.", "parallax_core.gpu_exchange"))
+        if not launches or missing.name.partition(".")[0] not in ("cupy", "cuda"):
+            raise
 for name in ("distributed", "cuda_kernels"):
     spec = importlib.util.find_spec(name)
     assert spec is None, f"{name} is importable at top level from {spec.origin}"
