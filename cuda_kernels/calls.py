@@ -274,7 +274,13 @@ def _prepare(operation: str, framework: Framework, arrays: Arrays, options: Opti
 
 def _plan(operation: str, problem_: Problem, layout: Layout, options: Options, ridge):
     if operation.startswith("lla"):
-        from . import lla_decode
+        try:
+            from . import lla_decode
+        except ImportError as error:
+            raise BackendUnavailableError(
+                f"{operation} has kernels but no launcher on a GPU in this version; pass arrays on the CPU "
+                "(nothing is copied between devices unasked)"
+            ) from error
 
         return lla_decode.plan(problem_, layout, ridge, options.solver)
     from . import attend
