@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from .intrinsics import BF16, F16, F32, F64
+from .intrinsics import BF16, F16, F32, F64, prefetch_to_second
 from .streamed_products import ACCUMULATORS, VECTOR_BYTES, accumulate_block, score_block
 
 MOST_ROWS = 4
@@ -38,7 +38,17 @@ def run_length(page_size, position, keys):
     return keys if page_size == 0 else min(keys, page_size - position % page_size)
 
 
+@njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+def ask(address, stride, keys, size):
+    """Ask for ``size`` bytes of each of some keys ``stride`` bytes apart."""
+    for l in range(keys):
+        for line in range(0, size, 64):
+            prefetch_to_second(address + l * stride + line)
+
+
 def _functions(code):
+    item = {F64: 8, F32: 4}.get(code, 2)
+
     """The products and the weighted sums of a run of equally spaced keys of one storage type, a constant."""
 
     @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
@@ -50,12 +60,14 @@ def _functions(code):
                 score_block(S, j + l, A, rows, code, address, base + l * stride, stride, 1, size)
 
     @njit(nogil=True, cache=True, error_model="numpy")
-    def score_run(S, A, heads, each, probed, tensor, base, j, keys, size):
+    def score_run(S, A, heads, each, probed, tensor, base, j, keys, size, other, other_base):
         address, stride, rows = tensor[0], tensor[2], heads * each
         for l in range(0, keys, BLOCK):
             block = min(BLOCK, keys - l)
             for h in range(heads):
                 at = base + l * stride + h * tensor[3]
+                there = other_base + l * other[2] + h * other[3]
+                ask(other[0] + there * item, other[2] * item, block, size * item)
                 i, end = h * each, (h + 1) * each
                 while i < end:
                     if probed and TWO_QUERIES and i + 2 <= end:
@@ -92,11 +104,15 @@ def _functions(code):
             accumulate_block(O, d, S, j, rows, code, address, base, stride, keys, 0, size - d)
 
     @njit(nogil=True, cache=True, error_model="numpy")
-    def accumulate_run(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, keys, size):
+    def accumulate_run(
+        O, S, heads, each, probed, firsts, ends, tensor, base, key, j, keys, size, other, other_base
+    ):  # fmt: skip
         address, stride, rows = tensor[0], tensor[2], heads * each
         for l in range(0, keys, BLOCK):
             for h in range(heads):
                 at = base + l * stride + h * tensor[3]
+                there = other_base + l * other[2] + h * other[3]
+                ask(other[0] + there * item, other[2] * item, min(BLOCK, keys - l), size * item)
                 i, end = h * each, (h + 1) * each
                 while i < end:
                     f = max(firsts[i] - key, j + l)
@@ -129,45 +145,63 @@ _score_f16, _accumulate_f16 = _functions(F16)
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def score_few(
-    S, A, heads, each, probed, tensor, sequence, page_table, page_size, head, key, keys, size
+    S, A, heads, each, probed, tensor, sequence, page_table, page_size, head, key, keys, size, other,
+    next_key, last,
 ):  # fmt: skip
     """S[i, j] = A[i] . key j of the row's head, ``each`` rows a head, the probes' after all of the queries'.
 
-    All heads of a position are read together, since they are neighbours in memory.
+    All heads of a position are read together, since they are neighbours in memory. other: what is read next,
+    from position ``next_key`` on; last: the last position that may be looked up.
     """
     code, j = tensor[4], 0
     while j < keys:
         base = row_base(tensor, sequence, page_table, page_size, head, key + j)
         run = run_length(page_size, key + j, keys - j)
+        # A position that the sequence holds: a page beyond its last is never looked up.
+        following = min(next_key + j, last)
+        other_base = row_base(other, sequence, page_table, page_size, head, following)
         if code == F32:
-            _score_f32(S, A, heads, each, probed, tensor, base, j, run, size)
+            _score_f32(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
         elif code == F64:
-            _score_f64(S, A, heads, each, probed, tensor, base, j, run, size)
+            _score_f64(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
         elif code == BF16:
-            _score_bf16(S, A, heads, each, probed, tensor, base, j, run, size)
+            _score_bf16(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
         else:
-            _score_f16(S, A, heads, each, probed, tensor, base, j, run, size)
+            _score_f16(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
         j += run
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
 def accumulate_few(
-    O, S, heads, each, probed, firsts, ends, tensor, sequence, page_table, page_size, head, key, keys, size
+    O, S, heads, each, probed, firsts, ends, tensor, sequence, page_table, page_size, head, key, keys, size,
+    other, next_key, last,
 ):  # fmt: skip
     """O[i] += S[i] @ values, each row over the keys it sees alone: a hidden NaN is never multiplied.
 
-    firsts, ends: of the rows of queries, in whose order the probes' rows follow.
+    firsts, ends: of the rows of queries, in whose order the probes' rows follow. other, next_key, last: as in
+    :func:`score_few`.
     """
     code, j = tensor[4], 0
     while j < keys:
         base = row_base(tensor, sequence, page_table, page_size, head, key + j)
         run = run_length(page_size, key + j, keys - j)
+        # A position that the sequence holds: a page beyond its last is never looked up.
+        following = min(next_key + j, last)
+        other_base = row_base(other, sequence, page_table, page_size, head, following)
         if code == F32:
-            _accumulate_f32(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+            _accumulate_f32(
+                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
+            )
         elif code == F64:
-            _accumulate_f64(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+            _accumulate_f64(
+                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
+            )
         elif code == BF16:
-            _accumulate_bf16(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+            _accumulate_bf16(
+                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
+            )
         else:
-            _accumulate_f16(O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size)
+            _accumulate_f16(
+                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
+            )
         j += run

@@ -26,19 +26,24 @@ def fetch_add(typingctx, counter):
     return types.int64(counter), codegen
 
 
-@intrinsic
-def prefetch(typingctx, address):
-    """Ask for the cache line at an address, which may be any."""
+def _prefetch(locality, doc):
+    def prefetch(typingctx, address):
+        def codegen(context, builder, signature, args):
+            pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
+            function = cgutils.get_or_insert_function(
+                builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0"
+            )
+            builder.call(function, [builder.inttoptr(args[0], pointer), i32(0), i32(locality), i32(1)])
+            return context.get_dummy_value()
 
-    def codegen(context, builder, signature, args):
-        pointer, i32 = ir.IntType(8).as_pointer(), ir.IntType(32)
-        function = cgutils.get_or_insert_function(
-            builder.module, ir.FunctionType(ir.VoidType(), [pointer, i32, i32, i32]), "llvm.prefetch.p0"
-        )
-        builder.call(function, [builder.inttoptr(args[0], pointer), i32(0), i32(3), i32(1)])
-        return context.get_dummy_value()
+        return types.void(types.int64), codegen
 
-    return types.void(types.int64), codegen
+    prefetch.__doc__ = doc
+    return intrinsic(prefetch)
+
+
+prefetch = _prefetch(3, "Ask for the cache line at an address, which may be any.")
+prefetch_to_second = _prefetch(2, "The same, into the second-level cache alone.")
 
 
 def _element(builder, address, index, llvm_type):

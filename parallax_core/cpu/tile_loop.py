@@ -292,9 +292,11 @@ def attend(
             keys = min(KEY_TILE, end - key)
             partial = reach(firsts, ends, rows, key, keys, first_columns, end_columns)
             if few:
+                # Arithmetic keeps the processor from reading ahead, so it asks for what is read next, line by
+                # line as it consumes what is there: the values of these keys here, the next keys below.
                 score_few(
                     S, A, heads, each, probed, tensors[1], sequence, page_table, page_size, head, key, keys,
-                    head_dim,
+                    head_dim, tensors[2], key, end - 1,
                 )  # fmt: skip
             elif packed:
                 tile = tiles_from[items[taken, 0]] + (key - sequence[3]) // KEY_TILE
@@ -318,7 +320,7 @@ def attend(
             if few:
                 accumulate_few(
                     O, S, heads, each, probed, firsts, ends, tensors[2], sequence, page_table, page_size,
-                    head, key, keys, value_dim,
+                    head, key, keys, value_dim, tensors[1], key + KEY_TILE, end - 1,
                 )  # fmt: skip
             elif partial and not (finite_packed[head, tile] if packed else all_finite(V, 0, keys, value_dim)):
                 for i in range(rows):
