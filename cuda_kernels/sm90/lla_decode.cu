@@ -40,7 +40,7 @@ static_assert(MATRIX_THREADS == TRANSFORM_THREADS, "a matrix warp scores the key
 // Below this many keys a block, merging costs more than it saves.
 constexpr int MIN_SPLIT_KEYS = 512;
 
-constexpr int X_STAGES = 2;  // one is multiplied while the other is written
+constexpr int X_STAGES = 2;
 constexpr int X_BLOCK = TILE * 128;  // bytes: 64 channels of every key of a tile
 constexpr int X_STAGE = 2 * D / 64 * X_BLOCK;
 
@@ -55,12 +55,13 @@ constexpr float LAZY_LOG2 = 8.0f;
 constexpr int SCORES_AHEAD = 2;
 constexpr int SCORE_STAGES = 4;
 
-// ---- the factorisation
-constexpr int PANEL = 8;  // columns
+// ---- the factorisation: panels of 8 columns; matrix thread (y, x) holds rows i * Y + y, columns 8 j + x
+constexpr int PANEL = 8;
 constexpr int PANELS = D / PANEL;
+constexpr int Y = MATRIX_THREADS / 8;
+constexpr int ROWS_PER_THREAD = D / Y;
 constexpr int MOMENT_PITCH = 2 * D + 8;           // floats; 8 rows apart are 8 banks apart
-// Floats: D rows, 8 of the diagonal block's inverse, and 8 more, so that equal rows fall on different banks.
-constexpr int FACTOR_PANEL = (D + PANEL) * PANEL + PANEL;
+constexpr int FACTOR_PANEL = D * PANEL + PANEL;   // floats; the panels' equal rows fall on different banks
 
 // ---- shared memory
 
@@ -99,8 +100,8 @@ struct Shared {
   // The query as row 0 of a score product's left operand, what lanes 0 to 3 hold; that of all others is zero.
   alignas(8) uint2 query[D / 16][5];
   alignas(16) float right_side[D];
-  alignas(16) float slope[D];  // y, then u
-  float along;
+  float pivot_inverse[D];
+  float slope[D];
   alignas(16) Sums sums;
   alignas(16) float scores[SCORE_STAGES][TILE];
   alignas(16) float maxima[SCORE_STAGES][TRANSFORM_WARPS];
@@ -108,7 +109,8 @@ struct Shared {
   float rescale[X_STAGES];
   unsigned is_last;
   unsigned bad_page;
-  alignas(8) unsigned long long x_full[X_STAGES];
+  alignas(8) unsigned long long raw_full[TRANSFORM_WARPS][SLOTS];
+  unsigned long long x_full[X_STAGES];
   unsigned long long x_empty[X_STAGES];
   unsigned long long scores_full[SCORE_STAGES];
 };
@@ -137,7 +139,7 @@ __device__ __forceinline__ float exp2_approximate(float x) {
 }
 
 __device__ __forceinline__ float2 widen(unsigned pair) {
-#ifdef HALF_IS_FLOAT16
+#if HALF_IS_FLOAT16
   float2 x;
   asm("{\n.reg .b16 lo, hi;\nmov.b32 {lo, hi}, %2;\ncvt.f32.f16 %0, lo;\ncvt.f32.f16 %1, hi;\n}"
       : "=f"(x.x), "=f"(x.y)
@@ -150,7 +152,7 @@ __device__ __forceinline__ float2 widen(unsigned pair) {
 
 __device__ __forceinline__ unsigned round_pair(float lo, float hi) {
   unsigned pair;
-#ifdef HALF_IS_FLOAT16
+#if HALF_IS_FLOAT16
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
 #else
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(hi), "f"(lo));
@@ -332,73 +334,19 @@ __device__ __forceinline__ void move_moments(const Shared& shared, float (&c)[D]
   }
 }
 
-constexpr int CHUNKS = 2 * D / 8;
-constexpr int KEYS_AT_ONCE = 32 / CHUNKS;
-constexpr int PASSES = WARP_KEYS / KEYS_AT_ONCE;
-
 // How many keys of a tile are a transform warp's.
 __device__ __forceinline__ int keys_of(int warp, int tile, int keys) {
   return min(max(keys - tile * TILE - warp * WARP_KEYS, 0), WARP_KEYS);
 }
 
-// 16 bytes of each of a warp's keys: a lane keeps its channels, of K or V, for every key (D = 128) or every other.
-struct Lane {
-  int chunk, sub_key;
-  bool is_value;
-  int channel;
-  unsigned raw;  // bytes into a slot
-
-  __device__ __forceinline__ explicit Lane(int lane) {
-    chunk = lane % CHUNKS;
-    sub_key = lane / CHUNKS;
-    is_value = chunk >= CHUNKS / 2;
-    channel = chunk % (CHUNKS / 2) * 8;
-    raw = ((is_value ? WARP_KEYS : 0) + sub_key) * RAW_PITCH + channel * 2;
-  }
-};
-
-// A matrix warp copies and scores the keys of the transform warp of its number, while the tensor cores work.
-__device__ __forceinline__ void copy(Shared& shared, const lla::Call& call, const lla::Row& row, int begin, int keys,
-                                     int tile) {
-  const int warp = threadIdx.x / 32;
-  const Lane lane(threadIdx.x % 32);
-  const int present = keys_of(warp, tile, keys);
-  const int first = begin + tile * TILE + warp * WARP_KEYS + lane.sub_key;
-  const long long* stride = lane.is_value ? call.v_stride : call.k_stride;
-  const unsigned short* cache =
-      half_pointer(lane.is_value ? call.v : call.k) + row.kv_head * stride[2] + lane.channel;
-  const unsigned to = shared_address(shared.raw[warp][tile % SLOTS]) + lane.raw;
-#if !PAGED
-  cache += row.batch * stride[0] + first * stride[1];
-#endif
-#pragma unroll
-  for (int pass = 0; pass < PASSES; pass++) {
-    bool seen = pass * KEYS_AT_ONCE + lane.sub_key < present;
-#if PAGED
-    const unsigned short* from = cache;
-    if (seen) {
-      const lla::Place place(call, row.batch, first + pass * KEYS_AT_ONCE);
-      if (!place.valid) shared.bad_page = 1;
-      seen = place.valid;
-      if (seen) from += place.outer * stride[0] + place.inner * stride[1];
-    }
-    copy_16_bytes(to + pass * KEYS_AT_ONCE * RAW_PITCH, from, seen);
-#else
-    copy_16_bytes(to + pass * KEYS_AT_ONCE * RAW_PITCH, cache, seen);
-    cache += KEYS_AT_ONCE * stride[1];
-#endif
-  }
-  commit_copies();
-}
-
+// A matrix warp scores the keys of the transform warp of its number, while the tensor cores work on a tile.
 __device__ __forceinline__ void score(Shared& shared, int tile, int keys, float scale_log2) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int slot = tile % SLOTS, stage = tile % SCORE_STAGES;
   const int present = keys_of(warp, tile, keys);
   // Lanes 0 to 3 hold row 0 of the left operand, the query; the other rows are zero.
   const uint2* query = &shared.query[0][min(lane, 4)];
-  wait_copies<SLOTS - SCORES_AHEAD>();
-  __syncwarp();
+  mbarrier_wait(shared_address(&shared.raw_full[warp][slot]), tile / SLOTS & 1);
   float even[WARP_KEYS / 8][4] = {}, odd[WARP_KEYS / 8][4] = {};
   const unsigned at = shared_address(shared.raw[warp][slot]) + lane % 8 * RAW_PITCH + lane / 8 * 16;
 #pragma unroll
@@ -435,7 +383,7 @@ __device__ __forceinline__ void score(Shared& shared, int tile, int keys, float 
 // A warpgroup accumulates X_k^T [X_k X_v] of its 64 key channels, then holds the trailing matrix of the
 // factorisation.
 __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, const lla::Row& row, int item,
-                                            int clusters, int begin, int keys, int tiles) {
+                                            int clusters, int keys, int tiles) {
   const float scale_log2 = call.scale * 1.4426950408889634f;
   const int warpgroup = threadIdx.x / 128;
   {
@@ -443,41 +391,31 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
 #pragma unroll
     for (int e = 0; e < D; e++) c[e] = 0.0f;
     const unsigned x = shared_address(shared.x);
-    for (int tile = 0; tile < SLOTS; tile++) copy(shared, call, row, begin, keys, tile);
     for (int tile = 0; tile < min(SCORES_AHEAD, tiles); tile++) score(shared, tile, keys, scale_log2);
-    // Where the origin moves, the accumulators change outside of the products: a loop around the common one, in
-    // which ptxas would serialise the products otherwise.
-    int tile = 0;
-    auto wait_for_tile = [&]() {
-      mbarrier_wait(shared_address(&shared.x_full[tile % X_STAGES]), tile / X_STAGES & 1);
-      return shared.rescale[tile % X_STAGES];
-    };
-    while (tile < tiles) {
-      float rescale = wait_for_tile();
+    for (int tile = 0; tile < tiles; tile++) {
+      const int stage = tile % X_STAGES;
+      mbarrier_wait(shared_address(&shared.x_full[stage]), tile / X_STAGES & 1);
+      const float rescale = shared.rescale[stage];
       if (rescale != 1.0f) move_moments(shared, c, rescale);
-      do {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) mbarrier_arrive(shared_address(&shared.x_empty[(tile + 1) % X_STAGES]));
-        wgmma_fence();
+      wgmma_fence();
 #pragma unroll
-        for (int step = 0; step < TILE / 16; step++) {
-          // A warp waits while its products queue, so the copies go between them. x_full says that the transform
-          // warps have read this tile's keys, too: their slot is free.
-          if (step == TILE / 32) copy(shared, call, row, begin, keys, tile + SLOTS);
-          const unsigned at = x + tile % X_STAGES * X_STAGE + step * 16 * 128;
-          const unsigned long long left = keys_outermost(at + warpgroup * X_BLOCK, X_BLOCK);
+      for (int step = 0; step < TILE / 16; step++) {
+        const unsigned at = x + stage * X_STAGE + step * 16 * 128;
+        const unsigned long long left = keys_outermost(at + warpgroup * X_BLOCK, X_BLOCK);
+        if constexpr (D == 128) {
           // All 256 columns in one instruction do not compile: its accumulators and operands must fit the registers
           // a thread has before setmaxnreg.
           wgmma_m64n128(c, left, keys_outermost(at, X_BLOCK));
-          if constexpr (D == 128) wgmma_m64n128(c + D / 2, left, keys_outermost(at + 2 * X_BLOCK, X_BLOCK));
+          wgmma_m64n128(c + D / 2, left, keys_outermost(at + 2 * X_BLOCK, X_BLOCK));
+        } else {
+          wgmma_m64n128(c, left, keys_outermost(at, X_BLOCK));
         }
-        wgmma_commit();
-        if (tile + SCORES_AHEAD < tiles) score(shared, tile + SCORES_AHEAD, keys, scale_log2);
-        tile++;
-        rescale = tile < tiles ? wait_for_tile() : 0.0f;
-        // The products have had the time of a score and of that wait.
-        wgmma_wait<0>();
-      } while (rescale == 1.0f);
+      }
+      wgmma_commit();
+      if (tile + SCORES_AHEAD < tiles) score(shared, tile + SCORES_AHEAD, keys, scale_log2);
+      // The products of the other warpgroup (D = 128) or block (D = 64) fill the pause until the next tile.
+      wgmma_wait_all();
+      if (threadIdx.x % 128 == 0) mbarrier_arrive(shared_address(&shared.x_empty[stage]));
     }
     barrier_sync(0, THREADS);
     const int upper = upper_row();
@@ -493,56 +431,62 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
     if (!merge(shared, call, item, clusters, threadIdx.x)) return;
   }
 
-  // A warp holds 16 rows of the trailing matrix, in 16 x 8 accumulators.
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int upper = upper_row(), lower = upper + 8;
+  const int y = threadIdx.x / 8, x = threadIdx.x % 8;
   const float inverse_d1 = 1.0f / shared.sums.d1;
   const float ridge = row.ridge(call);
-  const float means[2] = {shared.sums.x[upper] * inverse_d1, shared.sums.x[lower] * inverse_d1};
-  float a[PANELS][4];
+  float a[ROWS_PER_THREAD][PANELS];
 #pragma unroll
-  for (int j = 0; j < PANELS; j++) {
+  for (int i = 0; i < ROWS_PER_THREAD; i++) {
+    const int r = i * Y + y;
+    const float mean = shared.sums.x[r] * inverse_d1;
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int r = e < 2 ? upper : lower, column = j * PANEL + lane % 4 * 2 + e % 2;
-      a[j][e] = shared.moments[r][column] * inverse_d1 - means[e / 2] * (shared.sums.x[column] * inverse_d1) +
+    for (int j = 0; j < PANELS; j++) {
+      const int column = j * PANEL + x;
+      a[i][j] = shared.moments[r][column] * inverse_d1 - mean * (shared.sums.x[column] * inverse_d1) +
                 (r == column ? ridge : 0.0f);
     }
+    shared.panel[r][x] = a[i][0];
   }
-  auto hand_over = [&](const float (&x)[4]) {
-    *reinterpret_cast<float2*>(&shared.panel[upper][lane % 4 * 2]) = {x[0], x[1]};
-    *reinterpret_cast<float2*>(&shared.panel[lower][lane % 4 * 2]) = {x[2], x[3]};
-  };
-  hand_over(a[0]);
   barrier_arrive(PANEL_UPDATED, THREADS);
 
-  // The panel threads factor the next panel while the rest of the matrix is updated by this one, in products of high
-  // and low halves that together keep float32's precision. What is left of a row moves down by a panel each time,
-  // so that registers have fixed numbers and the next panel comes first.
+  // The panel threads factor the next panel while the rest of the matrix is updated by this one.
   for (int p = 0; p < PANELS - 1; p++) {
     barrier_sync(PANEL_FACTORED, THREADS);
-    const float* factor = shared.factor[p] + lane % 4;
-    const int panels = 2 * warp + 1 - p;  // up to the diagonal, without this one
-    float high[4], low[4];
+    const float* factor = shared.factor[p];
+    float4 left[ROWS_PER_THREAD][2];
 #pragma unroll
-    for (int e = 0; e < 4; e++)
-      split_tf32(-factor[(e % 2 ? lower : upper) * PANEL + e / 2 * 4], high[e], low[e]);
+    for (int i = 0; i < ROWS_PER_THREAD; i++) {
+      const float4* from = reinterpret_cast<const float4*>(factor + (i * Y + y) * PANEL);
+      left[i][0] = from[0], left[i][1] = from[1];
+    }
 #pragma unroll
     for (int j = 1; j < PANELS; j++) {
-      if (j <= panels) {
-        const float* right = factor + ((p + j) * PANEL + lane / 4) * PANEL;
-        float right_high[2], right_low[2];
-        split_tf32(right[0], right_high[0], right_low[0]);
-        split_tf32(right[4], right_high[1], right_low[1]);
-        mma_tf32(a[j - 1], low, right_high, a[j]);
-        mma_tf32(a[j - 1], high, right_low, a[j - 1]);
-        mma_tf32(a[j - 1], high, right_high, a[j - 1]);
-        if (j == 1) hand_over(a[0]);
+      if (j <= p) continue;
+      const float4* from = reinterpret_cast<const float4*>(factor + (j * PANEL + x) * PANEL);
+      const float4 right[2] = {from[0], from[1]};
+#pragma unroll
+      for (int i = 0; i < ROWS_PER_THREAD; i++) {
+        if (i * Y + Y <= j * PANEL) continue;  // above the diagonal
+        float updated = a[i][j];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          updated -= left[i][h].x * right[h].x;
+          updated -= left[i][h].y * right[h].y;
+          updated -= left[i][h].z * right[h].z;
+          updated -= left[i][h].w * right[h].w;
+        }
+        a[i][j] = updated;
+        if (j == p + 1) shared.panel[i * Y + y][x] = updated;
       }
-      if (j == 1) barrier_arrive(PANEL_UPDATED, THREADS);
+      if (j == p + 1) barrier_arrive(PANEL_UPDATED, THREADS);
     }
   }
 }
+
+// A transform lane keeps 8 channels of K or V, for every key of its warp (D = 128) or every other (D = 64).
+constexpr int CHUNKS = 2 * D / 8;
+constexpr int KEYS_AT_ONCE = 32 / CHUNKS;
+constexpr int PASSES = WARP_KEYS / KEYS_AT_ONCE;
 
 __device__ __forceinline__ uint4 load_shared(unsigned address) {
   uint4 x;
@@ -645,57 +589,54 @@ __device__ __forceinline__ void recentre(Shared& shared, int warp, int lane, uns
   }
 }
 
-// u = L^-T y in place of y, and its product with the sums of the keys, by one warp: a lane holds every 32nd element.
-__device__ __forceinline__ void substitute(Shared& shared, int lane) {
-  constexpr int ELEMENTS = D / 32, PANELS_AN_ELEMENT = 32 / PANEL;
-  float y[ELEMENTS];
-#pragma unroll
-  for (int i = 0; i < ELEMENTS; i++) y[i] = shared.slope[lane + 32 * i];
-#pragma unroll
-  for (int i = ELEMENTS - 1; i >= 0; i--) {
-#pragma unroll 1
-    for (int b = PANELS_AN_ELEMENT - 1; b >= 0; b--) {
-      const int p = i * PANELS_AN_ELEMENT + b, top = p * PANEL;
-      const float* inverse = shared.factor[p] + (D + lane % PANEL) * PANEL;
-      float l[ELEMENTS][PANEL];
-#pragma unroll
-      for (int e = 0; e <= i; e++)
-#pragma unroll
-        for (int k = 0; k < PANEL; k++) l[e][k] = shared.factor[lane / PANEL + 4 * e][(top + k) * PANEL + lane % PANEL];
-      float solved = 0.0f;
-#pragma unroll
-      for (int k = 0; k < PANEL; k++) solved += inverse[k] * __shfl_sync(~0u, y[i], b * PANEL + k);
-#pragma unroll
-      for (int k = 0; k < PANEL; k++) {
-        const float u = __shfl_sync(~0u, solved, k);
-#pragma unroll
-        for (int e = 0; e <= i; e++) y[e] -= e < i || lane < b * PANEL ? l[e][k] * u : 0.0f;
-      }
-      if (lane / PANEL == b) y[i] = solved;
-    }
-  }
-  float along = 0.0f;
-#pragma unroll
-  for (int i = 0; i < ELEMENTS; i++) {
-    shared.slope[lane + 32 * i] = y[i];
-    along += shared.sums.x[lane + 32 * i] * y[i];
-  }
-#pragma unroll
-  for (int offset = 16; offset; offset /= 2) along += __shfl_xor_sync(~0u, along, offset);
-  if (lane == 0) shared.along = along;
-}
-
-// A transform warp writes its keys' rows of X; then it factors panels, solves and writes the output.
+// A transform warp copies its own keys of every tile and writes their rows of X; then it factors panels, solves and
+// writes the output.
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const lla::Row& row, int item,
-                                               int clusters, int tiles) {
+                                               int clusters, int begin, int keys, int tiles) {
   const int thread = threadIdx.x - MATRIX_THREADS;
   const int warp = thread / 32, lane = thread % 32;
 
-  const Lane place(lane);
-  const int chunk = place.chunk, sub_key = place.sub_key;
+  const int chunk = lane % CHUNKS, sub_key = lane / CHUNKS;
+  const bool is_value = chunk >= CHUNKS / 2;
+  const int channel = chunk % (CHUNKS / 2) * 8;
+
+  const unsigned raw_full = shared_address(shared.raw_full[warp]);
   const unsigned x_chunk =
       shared_address(shared.x) + chunk / 8 * X_BLOCK + (warp * WARP_KEYS + sub_key) * 128 + ((chunk ^ sub_key) % 8 << 4);
-  const unsigned raw_chunk = shared_address(shared.raw[warp]) + place.raw;
+  const unsigned raw_chunk = shared_address(shared.raw[warp]) + (is_value ? WARP_KEYS * RAW_PITCH : 0) +
+                             sub_key * RAW_PITCH + channel * 2;
+
+  // A lane copies what it will read: 16 bytes of each of its keys.
+  const long long* stride = is_value ? call.v_stride : call.k_stride;
+  const unsigned short* cache =
+      half_pointer(is_value ? call.v : call.k) + row.kv_head * stride[2] + channel;
+  auto copy = [&](int tile) {
+    if (tile >= tiles) return;
+    const int present = keys_of(warp, tile, keys), slot = tile % SLOTS;
+    const int first = begin + tile * TILE + warp * WARP_KEYS + sub_key;
+#if !PAGED
+    const unsigned short* from = cache + row.batch * stride[0] + first * stride[1];
+#endif
+#pragma unroll
+    for (int pass = 0; pass < PASSES; pass++) {
+      bool present_here = pass * KEYS_AT_ONCE + sub_key < present;
+#if PAGED
+      const unsigned short* from = cache;
+      if (present_here) {
+        const lla::Place place(call, row.batch, first + pass * KEYS_AT_ONCE);
+        if (!place.valid) shared.bad_page = 1;
+        present_here = place.valid;
+        if (place.valid) from += place.outer * stride[0] + place.inner * stride[1];
+      }
+#endif
+      copy_16_bytes(raw_chunk + slot * RAW_SLOT + pass * KEYS_AT_ONCE * RAW_PITCH, from, present_here);
+#if !PAGED
+      from += KEYS_AT_ONCE * stride[1];
+#endif
+    }
+    arrive_after_copies(raw_full + slot * 8);
+  };
+  for (int tile = 0; tile < SLOTS; tile++) copy(tile);
 
   float origin[8] = {};
 
@@ -724,14 +665,18 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
 #pragma unroll
     for (int e = 0; e < SCORES; e++) roots[e] = exp2_approximate(0.5f * (roots[e] - shift));
     const unsigned from = raw_chunk + tile % SLOTS * RAW_SLOT;
-    // The products that read this stage are done, and the moments have followed the origin's last shift.
-    if (tile > 0) mbarrier_wait(shared_address(&shared.x_empty[stage]), (tile - 1) / X_STAGES & 1);
-    if (grown) recentre(shared, warp, lane, from, roots, rescale, sums, origin, d1);
+    if (grown) {
+      // The moments follow this shift when this tile reaches them, so all before it must have.
+      if (tile > 0)
+        mbarrier_wait(shared_address(&shared.x_empty[(tile - 1) % X_STAGES]), (tile - 1) / X_STAGES & 1);
+      recentre(shared, warp, lane, from, roots, rescale, sums, origin, d1);
+    }
     d1 += weights_of(roots, lane);
 
+    if (tile >= X_STAGES) mbarrier_wait(shared_address(&shared.x_empty[stage]), (tile / X_STAGES - 1) & 1);
     const unsigned to = x_chunk + stage * X_STAGE;
     // Loads of several keys before their stores: the compiler may not move a load across a store.
-    constexpr int BATCH = PASSES;
+    constexpr int BATCH = 4;
 #pragma unroll
     for (int first = 0; first < PASSES; first += BATCH) {
       uint4 raws[BATCH];
@@ -758,6 +703,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
     async_proxy_fence();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[stage]));
+    copy(tile + SLOTS);
   }
   barrier_sync(0, THREADS);
 
@@ -768,7 +714,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     if (KEYS_AT_ONCE == 2) sums[e] += __shfl_xor_sync(~0u, sums[e], 16);
-    if (sub_key == 0) shared.staged[warp][chunk * 8 + e] = sums[e];
+    if (sub_key == 0) shared.staged[warp][(is_value ? D : 0) + channel + e] = sums[e];
   }
   barrier_sync(TRANSFORM_BARRIER, TRANSFORM_THREADS);
   for (int e = thread; e <= 2 * D; e += TRANSFORM_THREADS) {
@@ -798,12 +744,11 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
     right_side = widen(q[r]).x - shared.sums.origin[r] - mean;
     shared.right_side[r] = right_side;
   }
+  float solved = 0.0f;
   for (int p = 0; p < PANELS; p++) {
     barrier_sync(PANEL_UPDATED, THREADS);
     const int top = p * PANEL;
-    // Threads D to D + 7 are rows of the unit matrix, which become rows of the inverse transpose of the diagonal
-    // block: all that the substitution needs of it.
-    if (r >= top && r < D + PANEL) {
+    if (r >= top && r < D) {
       float diagonal[PANEL][PANEL], l[PANEL], y[PANEL];
 #pragma unroll
       for (int i = 0; i < PANEL; i++) {
@@ -814,7 +759,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
         for (int k = 0; k <= i; k++) diagonal[i][k] = values[k];
       }
       {
-        const float4* from = reinterpret_cast<const float4*>(shared.panel[min(r, D - 1)]);
+        const float4* from = reinterpret_cast<const float4*>(shared.panel[r]);
         const float4 low = from[0], high = from[1];
         const float values[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
         const float4* side = reinterpret_cast<const float4*>(shared.right_side + top);
@@ -822,18 +767,15 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
         const float sides[8] = {side_low.x,  side_low.y,  side_low.z,  side_low.w,
                                 side_high.x, side_high.y, side_high.z, side_high.w};
 #pragma unroll
-        for (int k = 0; k < PANEL; k++) {
-          l[k] = r < D ? values[k] : r - D == k ? 1.0f : 0.0f;
-          y[k] = sides[k];
-        }
+        for (int k = 0; k < PANEL; k++) l[k] = values[k], y[k] = sides[k];
       }
 #pragma unroll
       for (int k = 0; k < PANEL; k++) {
-        const float inverse = rsqrtf(diagonal[k][k]);
-        l[k] *= inverse;
         // Not positive definite: NaN, which spreads to the whole output.
-        y[k] = diagonal[k][k] > 0.0f ? y[k] * inverse : NOT_A_NUMBER;
-        if (r == top + k) shared.slope[r] = y[k];
+        const float inverse = diagonal[k][k] > 0.0f ? rsqrtf(diagonal[k][k]) : NOT_A_NUMBER;
+        l[k] *= inverse;
+        y[k] *= inverse;
+        if (r == top + k) shared.pivot_inverse[r] = inverse, solved = y[k];
 #pragma unroll
         for (int i = k + 1; i < PANEL; i++) diagonal[i][k] *= inverse;
 #pragma unroll
@@ -851,37 +793,48 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
       for (int k = 0; k < PANEL; k++) right_side -= l[k] * y[k];
     }
     if (p == PANELS - 1) break;
-    // The rows read in this panel and those written for the next are different words.
+    // Panel threads are done reading right_side before its next rows are written: those of this panel and the
+    // next are different words.
     if (r >= top + PANEL && r < top + 2 * PANEL) shared.right_side[r] = right_side;
     barrier_arrive(PANEL_FACTORED, THREADS);
   }
+
+  // L^T u = y from the last panel up.
   barrier_sync(TRANSFORM_BARRIER, TRANSFORM_THREADS);
-  if (warp == 0) substitute(shared, lane);
+  for (int p = PANELS - 1; p >= 0; p--) {
+    const int top = p * PANEL;
+    if (r >= top && r < top + PANEL) shared.right_side[r] = solved;
+    barrier_sync(TRANSFORM_BARRIER, TRANSFORM_THREADS);
+    float u[PANEL];
+#pragma unroll
+    for (int k = PANEL - 1; k >= 0; k--) {
+      u[k] = shared.right_side[top + k];
+#pragma unroll
+      for (int i = k + 1; i < PANEL; i++) u[k] -= shared.factor[p][(top + i) * PANEL + k] * u[i];
+      u[k] *= shared.pivot_inverse[top + k];
+      if (r == top + k) shared.slope[r] = u[k];
+    }
+    if (r < top) {
+#pragma unroll
+      for (int k = 0; k < PANEL; k++) solved -= shared.factor[r / PANEL][(top + k) * PANEL + r % PANEL] * u[k];
+    }
+  }
   barrier_sync(TRANSFORM_BARRIER, TRANSFORM_THREADS);
 
-  // Two threads a value channel, each with half of the key channels.
-  static_assert(TRANSFORM_THREADS == 2 * D);
-  const int channel = thread % D, half = thread / D * (D / 2);
-  float moment[4] = {};
-#pragma unroll 4
-  for (int k = half; k < half + D / 2; k += 4) {
-    const float4 u = *reinterpret_cast<const float4*>(&shared.slope[k]);
-    moment[0] += shared.moments[k][D + channel] * u.x;
-    moment[1] += shared.moments[k + 1][D + channel] * u.y;
-    moment[2] += shared.moments[k + 2][D + channel] * u.z;
-    moment[3] += shared.moments[k + 3][D + channel] * u.w;
-  }
-  const float sum = moment[0] + moment[1] + moment[2] + moment[3];
-  if (half) shared.right_side[channel] = sum;
-  barrier_sync(TRANSFORM_BARRIER, TRANSFORM_THREADS);
-  if (half == 0) {
-    const float mean_value = shared.sums.x[D + channel] * inverse_d1;
-    float o = shared.sums.origin[D + channel] + mean_value + (sum + shared.right_side[channel]) * inverse_d1 -
-              mean_value * (shared.along * inverse_d1);
+  if (r < D) {
+    float moment[4] = {}, along = 0.0f;
+#pragma unroll 8
+    for (int k = 0; k < D; k++) {
+      moment[k % 4] += shared.moments[k][D + r] * shared.slope[k];
+      along += shared.sums.x[k] * shared.slope[k];
+    }
+    const float mean_value = shared.sums.x[D + r] * inverse_d1;
+    float o = shared.sums.origin[D + r] + mean_value +
+              (moment[0] + moment[1] + moment[2] + moment[3]) * inverse_d1 - mean_value * (along * inverse_d1);
     if (!(row.ridge(call) > 0.0f)) o = NOT_A_NUMBER;
     unsigned short* out = static_cast<unsigned short*>(call.out) + row.batch * call.out_stride[0] +
                           row.position * call.out_stride[1] + row.head * call.out_stride[2];
-    out[channel] = round_one(o);
+    out[r] = round_one(o);
   }
 }
 
@@ -925,9 +878,11 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_decode(const __grid_co
   }
   if (threadIdx.x < 2 * D) shared.sums.origin[threadIdx.x] = 0.0f;
   if (threadIdx.x == 0) {
+    for (int w = 0; w < TRANSFORM_WARPS; w++)
+      for (int s = 0; s < SLOTS; s++) mbarrier_init(shared_address(&shared.raw_full[w][s]), 32);
     for (int s = 0; s < X_STAGES; s++) {
       mbarrier_init(shared_address(&shared.x_full[s]), TRANSFORM_WARPS);
-      mbarrier_init(shared_address(&shared.x_empty[s]), MATRIX_THREADS / 32);
+      mbarrier_init(shared_address(&shared.x_empty[s]), MATRIX_WARPGROUPS);
     }
     for (int s = 0; s < SCORE_STAGES; s++) mbarrier_init(shared_address(&shared.scores_full[s]), TRANSFORM_WARPS);
     shared.bad_page = 0;
@@ -938,9 +893,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_decode(const __grid_co
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   if (__shfl_sync(~0u, threadIdx.x / 128, 0) < MATRIX_WARPGROUPS) {
     if constexpr (D == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
-    matrix_role(shared, call, row, item, clusters, begin, end - begin, tiles);
+    matrix_role(shared, call, row, item, clusters, end - begin, tiles);
   } else {
     if constexpr (D == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
-    transform_role(shared, call, row, item, clusters, tiles);
+    transform_role(shared, call, row, item, clusters, begin, end - begin, tiles);
   }
 }

@@ -13,7 +13,7 @@ __device__ __forceinline__ void load_matrices(unsigned (&x)[4], unsigned address
 
 // c += A B for A (16 x 16) whose rows 8 to 15 are zero and B (16 x 8).
 __device__ __forceinline__ void mma_upper_rows(float (&c)[4], unsigned a0, unsigned a2, unsigned b0, unsigned b1) {
-#ifdef HALF_IS_FLOAT16
+#if HALF_IS_FLOAT16
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, {%0, %1, %2, %3};"
 #else
@@ -22,23 +22,6 @@ __device__ __forceinline__ void mma_upper_rows(float (&c)[4], unsigned a0, unsig
 #endif
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(0), "r"(a2), "r"(b0), "r"(b1));
-}
-
-// d = c + A B for A (16 x 8) and B (8 x 8) of float32 numbers, of which the tensor cores read 11 significant bits.
-__device__ __forceinline__ void mma_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2], const float (&c)[4]) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, "
-      "%13};"
-      : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])
-      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])),
-        "r"(__float_as_uint(a[3])), "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])), "f"(c[0]), "f"(c[1]),
-        "f"(c[2]), "f"(c[3]));
-}
-
-// x = high + low, both exact to the tensor cores' 11 bits but for the 22nd.
-__device__ __forceinline__ void split_tf32(float x, float& high, float& low) {
-  high = __uint_as_float(__float_as_uint(x) & 0xffffe000u);
-  low = x - high;
 }
 
 }  // namespace ptx

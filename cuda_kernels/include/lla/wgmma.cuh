@@ -2,7 +2,7 @@
 // ("transposed"): row after row of keys, channels contiguous.
 #pragma once
 
-#ifdef HALF_IS_FLOAT16
+#if HALF_IS_FLOAT16
 #define WGMMA_TYPE "f16"
 #else
 #define WGMMA_TYPE "bf16"
@@ -15,11 +15,7 @@ __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.a
 
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
-// Until all but the last `pending` groups are complete.
-template <int pending>
-__device__ __forceinline__ void wgmma_wait() {
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(pending) : "memory");
-}
+__device__ __forceinline__ void wgmma_wait_all() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
 // Makes this thread's ordinary stores to shared memory visible to the tensor cores and the copy engine.
 __device__ __forceinline__ void async_proxy_fence() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
