@@ -14,7 +14,7 @@ from parallax_core.problem import Problem
 from . import compiler, heuristics, tensor_map, workspace
 from .heuristics import Shape
 from .layout import Layout
-from .parameters import PACK_POINTERS, PROBLEM
+from .parameters import PACK_POINTERS, PROBLEM, masks_of
 
 MOST_MAPS = 256
 """Pairs of caches of one plan whose tensor maps are kept."""
@@ -101,19 +101,13 @@ def _record(problem: Problem, layout: Layout, shape: Shape) -> np.ndarray:
     record = np.zeros(1, PROBLEM)
     fields = dict(
         q_stride=layout.q, k_stride=layout.k, v_stride=layout.v, out_stride=layout.out,
-        cu_seqlens_stride=1, cache_seqlens_stride=1, cache_leftpad_stride=1,
         batch=problem.batch, q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads,
-        kv_heads=problem.kv_heads, window=problem.window_size or 0, causal=problem.causal,
+        kv_heads=problem.kv_heads,
         row_blocks=shape.row_blocks, split_steps=shape.split_steps, share=shape.share, surplus=shape.surplus,
-        scale_log2=problem.scale * math.log2(math.e),
+        scale_log2=problem.scale * math.log2(math.e), **masks_of(problem, layout),
     )  # fmt: skip
     if layout.r is not None:
         fields["r_stride"] = layout.r
-    if problem.cu_seqlens is not None:
-        fields["sequences"] = problem.cu_seqlens.shape[0] - 1
-    if problem.page_table is not None:
-        fields |= dict(page_table_stride=(problem.page_table.shape[1], 1), num_pages=layout.num_pages)
-    fields |= {f"{name}_wide": bits == 64 for name, bits in layout.index_bits.items()}
     for name, value in fields.items():
         record[name] = value
     return record

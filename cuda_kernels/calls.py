@@ -156,7 +156,9 @@ class Call:
         stream = self._framework.current_stream(self._device)
         if self._solved:
             moments = (0,) * 9 if state is None else map(address, state)
-            self._plan.launch(stream, q, k, v, out, ridge, cache_seqlens, cache_leftpad, page_table, *moments)
+            self._plan.launch(
+                stream, q, k, v, out, ridge, cu_seqlens, cache_seqlens, cache_leftpad, page_table, *moments
+            )
             return
         sums = 0, 0, 0, 0, 0, 0
         if state is not None:
@@ -274,15 +276,9 @@ def _prepare(operation: str, framework: Framework, arrays: Arrays, options: Opti
 
 def _plan(operation: str, problem_: Problem, layout: Layout, options: Options, ridge):
     if operation.startswith("lla"):
-        try:
-            from . import lla_decode
-        except ImportError as error:
-            raise BackendUnavailableError(
-                f"{operation} has kernels but no launcher on a GPU in this version; pass arrays on the CPU "
-                "(nothing is copied between devices unasked)"
-            ) from error
+        from . import lla
 
-        return lla_decode.plan(problem_, layout, ridge, options.solver)
+        return lla.plan(problem_, layout, ridge, options.solver)
     from . import attend
 
     return attend.plan(problem_, layout)

@@ -1,4 +1,4 @@
-"""The argument of the attention kernels, field by field as ``include/problem.cuh`` declares it."""
+"""The arguments of the kernels, field by field as their headers declare them."""
 
 from __future__ import annotations
 
@@ -6,29 +6,65 @@ import struct
 
 import numpy as np
 
+from parallax_core.problem import Problem
+
+from .layout import Layout
+
+
+def _structure(pointers: tuple[str, ...], strides: tuple[str, ...], integers, floats) -> np.dtype:
+    return np.dtype(
+        [(name, "u8") for name in pointers]
+        + [(name, "i8", (3,)) for name in strides]
+        + [("page_table_stride", "i8")]
+        + [(name, "i4") for name in integers]
+        + [(name, "f4") for name in floats],
+        align=True,
+    )
+
+
 POINTERS = (
     "q", "r", "k", "v", "out", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table",
     "m", "d1", "d2", "O1", "O2", "t0", "partials", "counters",
 )  # fmt: skip
 """Addresses, 0 where absent; they come first, and are all that differs between launches of one plan."""
-
-_STRIDES = ("q_stride", "r_stride", "k_stride", "v_stride", "out_stride")
-_INDEX_STRIDES = ("cu_seqlens_stride", "cache_seqlens_stride", "cache_leftpad_stride")
-_INTEGERS = (
-    "batch", "q_len", "kv_len", "q_heads", "kv_heads",
-    "sequences", "num_pages", "window", "causal",
-    "cu_seqlens_wide", "cache_seqlens_wide", "cache_leftpad_wide", "page_table_wide",
-    "row_blocks", "split_steps", "share", "surplus",
+PROBLEM = _structure(
+    POINTERS,
+    ("q_stride", "r_stride", "k_stride", "v_stride", "out_stride"),
+    (
+        "batch", "q_len", "kv_len", "q_heads", "kv_heads",
+        "sequences", "num_pages", "window", "causal",
+        "cu_seqlens_wide", "cache_seqlens_wide", "cache_leftpad_wide", "page_table_wide",
+        "row_blocks", "split_steps", "share", "surplus",
+    ),
+    ("scale_log2",),
 )  # fmt: skip
-
-PROBLEM = np.dtype(
-    [(name, "u8") for name in POINTERS]
-    + [(name, "i8", (3,)) for name in _STRIDES]
-    + [(name, "i8") for name in _INDEX_STRIDES]
-    + [("page_table_stride", "i8", (2,))]
-    + [(name, "i4") for name in _INTEGERS]
-    + [("scale_log2", "f4")],
-    align=True,
-)
-
+"""Of softmax and Parallax attention: ``include/problem.cuh``."""
 PACK_POINTERS = struct.Struct(f"={len(POINTERS)}Q")
+
+LLA_POINTERS = (
+    "q", "k", "v", "out", "ridge", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table",
+    "m", "d1", "k0", "wk", "wv", "wkk", "wvk", "state_q", "state_ridge", "partials", "counters",
+)  # fmt: skip
+LLA_CALL = _structure(
+    LLA_POINTERS,
+    ("q_stride", "k_stride", "v_stride", "out_stride", "ridge_stride"),
+    (
+        "q_len", "kv_len", "q_heads", "group_size", "head_dim", "value_dim",
+        "sequences", "num_pages", "page_size", "window", "causal",
+        "cu_seqlens_wide", "cache_seqlens_wide", "cache_leftpad_wide", "page_table_wide",
+        "splits", "first_row",
+    ),
+    ("ridge_value", "scale"),
+)  # fmt: skip
+"""Of local linear attention: ``include/lla/rows.cuh``."""
+PACK_LLA_POINTERS = struct.Struct(f"={len(LLA_POINTERS)}Q")
+
+
+def masks_of(problem: Problem, layout: Layout) -> dict:
+    """The fields of either structure that say which keys a row sees and where index arrays are wide."""
+    fields = dict(window=problem.window_size or 0, causal=problem.causal)
+    if problem.cu_seqlens is not None:
+        fields["sequences"] = problem.cu_seqlens.shape[0] - 1
+    if problem.page_table is not None:
+        fields |= dict(page_table_stride=problem.page_table.shape[1], num_pages=layout.num_pages)
+    return fields | {f"{name}_wide": bits == 64 for name, bits in layout.index_bits.items()}

@@ -83,9 +83,18 @@ def lla_attention(
     minimum-norm ``u`` where the ridge is 0. Everything else as for :func:`softmax_attention`; the state is
     an LLAState. Source: arXiv 2510.01450.
 
+    On a GPU ``cholesky`` alone is there, the values of a ridge that is an array are checked with ``validate``
+    alone, and a row whose system cannot be solved is NaN.
+
     Raises, beside what :func:`softmax_attention` does, SolverError where a system cannot be solved and
     ValueError for a ridge that is negative, or 0 without ``lstsq``.
     """
+    if exchange.on_gpu(q):
+        given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
+        arrays = q, None, k, v, cu_seqlens, None, None, None, given
+        return _attend_gpu(
+            "lla_attention", arrays, scale, causal, window_size, return_state, validate, None, number, solver
+        )
     arrays = _arrays("lla_attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, ridge=ridge)
     described = _describe("lla_attention", arrays, scale, causal, window_size)
     return _attend_lla(described, arrays, ridge, solver, like=q, return_state=return_state)
@@ -213,8 +222,7 @@ def lla_decode(
     """Local linear attention of new tokens against a key-value cache; causal.
 
     ridge, solver: as for :func:`lla_attention`. Everything else as for :func:`softmax_decode`; the state is
-    an LLAState. On a GPU the values of a ridge that is an array are checked with ``validate`` alone, and a
-    row whose system cannot be solved is NaN.
+    an LLAState.
     """
     if exchange.on_gpu(q):
         given, number = (ridge, None) if _is_array(ridge) else (None, ridge)

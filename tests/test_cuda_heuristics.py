@@ -23,15 +23,16 @@ class Described:
         self.shape = shape
 
 
-def shape_of(
+def call_of(
     batch=1, q_len=1, q_heads=8, kv_heads=8, kv_len=512, head_dim=128, value_dim=None, *, dtype=BFLOAT16,
     probe_dtype=BFLOAT16, causal=True, window_size=None, lengths=False, page_size=None, packed=0,
     split_size=None, capability=(9, 0), aligned=True, heads_first=False,
+    operation="parallax_decode", return_state=False,
 ):  # fmt: skip
-    """The problem of a call and the shape chosen for it."""
+    """The problem of a call and how its arrays lie."""
     value_dim = head_dim if value_dim is None else value_dim
     problem = Problem(
-        "parallax_decode", batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim, dtype, probe_dtype,
+        operation, batch, q_len, kv_len, q_heads, kv_heads, head_dim, value_dim, dtype, probe_dtype,
         head_dim**-0.5, causal, window_size,
         cu_seqlens=Described(packed + 1) if packed else None,
         cache_seqlens=Described(batch) if lengths else None,
@@ -47,8 +48,14 @@ def shape_of(
         r=None if probe_dtype is None else strides(q_heads, q_len, head_dim),
         k=strides(kv_heads, kv_len, head_dim), v=strides(kv_heads, kv_len, value_dim),
         out=strides(q_heads, q_len, value_dim), aligned=aligned, aligned_queries=aligned, index_bits={},
-        return_state=False, split_size=split_size, num_pages=batch * 8 if page_size else None,
+        return_state=return_state, split_size=split_size, num_pages=batch * 8 if page_size else None,
     )  # fmt: skip
+    return problem, layout
+
+
+def shape_of(**call):
+    """The problem of a call and the shape chosen for it."""
+    problem, layout = call_of(**call)
     return problem, heuristics.choose(problem, layout)
 
 

@@ -5,9 +5,9 @@ import pytest
 
 pytest.importorskip("cupy", reason="CuPy brings NVRTC's bindings; pip install '.[gpu-compile]'")
 
-from test_cuda_heuristics import FLOAT32, shape_of
+from test_cuda_heuristics import FLOAT32, call_of, shape_of
 
-from parallax_core.cuda_kernels import compiler
+from parallax_core.cuda_kernels import compiler, lla
 
 # What the heuristics are tuned for: heads of 64 and 128 in half precision, up to 16 query rows a key head.
 TUNED = {
@@ -37,18 +37,14 @@ ODD = {
 }
 
 
-# The kernels of local linear attention, which no launcher chooses yet.
 SOLVED = {
-    "sm90/lla_decode.cu": dict(HEAD_DIM=128, CLUSTER=8, PAGED=0, HALF_IS_FLOAT16=0),
-    "portable/lla_decode.cu": dict(ELEMENT=2, BLOCK=64, PAGED=1, RETURN_STATE=1, SOLVE_IN_SHARED=1),
+    "one row": dict(),
+    "heads of 64": dict(head_dim=64, batch=128, kv_len=2048),
+    "pages": dict(lengths=True, page_size=64, batch=32),
+    "float16": dict(dtype=np.dtype(np.float16)),
+    "odd sizes in pages": dict(head_dim=77, value_dim=33, aligned=False, lengths=True, page_size=20),
+    "float32": dict(dtype=FLOAT32, head_dim=256),
 }
-
-
-@pytest.mark.parametrize("source", SOLVED)
-def test_the_kernels_of_local_linear_attention_compile(source):
-    arch = "sm_90a" if source.startswith("sm90") else "sm_80"
-    _, log = compiler.compile_cubin(source, tuple(SOLVED[source].items()), arch)
-    assert compiler.usage(log)["lla_decode"].registers <= 255
 
 
 def usage(shape, arch):
@@ -77,3 +73,20 @@ def test_tuned_portable_kernels_do_not_spill(call, arch):
 def test_every_other_call_compiles(call, arch):
     _, shape = shape_of(**call, capability=(8, 0))
     assert usage(shape, arch).registers <= 255
+
+
+@pytest.mark.parametrize("call", SOLVED.values(), ids=SOLVED)
+def test_the_kernels_of_local_linear_attention_do_not_spill(call):
+    problem, layout = call_of(operation="lla_decode", **{"probe_dtype": None} | call)
+    shape = lla.choose(problem, layout)
+    _, log = compiler.compile_cubin(shape.source, shape.defines, "sm_90a")
+    assert compiler.usage(log)["lla_kernel"].spill_bytes == 0
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
+def test_the_portable_kernel_of_local_linear_attention_compiles(arch):
+    problem, layout = call_of(operation="lla_decode", probe_dtype=None, capability=(8, 0), page_size=16)
+    shape = lla.choose(problem, layout)
+    assert shape.source == "portable/lla.cu"
+    _, log = compiler.compile_cubin(shape.source, shape.defines, arch)
+    assert compiler.usage(log)["lla_kernel"].registers <= 255

@@ -132,8 +132,8 @@ class Plan:
         p, layout = self.problem, self.layout
         lla = p.operation.startswith("lla")
         if lla:
-            q, k, v, out, ridge, *index = addresses[:8]
-            r, index, state = 0, [0, *index], addresses[8:]
+            q, k, v, out, ridge, *index = addresses[:9]
+            r, state = 0, addresses[9:]
         else:
             q, r, k, v, out, *index = addresses[:9]
             state = addresses[9:]
@@ -186,7 +186,7 @@ class Runtime:
 def _stand_in():
     """The stand-in in place of a GPU, whose devices 0 and 1 are H100s and device 2 is too old."""
     planners = {}
-    for name in ("attend", "lla_decode"):
+    for name in ("attend", "lla"):
         planners[name] = types.ModuleType(name)
         planners[name].plan = Plan
     old = device.Device((7, 5), 72)
@@ -254,8 +254,11 @@ def test_every_call_reaches_its_plan_with_the_right_memory(operation, return_sta
 
 @pytest.mark.parametrize("return_state", [False, True])
 @settings(max_examples=30)
-@given(case=decode_cases(dtypes=GPU_DTYPES), form=st.sampled_from(("number", "rows", "heads", "half")))
-def test_lla_decode_reaches_its_plan(return_state, case, form):
+@given(
+    case=decode_cases(dtypes=GPU_DTYPES) | attention_cases(dtypes=GPU_DTYPES),
+    form=st.sampled_from(("number", "rows", "heads", "half")),
+)
+def test_lla_reaches_its_plan(return_state, case, form):
     rows = case.q.shape[:3]
     random = np.random.default_rng(0)
     ridge = {
@@ -522,7 +525,6 @@ def test_what_has_no_kernel_says_so_and_copies_nothing():
     q, r, k, v = good(length=6)
     o = Array(np.zeros((2, 6, 4, 8), np.float16))
     refused = [
-        ("lla_attention", lambda: plx.lla_attention(q, k, v, ridge=0.1)),
         ("lla_probe", lambda: plx.lla_probe(q, k, ridge=0.1)),
         ("local_attention", lambda: plx.local_attention(q, k, v, probe=None)),
         ("softmax_attention_backward", lambda: plx.softmax_attention_backward(o, q, k, v, o, None)),

@@ -89,7 +89,7 @@ struct Ring {
     if (lane >= (BOXES ? 32 : STEP) || position >= item.keys.end) return;
     outer = item.batch, place = position;
     if constexpr (PAGED) {
-      const long long at = item.batch * p.page_table_stride[0] + position / PAGE * p.page_table_stride[1];
+      const long long at = item.batch * p.page_table_stride + position / PAGE;
       outer = index_at(p.page_table, at, p.page_table_wide), place = position % PAGE;
       if (outer < 0 || outer >= p.num_pages) outer = -2;
     }

@@ -491,8 +491,10 @@ def test_tensors_that_cannot_be_taken_are_refused(cuda_torch):
 
 def test_what_has_no_kernel_yet_says_so(framework):
     case = framework.case(make(capacity=4, length=4))
-    with pytest.raises(plx.BackendUnavailableError, match="lla_attention has no CUDA kernel yet"):
-        plx.lla_attention(case.q, case.k_cache, case.v_cache, ridge=0.1)
+    with pytest.raises(plx.BackendUnavailableError, match="lla_probe has no CUDA kernel yet"):
+        plx.lla_probe(case.q, case.k_cache, ridge=0.1)
+    with pytest.raises(plx.BackendUnavailableError, match=r"^solver is 'cg'; on a GPU only 'cholesky'"):
+        plx.lla_attention(case.q, case.k_cache, case.v_cache, ridge=0.1, solver="cg")
 
 
 def test_no_memory_left_is_an_error_after_which_calls_work(cuda_torch):

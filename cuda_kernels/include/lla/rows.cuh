@@ -1,56 +1,34 @@
-// A call of lla_decode, the keys each of its rows sees and where they lie; both kernels' only view of lengths,
-// windows and pages. NVRTC has no <stdint.h> here: long long is 64 bits on every platform with CUDA.
+// A call of the kernels of local linear attention, and where the keys lie that each of its rows sees.
 #pragma once
+
+#include "visible_keys.cuh"
 
 namespace lla {
 
-// Laid out as the launcher's structured dtype: pointers, strides in elements, then 4-byte numbers.
+// Mirrored field by field by parameters.py. Strides are in elements: batch or page, position, head.
 struct Call {
-  const void* q;
-  const void* k;
-  const void* v;
+  static constexpr bool indexed = true, packed = true;
+  const void *q, *k, *v;
   void* out;
-  const void* cache_seqlens;
-  const void* cache_leftpad;
-  const void* page_table;
   const float* ridge;
+  const void *cu_seqlens, *cache_seqlens, *cache_leftpad, *page_table;
   // The state, all or none; contiguous.
-  float* m;
-  float* d1;
-  float* k0;
-  float* wk;
-  float* wv;
-  float* wkk;
-  float* wvk;
-  float* state_q;
-  float* state_ridge;
-  // Split rows only: partial moments, and a counter for each row that its last reader resets.
+  float *m, *d1, *k0, *wk, *wv, *wkk, *wvk, *state_q, *state_ridge;
+  // Partial moments of splits, and a counter for each row that its last reader resets.
   float* partials;
   unsigned* counters;
-  long long q_stride[3];  // batch, position, head
-  long long k_stride[3];
-  long long v_stride[3];
-  long long out_stride[3];
-  long long ridge_stride[3];
-  int q_len;
-  int q_heads;
-  int group_size;
-  int kv_len;
-  int window_size;  // 0: none
-  int page_size;
-  int num_pages;
-  int wide_indices;  // bits: cache_seqlens, cache_leftpad, page_table are int64
-  int head_dim;
-  int value_dim;
-  int splits;
+  long long q_stride[3], k_stride[3], v_stride[3], out_stride[3];
+  long long ridge_stride[3];  // batch, position, head
+  long long page_table_stride;
+  int q_len, kv_len, q_heads, group_size, head_dim, value_dim;
+  int sequences, num_pages, page_size, window, causal;  // window: 0 for none
+  int cu_seqlens_wide, cache_seqlens_wide, cache_leftpad_wide, page_table_wide;
+  int splits, first_row;
   float ridge_value;  // where ridge is null
   float scale;
-  int first_row;
 };
 
-__device__ __forceinline__ long long index_at(const void* indices, long long i, bool wide) {
-  return wide ? static_cast<const long long*>(indices)[i] : static_cast<const int*>(indices)[i];
-}
+static_assert(sizeof(Call) == CALL_BYTES, "parameters.py describes another structure");
 
 struct Row {
   int batch, position, head, kv_head;
@@ -62,17 +40,9 @@ struct Row {
     position = item / call.q_heads % call.q_len;
     batch = item / call.q_heads / call.q_len;
     kv_head = head / call.group_size;
-    long long length = call.kv_len, pad = 0;
-    if (call.cache_seqlens) length = index_at(call.cache_seqlens, batch, call.wide_indices & 1);
-    if (call.cache_leftpad) pad = index_at(call.cache_leftpad, batch, call.wide_indices & 2);
-    valid = length >= 0 && length <= call.kv_len && pad >= 0 && pad <= length;
-    first = end = 0;
-    if (valid) {
-      end = static_cast<int>(length) - call.q_len + position + 1;
-      first = static_cast<int>(pad);
-      if (call.window_size) first = max(first, end - call.window_size);
-      end = max(end, first);
-    }
+    const Range seen = keys_of_row(call, batch, position);
+    valid = seen.valid();
+    first = seen.first, end = max(seen.end, seen.first);
   }
 
   __device__ __forceinline__ int keys() const { return end - first; }
@@ -93,9 +63,7 @@ struct Place {
     inner = key;
     valid = true;
 #if PAGED
-    const int pages = call.kv_len / call.page_size;
-    outer = index_at(call.page_table, static_cast<long long>(batch) * pages + key / call.page_size,
-                     call.wide_indices & 4);
+    outer = index_at(call.page_table, batch * call.page_table_stride + key / call.page_size, call.page_table_wide);
     inner = key % call.page_size;
     valid = outer >= 0 && outer < call.num_pages;
 #endif

@@ -842,7 +842,7 @@ extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-__launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_decode(const __grid_constant__ lla::Call call) {
+__launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_kernel(const __grid_constant__ lla::Call call) {
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
 

@@ -272,7 +272,7 @@ __device__ __forceinline__ void write_state(const Shared& shared, const lla::Cal
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS) lla_decode(const __grid_constant__ lla::Call call) {
+extern "C" __global__ void __launch_bounds__(THREADS) lla_kernel(const __grid_constant__ lla::Call call) {
   __shared__ Shared shared;
   const int D = call.head_dim, Dv = call.value_dim;
   const int key_blocks = (D + BLOCK - 1) / BLOCK, value_blocks = (Dv + BLOCK - 1) / BLOCK;

@@ -1,0 +1,174 @@
+"""Local linear attention on an NVIDIA GPU: a checked problem to a plan, a plan to launches."""
+
+from __future__ import annotations
+
+import threading
+from typing import NamedTuple
+
+import numpy as np
+from cupy.cuda import driver
+
+from parallax_core.errors import BackendUnavailableError
+from parallax_core.problem import BFLOAT16, Problem
+
+from . import compiler, workspace
+from .layout import Layout, Strides
+from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
+
+SM90_THREADS = {64: 256, 128: 512}
+SM90_SHARED_BYTES = {64: 113664, 128: 221184}
+"""What the kernel's own structure takes, by head size."""
+_MOST_CLUSTERS = 16
+_SM90_SPLIT_KEYS, _PORTABLE_SPLIT_KEYS = 512, 256
+_MOST_PARTIAL_BYTES = 256 << 20
+_ELEMENTS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
+
+
+class Shape(NamedTuple):
+    """The kernel of a call and how its rows are cut.
+
+    splits: thread blocks that share the keys of a row; blocks: all that work on a row; rows: of a launch, all
+    of them unless their partial moments take too much memory; partial_floats: of all rows of a launch.
+    """
+
+    source: str
+    defines: tuple[tuple[str, int], ...]
+    splits: int
+    blocks: int
+    threads: int
+    shared_bytes: int
+    partial_floats: int
+    rows: int
+
+
+def plan(problem: Problem, layout: Layout, ridge: float | Strides, solver: str) -> Plan:
+    """Choose the kernel of a call that has keys and an output, compile it where it is new, prepare launches.
+
+    ridge: a number, or the strides of an array along ``(B, Lq, Hq)``. Index arrays of the problem are
+    described, not read. Raises BackendUnavailableError for a solver that the kernels lack, and what
+    :mod:`compiler` does.
+    """
+    if solver != "cholesky":
+        raise BackendUnavailableError(f"solver is {solver!r}; on a GPU only 'cholesky' is there")
+    return Plan(problem, layout, choose(problem, layout), ridge)
+
+
+class Plan:
+    """A prepared call for arrays of one layout at any addresses; launches may come from several threads."""
+
+    def __init__(self, problem: Problem, layout: Layout, shape: Shape, ridge: float | Strides):
+        self.shape, self._device = shape, layout.device
+        rows = problem.batch * problem.q_len * problem.q_heads
+        self._launches = [
+            (first, min(shape.rows, rows - first) * shape.blocks) for first in range(0, rows, shape.rows)
+        ]
+        self._kernel = compiler.kernel(shape.source, "lla_kernel", shape.defines, layout.device)
+        self._kernel.set_shared_memory(shape.shared_bytes)
+        self._partial_bytes = 4 * shape.partial_floats
+        self._counters = shape.rows if shape.partial_floats else 0
+        self._lock = threading.Lock()
+        self._record = _record(problem, layout, shape, ridge)
+        self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
+        self._arguments = np.array([self._record.ctypes.data], np.uint64)
+        self._arguments_address = self._arguments.ctypes.data
+
+    def launch(
+        self, stream, q, k, v, out, ridge, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
+        m, d1, k0, wk, wv, wkk, wvk, state_q, state_ridge,
+    ) -> None:  # fmt: skip
+        """Launch on a stream of the current device; arguments are addresses, 0 where there is no array."""
+        partials = counters = 0
+        if self._counters:
+            partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
+        shape, function = self.shape, self._kernel.function
+        # The driver copies the argument before it returns.
+        with self._lock:
+            PACK_LLA_POINTERS.pack_into(
+                self._bytes, 0, q, k, v, out, ridge, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
+                m, d1, k0, wk, wv, wkk, wvk, state_q, state_ridge, partials, counters,
+            )  # fmt: skip
+            for first_row, blocks in self._launches:
+                self._record["first_row"] = first_row
+                driver.launchKernel(
+                    function, blocks, 1, 1, shape.threads, 1, 1, shape.shared_bytes, stream,
+                    self._arguments_address, 0,
+                )  # fmt: skip
+
+
+def choose(problem: Problem, layout: Layout) -> Shape:
+    """The tuned kernel where the call suits it, the portable one everywhere else."""
+    tuned = (
+        layout.capability == (9, 0)
+        and problem.dtype.itemsize == 2
+        and problem.head_dim == problem.value_dim
+        and problem.head_dim in SM90_THREADS
+        and layout.aligned
+        and not layout.return_state
+    )
+    rows = problem.batch * problem.q_len * problem.q_heads
+    return (_sm90 if tuned else _portable)(problem, layout, rows)
+
+
+def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
+    """Splits where rows alone leave multiprocessors idle; larger clusters than two strand some of them."""
+    D = problem.head_dim
+    if layout.split_size:
+        wanted = -(-problem.kv_len // max(layout.split_size, _SM90_SPLIT_KEYS))
+    else:
+        wanted = min(layout.multiprocessors // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
+    splits = 1 << max(0, min(wanted, 2 * _MOST_CLUSTERS).bit_length() - 1)
+    cluster = min(splits, 2)
+    defines = dict(
+        CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
+        HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16),
+    )  # fmt: skip
+    clusters = splits // cluster
+    floats = rows * clusters * (2 * D * D + 4 * D + 4) if clusters > 1 else 0
+    return Shape(
+        "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], SM90_SHARED_BYTES[D], floats,
+        rows,
+    )  # fmt: skip
+
+
+def _portable(problem: Problem, layout: Layout, rows: int) -> Shape:
+    D, Dv = problem.head_dim, problem.value_dim
+    block = 64 if max(D, Dv) <= 64 else 128
+    key_blocks, value_blocks = -(-D // block), -(-Dv // block)
+    blocks = key_blocks * (key_blocks + 1) // 2 + value_blocks * key_blocks
+    limit = {(8, 0): 128, (9, 0): 192}.get(layout.capability, 64) << 10
+    triangle = D * (D + 1) // 2
+    shared = 4 * triangle <= limit
+    if layout.split_size:
+        wanted = -(-problem.kv_len // max(layout.split_size, _PORTABLE_SPLIT_KEYS))
+    else:
+        wanted = min(
+            2 * layout.multiprocessors // (rows * blocks), -(-problem.kv_len // _PORTABLE_SPLIT_KEYS)
+        )
+    splits = max(1, min(wanted, 16))
+    floats = splits * ((D + Dv) * (D + 1) + 2) + (0 if shared else triangle)
+    # Several launches over the same workspace where all rows' moments would take too much of it.
+    at_once = min(rows, max(1, _MOST_PARTIAL_BYTES // (4 * floats)))
+    defines = dict(
+        CALL_BYTES=LLA_CALL.itemsize, ELEMENT=_ELEMENTS[problem.dtype], BLOCK=block,
+        PAGED=int(problem.page_size is not None), RETURN_STATE=int(layout.return_state),
+        SOLVE_IN_SHARED=int(shared),
+    )  # fmt: skip
+    return Shape(
+        "portable/lla.cu", tuple(defines.items()), splits, splits * blocks, 256,
+        4 * triangle if shared else 0, at_once * floats, at_once,
+    )  # fmt: skip
+
+
+def _record(problem: Problem, layout: Layout, shape: Shape, ridge: float | Strides) -> np.ndarray:
+    """The kernels' argument, all but the addresses and the first row."""
+    record = np.zeros(1, LLA_CALL)
+    fields = dict(
+        q_stride=layout.q, k_stride=layout.k, v_stride=layout.v, out_stride=layout.out,
+        q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads, group_size=problem.group_size,
+        head_dim=problem.head_dim, value_dim=problem.value_dim, page_size=problem.page_size or 0,
+        splits=shape.splits, scale=problem.scale, **masks_of(problem, layout),
+    )  # fmt: skip
+    fields["ridge_stride" if isinstance(ridge, tuple) else "ridge_value"] = ridge
+    for name, value in fields.items():
+        record[name] = value
+    return record
