@@ -16,9 +16,13 @@ from .layout import Layout, Strides
 from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
 
 SM90_THREADS = {64: 256, 128: 512}
-SM90_SHARED_BYTES = {64: 113664, 128: 221184}
-"""What the kernel's own structure takes, by head size."""
-_MOST_CLUSTERS = 16
+SM90_SHARED_BYTES = {64: 113664, 128: 220160}
+"""By head size, the size of the kernel's own structure, which a static assertion compares."""
+_SM90_BLOCKS = {64: 2, 128: 1}
+"""How many blocks a multiprocessor runs, by head size."""
+_SM90_CLUSTER = 8
+"""Of this many, clusters leave no multiprocessor idle where groups of 16 and 18 share a crossbar."""
+_MOST_SPLITS = 32
 _SM90_SPLIT_KEYS, _PORTABLE_SPLIT_KEYS = 512, 256
 _MOST_PARTIAL_BYTES = 256 << 20
 _ELEMENTS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
@@ -110,17 +114,18 @@ def choose(problem: Problem, layout: Layout) -> Shape:
 
 
 def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
-    """Splits where rows alone leave multiprocessors idle; larger clusters than two strand some of them."""
+    """Splits where rows alone leave multiprocessors idle."""
     D = problem.head_dim
     if layout.split_size:
         wanted = -(-problem.kv_len // max(layout.split_size, _SM90_SPLIT_KEYS))
     else:
-        wanted = min(layout.multiprocessors // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
-    splits = 1 << max(0, min(wanted, 2 * _MOST_CLUSTERS).bit_length() - 1)
-    cluster = min(splits, 2)
+        at_once = layout.multiprocessors * _SM90_BLOCKS[D]
+        wanted = min(at_once // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
+    splits = 1 << max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
+    cluster = min(splits, _SM90_CLUSTER)
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
-        HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16),
+        HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],
     )  # fmt: skip
     clusters = splits // cluster
     floats = rows * clusters * (2 * D * D + 4 * D + 4) if clusters > 1 else 0

@@ -30,15 +30,24 @@ struct Call {
 
 static_assert(sizeof(Call) == CALL_BYTES, "parameters.py describes another structure");
 
-struct Row {
-  int batch, position, head, kv_head;
+struct RowIndex {
+  int batch, position, head;
+
+  __device__ __forceinline__ RowIndex(const Call& call, int item)
+      : batch(item / call.q_heads / call.q_len), position(item / call.q_heads % call.q_len), head(item % call.q_heads) {}
+
+  __device__ __forceinline__ float ridge(const Call& call) const {
+    if (!call.ridge) return call.ridge_value;
+    return call.ridge[batch * call.ridge_stride[0] + position * call.ridge_stride[1] + head * call.ridge_stride[2]];
+  }
+};
+
+struct Row : RowIndex {
+  int kv_head;
   int first, end;  // keys first .. end - 1 are seen
   bool valid;      // lengths in range; a row of an invalid length is NaN and sees nothing
 
-  __device__ __forceinline__ Row(const Call& call, int item) {
-    head = item % call.q_heads;
-    position = item / call.q_heads % call.q_len;
-    batch = item / call.q_heads / call.q_len;
+  __device__ __forceinline__ Row(const Call& call, int item) : RowIndex(call, item) {
     kv_head = head / call.group_size;
     const Range seen = keys_of_row(call, batch, position);
     valid = seen.valid();
@@ -46,11 +55,6 @@ struct Row {
   }
 
   __device__ __forceinline__ int keys() const { return end - first; }
-
-  __device__ __forceinline__ float ridge(const Call& call) const {
-    if (!call.ridge) return call.ridge_value;
-    return call.ridge[batch * call.ridge_stride[0] + position * call.ridge_stride[1] + head * call.ridge_stride[2]];
-  }
 };
 
 // Where one key lies; with pages, `valid` is false for an entry outside the cache, whose key is not read.

@@ -14,6 +14,12 @@ __device__ __forceinline__ float widen(half_bits x) {
 }
 
 template <bool BFLOAT>
+__device__ __forceinline__ float2 widen_pair(unsigned x) {
+  if constexpr (BFLOAT) return {__uint_as_float(x << 16), __uint_as_float(x & 0xffff0000u)};
+  return {widen<BFLOAT>(x & 0xffff), widen<BFLOAT>(x >> 16)};
+}
+
+template <bool BFLOAT>
 __device__ __forceinline__ half_bits narrow(float x) {
   half_bits y;
   if constexpr (BFLOAT)
@@ -37,6 +43,19 @@ __device__ __forceinline__ unsigned narrow_pair(float low, float high) {
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// To one unit in the last place.
+__device__ __forceinline__ float reciprocal_fast(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float square_root_fast(float x) {
+  float y;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
