@@ -20,9 +20,8 @@ SM90_SHARED_BYTES = {64: 113664, 128: 220160}
 """By head size, the size of the kernel's own structure, which a static assertion compares."""
 _SM90_BLOCKS = {64: 2, 128: 1}
 """How many blocks a multiprocessor runs, by head size."""
-_SM90_CLUSTER = 8
-"""Of this many, clusters leave no multiprocessor idle where groups of 16 and 18 share a crossbar."""
 _MOST_SPLITS = 32
+"""Two blocks of a cluster for each of the parts that the kernel merges at a time."""
 _SM90_SPLIT_KEYS, _PORTABLE_SPLIT_KEYS = 512, 256
 _MOST_PARTIAL_BYTES = 256 << 20
 _ELEMENTS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
@@ -108,13 +107,15 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         and problem.head_dim in SM90_THREADS
         and layout.aligned
         and not layout.return_state
+        # The kernel counts the elements of 64 keys in 32 bits.
+        and max(abs(layout.k[1]), abs(layout.v[1])) < 1 << 24
     )
     rows = problem.batch * problem.q_len * problem.q_heads
     return (_sm90 if tuned else _portable)(problem, layout, rows)
 
 
 def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
-    """Splits where rows alone leave multiprocessors idle."""
+    """Splits where rows alone leave multiprocessors idle; larger clusters than two strand some of them."""
     D = problem.head_dim
     if layout.split_size:
         wanted = -(-problem.kv_len // max(layout.split_size, _SM90_SPLIT_KEYS))
@@ -122,7 +123,7 @@ def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
         at_once = layout.multiprocessors * _SM90_BLOCKS[D]
         wanted = min(at_once // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
     splits = 1 << max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
-    cluster = min(splits, _SM90_CLUSTER)
+    cluster = min(splits, 2)
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
         HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],

@@ -6,13 +6,12 @@
 // their moments (merge.cuh). Then all warps of a block solve the row's ridge system (factor.cuh).
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
-// shared memory), PAGED, HALF_IS_FLOAT16. Grid: rows * splits blocks, splits a multiple of CLUSTER.
-
-#include "lla/shape.cuh"
+// shared memory), PAGED, HALF_IS_FLOAT16, SHARED_BYTES. Grid: rows * splits blocks, splits a multiple of CLUSTER.
 
 #include "lla/factor.cuh"
 #include "lla/merge.cuh"
 #include "lla/moments.cuh"
+#include "lla/shape.cuh"
 #include "lla/weigh.cuh"
 
 // By one thread, before a pass over the tiles.
@@ -23,7 +22,7 @@ __device__ __forceinline__ void init_pass(Shared& shared) {
   }
   for (int s = 0; s < SCORE_STAGES; s++) mbarrier_init(shared_address(&shared.scores_full[s]), TRANSFORM_WARPS);
   fence_mbarrier_init();
-  for (int kind = 0; kind < 2; kind++) shared.scale[kind] = 1.0f, shared.largest[kind] = 0;
+  for (int kind = 0; kind < 2; kind++) shared.inverse_scale[kind] = 1.0f, shared.largest[kind] = 0;
   shared.out_of_range = shared.bad_page = 0;
 }
 
@@ -36,14 +35,16 @@ __device__ __forceinline__ void end_pass(Shared& shared) {
 }
 
 // Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass.
-__device__ __forceinline__ bool again(Shared& shared, bool exact) {
+__device__ __forceinline__ bool again(Shared& shared) {
   __syncthreads();
-  if (exact || !shared.out_of_range) return false;
+  if (shared.exact || !shared.out_of_range) return false;
   __syncthreads();
-  if (threadIdx.x < 2 * D) shared.sums.origin[threadIdx.x] = 0.0f;
-  if (threadIdx.x == 0) {
+  const int thread = thread_index();
+  if (thread < 2 * D) shared.sums.origin[thread] = 0.0f;
+  if (thread == 0) {
     end_pass(shared);
     init_pass(shared);
+    shared.exact = 1;
   }
   __syncthreads();
   return true;
@@ -53,21 +54,23 @@ __device__ __forceinline__ bool again(Shared& shared, bool exact) {
 __device__ __forceinline__ int block_index() {
   int index;
   asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  __builtin_assume(index >= 0);
   return index;
 }
 
+// KEY_COLUMNS: how many columns of the keys' moments a warpgroup has, those up to its own.
 template <int KEY_COLUMNS>
 __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, const lla::Row& row, int begin,
-                                            int keys, int tiles) {
-  float c[D];
-  for (bool exact = false;; exact = true) {
-    accumulate<KEY_COLUMNS>(shared, call, row, c, begin, keys, tiles);
+                                            int tiles) {
+  using Part = Moments<KEY_COLUMNS>;
+  Part moments;
+  do {
+    accumulate<KEY_COLUMNS>(shared, call, row, moments, begin, tiles);
     barrier_sync(MATRIX, MATRIX_THREADS);
-    store_moments<0, KEY_COLUMNS>(shared, c, 1.0f / shared.scale[0] / shared.scale[0]);
-    if (!again(shared, exact)) break;
-  }
+    store_moments<0, Part::KEYS>(shared, moments, shared.inverse_scale[0] * shared.inverse_scale[0]);
+  } while (again(shared));
   // The factorisation does not wait for these.
-  store_moments<D, D>(shared, c, 1.0f / shared.scale[0] / shared.scale[1]);
+  store_moments<Part::KEYS, Part::ALL>(shared, moments, shared.inverse_scale[0] * shared.inverse_scale[1]);
 }
 
 extern "C" __global__ void
@@ -107,7 +110,11 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_kernel(const __grid_co
     shared.query[step][lane] = pairs;
   }
   if (threadIdx.x < 2 * D) shared.sums.origin[threadIdx.x] = 0.0f;
-  if (threadIdx.x == 0) init_pass(shared);
+  if (threadIdx.x == 0) {
+    init_pass(shared);
+    shared.exact = 0;
+    shared.end = begin + keys;
+  }
   __syncthreads();
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
@@ -115,16 +122,15 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_kernel(const __grid_co
   if (warpgroup < MATRIX_WARPGROUPS) {
     if constexpr (D == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
     if (D == 64 || warpgroup == 0)
-      matrix_role<64>(shared, call, row, begin, keys, tiles);
+      matrix_role<64>(shared, call, row, begin, tiles);
     else
-      matrix_role<D>(shared, call, row, begin, keys, tiles);
+      matrix_role<D>(shared, call, row, begin, tiles);
     if constexpr (D == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 128;");
   } else {
     if constexpr (D == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
-    for (bool exact = false;; exact = true) {
-      weigh(shared, call, row, begin, keys, tiles, exact);
-      if (!again(shared, exact)) break;
-    }
+    do
+      weigh(shared, call, row, begin, keys, tiles);
+    while (again(shared));
     if constexpr (D == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
   }
 

@@ -1,27 +1,27 @@
 #pragma once
 // The ridge system of a row, (C_kk + ridge I) u = q - kbar, by a blocked Cholesky factorisation in shared memory.
 //
-// The chain of pivots bounds it. Panels of 8 columns lie over the panel threads, one row of the matrix each: every
-// thread factors the panel's diagonal block by itself, in registers, while it solves its own row, and then takes this
-// panel's part from its row of the next one. So a panel costs two barriers, and no pivot waits for another thread. The
-// right-hand side is one more row, and 16 rows of the identity give M^T = L^-T of every diagonal block of 16.
+// The chain of pivots bounds it. Columns are taken 16 at a time, as two panels of 8, by the panel threads, which hold
+// one row of the matrix each: every thread factors a panel's diagonal block by itself, in registers, while it solves
+// its own row, and takes these columns' part from its row of the next 16. So no pivot waits for another thread, and 16
+// columns cost four barriers. The right-hand side is one more row, and 16 rows of the identity give M^T = L^-T of every
+// diagonal block of 16.
 //
-// The other warps update the rest of the trailing matrix one panel behind, by tensor cores, each number as two of tf32,
-// which is nearly float32; and they fold M into the columns that are done, W = L M, which turns the back substitution
-// into one product a block.
+// The other warps update the rest of the trailing matrix meanwhile, by tensor cores, each number as two of tf32, which
+// is nearly float32; and they fold M into the columns that are done, W = L M, which turns the back substitution into
+// one product a block.
 
 #include "ptx/mma.cuh"
-#include "shape.cuh"
+#include "lla/shape.cuh"
 
 constexpr int PANEL = 8;
-constexpr int PANELS = D / PANEL;
-constexpr int BLOCK = 16;
+constexpr int BLOCK = 2 * PANEL;
 constexpr int BLOCKS = D / BLOCK;
 // The first transform warps: a row of the matrix each, then the rows beside it.
 constexpr int PANEL_THREADS = D + 32;
 constexpr int UPDATE_WARPS = WARPS - PANEL_THREADS / 32;
 
-// The factor L of a diagonal block as unit triangle and pivots, and a row of the panel solved by it.
+// The 8 columns of a panel in one row.
 struct PanelRow {
   float x[PANEL];
 
@@ -63,101 +63,124 @@ struct PanelRow {
   }
 };
 
-// Factors all panels; thread: of PANEL_THREADS.
+// row -= l times the transpose of 8 rows of solved columns.
+__device__ __forceinline__ void subtract(PanelRow& row, const PanelRow& l, const float* rows) {
+#pragma unroll
+  for (int j = 0; j < PANEL; j++) {
+    PanelRow other;
+    other.load(rows + j * MOMENT_PITCH);
+#pragma unroll
+    for (int k = 0; k < PANEL; k++) row.x[j] -= l.x[k] * other.x[k];
+  }
+}
+
+// Factors the matrix; thread: of PANEL_THREADS.
 __device__ __forceinline__ void solve_panels(Shared& shared, int thread) {
   // Beside the matrix: the identity, of which a block's 16 rows begin anew with each, and the right-hand side.
   const int beside = thread - D;
   const bool is_identity = beside >= 0 && beside < BLOCK, is_row = beside <= BLOCK;
   float* row = beside < 0 ? shared.moments[thread] : is_identity ? shared.inverse[0][beside] : shared.right_side;
-  PanelRow mine;
-  mine.load(row);
-  if (thread < PANEL) mine.store(shared.diagonal[thread]);
+  PanelRow low, high;  // of the 16 columns at hand
+  if (is_row) {
+    low.load(row);
+    high.load(row + PANEL);
+  }
+  if (thread < PANEL) low.store(shared.diagonal[0][thread]);
   barrier_sync(FACTORED, PANEL_THREADS);
-  for (int p = 0; p < PANELS; p++) {
-    const int next = (p + 1) * PANEL;
-    const bool active = is_row && thread >= p * PANEL;
-    if (active) {
-      mine.solve(shared.diagonal);
-      mine.store(row + p * PANEL);
+  for (int b = 0; b < BLOCKS; b++) {
+    const int top = b * BLOCK, next = top + BLOCK;
+    // The last blocks below the diagonal have been read.
+    if (b + 1 == BLOCKS) barrier_arrive(SOLVED, THREADS);
+    if (is_row && thread >= top) {
+      low.solve(shared.diagonal[0]);
+      low.store(row + top);
     }
-    if (p + 1 == PANELS) break;
+    barrier_sync(FACTORED, PANEL_THREADS);
+    const bool in_high = is_row && thread >= top + PANEL;
+    if (in_high) {
+      subtract(high, low, &shared.moments[top + PANEL][top]);
+      if (thread < next) high.store(shared.diagonal[1][thread - top - PANEL]);
+    }
+    barrier_sync(FACTORED, PANEL_THREADS);
+    if (in_high) {
+      high.solve(shared.diagonal[1]);
+      high.store(row + top + PANEL);
+    }
+    if (b + 1 == BLOCKS) break;
     barrier_sync(SOLVED, THREADS);
-    if (is_row && thread >= next) {
-      if (is_identity && p % 2 == 1) {
-        row = shared.inverse[(p + 1) / 2][beside] - next;
-        mine.load(row + next);
-      } else {
-        const PanelRow l = mine;
-        mine.load(row + next);
-#pragma unroll
-        for (int j = 0; j < PANEL; j++) {
-          PanelRow other;
-          other.load(&shared.moments[next + j][p * PANEL]);
-#pragma unroll
-          for (int k = 0; k < PANEL; k++) mine.x[j] -= l.x[k] * other.x[k];
-        }
-      }
-      if (thread < next + PANEL) mine.store(shared.diagonal[thread - next]);
+    if (is_identity) {
+      row = shared.inverse[b + 1][beside] - next;
+      low.load(row + next);
+      high.load(row + next + PANEL);
+    } else if (is_row && thread >= next) {
+      const PanelRow first = low, second = high;
+      low.load(row + next);
+      high.load(row + next + PANEL);
+      subtract(low, first, &shared.moments[next][top]);
+      subtract(low, second, &shared.moments[next][top + PANEL]);
+      if (thread < next + PANEL) low.store(shared.diagonal[0][thread - next]);
+      subtract(high, first, &shared.moments[next + PANEL][top]);
+      subtract(high, second, &shared.moments[next + PANEL][top + PANEL]);
     }
     barrier_sync(FACTORED, PANEL_THREADS);
   }
 }
 
-// Rows g and g + 8 (g = lane / 4) of a block of 16, and of its columns 2 t and 2 t + 1 (t = lane % 4) of every 8: an
-// accumulator of the tensor cores, and either operand, of which these columns stand for t and t + 4: a sum may be
-// taken in any order.
-template <int COLUMNS>
+// A block of 16 x 16 over a warp, as the tensor cores have an accumulator: rows g and g + 8 (g = lane / 4); columns
+// 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t (t = lane % 4). As an operand, columns 2 t and 2 t + 1 stand for t and t + 4 of
+// their eight: a sum may be taken in any order.
 struct Tile {
-  float x[2][COLUMNS / 4];
+  float x[2][4];
 
   __device__ __forceinline__ static int offset(int pitch) {
-    return threadIdx.x % 32 / 4 * pitch + threadIdx.x % 4 * 2;
+    const int lane = thread_index() % 32;
+    return lane / 4 * pitch + lane % 4 * 2;
   }
 
   __device__ __forceinline__ void load(const float* block, int pitch) {
+    block += offset(pitch);
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-      for (int s = 0; s < COLUMNS / 8; s++) {
-        const float2 pair = *reinterpret_cast<const float2*>(block + offset(pitch) + h * 8 * pitch + s * 8);
+      for (int s = 0; s < 2; s++) {
+        const float2 pair = *reinterpret_cast<const float2*>(block + h * 8 * pitch + s * 8);
         x[h][2 * s] = pair.x, x[h][2 * s + 1] = pair.y;
       }
   }
 
   __device__ __forceinline__ void store(float* block, int pitch) const {
+    block += offset(pitch);
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-      for (int s = 0; s < COLUMNS / 8; s++)
-        *reinterpret_cast<float2*>(block + offset(pitch) + h * 8 * pitch + s * 8) = {x[h][2 * s], x[h][2 * s + 1]};
+      for (int s = 0; s < 2; s++)
+        *reinterpret_cast<float2*>(block + h * 8 * pitch + s * 8) = {x[h][2 * s], x[h][2 * s + 1]};
   }
 
-  // What tf32 keeps, and the rest, of which the tensor cores keep as much again.
+  // x = high + low: the nearest that tf32 holds, and the rest, of which the tensor cores keep as many bits again.
   __device__ __forceinline__ void split(Tile& high, Tile& low) const {
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-      for (int e = 0; e < COLUMNS / 4; e++) {
-        high.x[h][e] = __uint_as_float(__float_as_uint(x[h][e]) & 0xffffe000u);
+      for (int e = 0; e < 4; e++) {
+        high.x[h][e] = __uint_as_float((__float_as_uint(x[h][e]) + 0x1000u) & 0xffffe000u);
         low.x[h][e] = x[h][e] - high.x[h][e];
       }
   }
 };
 
-// A B^T of two blocks of 16 rows; the products of two low parts, 2^-22 of the whole, are left out.
-template <int COLUMNS>
-__device__ __forceinline__ Tile<16> multiply(const Tile<COLUMNS>& a_high, const Tile<COLUMNS>& a_low,
-                                             const Tile<COLUMNS>& b) {
-  Tile<COLUMNS> b_high, b_low;
+// A B^T; the products of two low parts, 2^-24 of the whole, are left out.
+__device__ __forceinline__ Tile multiply(const Tile& a, const Tile& b) {
+  Tile a_high, a_low, b_high, b_low, large = {}, first = {}, second = {};
+  a.split(a_high, a_low);
   b.split(b_high, b_low);
-  Tile<16> large = {}, first = {}, second = {};
-  auto add = [](Tile<16>& c, const Tile<COLUMNS>& a, const Tile<COLUMNS>& b, int column, int step) {
+  auto add = [](Tile& c, const Tile& a, const Tile& b, int column, int step) {
     multiply_add_tf32(c.x[0][2 * column], c.x[0][2 * column + 1], c.x[1][2 * column], c.x[1][2 * column + 1],
                       a.x[0][2 * step], a.x[1][2 * step], a.x[0][2 * step + 1], a.x[1][2 * step + 1],
                       b.x[column][2 * step], b.x[column][2 * step + 1]);
   };
 #pragma unroll
-  for (int step = 0; step < COLUMNS / 8; step++)
+  for (int step = 0; step < 2; step++)
 #pragma unroll
     for (int column = 0; column < 2; column++) {
       add(large, a_high, b_high, column, step);
@@ -173,66 +196,54 @@ __device__ __forceinline__ Tile<16> multiply(const Tile<COLUMNS>& a_high, const 
 
 // What the other warps do; warp: of UPDATE_WARPS.
 __device__ __forceinline__ void update_rest(Shared& shared, int warp) {
-  for (int p = 0; p + 1 < PANELS; p++) {
+  auto block_at = [&](int i, int j) { return &shared.moments[i * BLOCK][j * BLOCK]; };
+  for (int b = 0; b < BLOCKS; b++) {
     barrier_sync(SOLVED, THREADS);
     if (warp == UPDATE_WARPS - 1) {
-      // The right-hand side's rest.
-      PanelRow y;
-      y.load(&shared.right_side[p * PANEL]);
-      for (int r = (p + 2) * PANEL + threadIdx.x % 32; r < D; r += 32) {
-        PanelRow l;
-        l.load(&shared.moments[r][p * PANEL]);
-        float sums[2] = {};
+      // The right-hand side beyond the next 16 columns.
+      const float* y = shared.right_side + b * BLOCK;
+      for (int r = (b + 2) * BLOCK + thread_index() % 32; r < D; r += 32) {
+        const float* l = &shared.moments[r][b * BLOCK];
+        float sums[4] = {};
 #pragma unroll
-        for (int k = 0; k < PANEL; k++) sums[k % 2] += l.x[k] * y.x[k];
-        shared.right_side[r] -= sums[0] + sums[1];
+        for (int k = 0; k < BLOCK; k++) sums[k % 4] += l[k] * y[k];
+        shared.right_side[r] -= (sums[0] + sums[1]) + (sums[2] + sums[3]);
       }
     }
-    // From panel p + 2 on, two panels at a time: a triangle of blocks, the last of a row perhaps half.
-    const int first_row = p / 2 + 1, rows_left = BLOCKS - first_row;
-    for (int n = warp; n < rows_left * (rows_left + 1) / 2; n += UPDATE_WARPS) {
-      const int row = static_cast<int>((sqrtf(8 * n + 1) - 1) * 0.5f);
-      const int i = first_row + row, column = p + 2 + 2 * (n - row * (row + 1) / 2);
-      float* rows = shared.moments[i * BLOCK];
-      const float* others = shared.moments[column * PANEL];
-      Tile<8> left, left_high, left_low, right;
-      Tile<16> a;
-      left.load(rows + p * PANEL, MOMENT_PITCH);
-      right.load(others + p * PANEL, MOMENT_PITCH);
-      a.load(rows + column * PANEL, MOMENT_PITCH);
-      left.split(left_high, left_low);
-      const Tile<16> product = multiply(left_high, left_low, right);
+    // Blocks i >= j >= b + 2: the panel threads see to the next 16 columns.
+    int i = b + 2, j = b + 2 + warp;
+    while (true) {
+      for (; j > i; i++) j -= i - b - 1;
+      if (i >= BLOCKS) break;
+      Tile a, left, right;
+      a.load(block_at(i, j), MOMENT_PITCH);
+      left.load(block_at(i, b), MOMENT_PITCH);
+      right.load(block_at(j, b), MOMENT_PITCH);
+      const Tile product = multiply(left, right);
 #pragma unroll
       for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int e = 0; e < 4; e++) a.x[h][e] -= product.x[h][e];
-      if (column < 2 * i + 1) {
-        a.store(rows + column * PANEL, MOMENT_PITCH);
-      } else {
-        // The second of the two lies beyond the diagonal block.
-        const Tile<8> first = {{{a.x[0][0], a.x[0][1]}, {a.x[1][0], a.x[1][1]}}};
-        first.store(rows + column * PANEL, MOMENT_PITCH);
-      }
+      a.store(block_at(i, j), MOMENT_PITCH);
+      j += UPDATE_WARPS;
     }
-    // Nobody reads the blocks of the last two panels any more.
-    if (p == 0 || p % 2) continue;
-    const int j = p / 2 - 1;
-    for (int i = j + 1 + warp; i < BLOCKS; i += UPDATE_WARPS) {
-      float* block = &shared.moments[i * BLOCK][j * BLOCK];
-      Tile<16> l, l_high, l_low, m;
-      l.load(block, MOMENT_PITCH);
-      m.load(shared.inverse[j][0], INVERSE_PITCH);
-      l.split(l_high, l_low);
-      const Tile<16> w = multiply(l_high, l_low, m);
+    // Nobody reads the column before this one any more.
+    if (b == 0) continue;
+    for (int i = b + (UPDATE_WARPS - 1 - warp); i < BLOCKS; i += UPDATE_WARPS) {
+      Tile l, m;
+      l.load(block_at(i, b - 1), MOMENT_PITCH);
+      m.load(shared.inverse[b - 1][0], INVERSE_PITCH);
+      const Tile w = multiply(l, m);
       __syncwarp();
-      w.store(block, MOMENT_PITCH);
+      w.store(block_at(i, b - 1), MOMENT_PITCH);
     }
   }
 }
 
-// The matrix of the system, in place of the moments of the keys, its right-hand side, and the identity; by the
-// transform warps.
-__device__ __forceinline__ void centre_keys(Shared& shared, const lla::Call& call, const lla::RowIndex& row, int thread) {
+// The matrix of the system, in place of the moments of the keys (what lies above the diagonal blocks counts for
+// nothing), its right-hand side, and the identity; by the transform warps.
+__device__ __forceinline__ void centre_keys(Shared& shared, const lla::Call& call, const lla::RowIndex& row,
+                                            int thread) {
   const float inverse_d1 = 1.0f / shared.sums.d1;
   const float ridge = row.ridge(call);
   constexpr int QUADS = D / 4;
@@ -240,7 +251,6 @@ __device__ __forceinline__ void centre_keys(Shared& shared, const lla::Call& cal
   const float4 means = *reinterpret_cast<const float4*>(&shared.sums.x[column]);
 #pragma unroll 4
   for (int r = thread / QUADS; r < D; r += TRANSFORM_THREADS / QUADS) {
-    if (column > (r | (BLOCK - 1))) continue;
     float4* at = reinterpret_cast<float4*>(&shared.moments[r][column]);
     const float mean = shared.sums.x[r] * inverse_d1;
     float4 a = *at;
@@ -250,9 +260,10 @@ __device__ __forceinline__ void centre_keys(Shared& shared, const lla::Call& cal
     a.w = (a.w - mean * means.w) * inverse_d1 + (r == column + 3 ? ridge : 0.0f);
     *at = a;
   }
-  for (int e = thread; e < BLOCKS * BLOCK * BLOCK; e += TRANSFORM_THREADS)
-    shared.inverse[e / (BLOCK * BLOCK)][e / BLOCK % BLOCK][e % BLOCK] = e / BLOCK % BLOCK == e % BLOCK ? 1.0f : 0.0f;
   if (thread < D) {
+    float* identity = shared.inverse[thread / BLOCK][thread % BLOCK];
+#pragma unroll
+    for (int c = 0; c < BLOCK; c++) identity[c] = c == thread % BLOCK ? 1.0f : 0.0f;
     const float q = widen<BFLOAT>(query_of(call, row)[thread]);
     shared.right_side[thread] = q - shared.sums.origin[thread] - shared.sums.x[thread] * inverse_d1;
   }
@@ -260,8 +271,8 @@ __device__ __forceinline__ void centre_keys(Shared& shared, const lla::Call& cal
 
 // The slope u from y = L^-1 (q - kbar), from the last block up: u_p = M_p^T y_p - sum over i > p of W_ip^T u_i. By the
 // first D threads.
-__device__ __forceinline__ void substitute_back(Shared& shared) {
-  const int thread = threadIdx.x, block = thread / BLOCK;
+__device__ __forceinline__ void substitute_back(Shared& shared, int thread) {
+  const int block = thread / BLOCK;
   float u = 0.0f;
 #pragma unroll
   for (int k = 0; k < BLOCK; k++)
@@ -285,7 +296,7 @@ __device__ __forceinline__ void substitute_back(Shared& shared) {
 
 // u, by all threads of a block that has its row's moments and sums.
 __device__ __forceinline__ void solve_slope(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
-  const int thread = threadIdx.x - MATRIX_THREADS;
+  const int thread = thread_index() - MATRIX_THREADS;
   if (thread >= 0) {
     centre_keys(shared, call, row, thread);
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
@@ -293,27 +304,28 @@ __device__ __forceinline__ void solve_slope(Shared& shared, const lla::Call& cal
   if (thread >= 0 && thread < PANEL_THREADS)
     solve_panels(shared, thread);
   else
-    update_rest(shared, thread < 0 ? threadIdx.x / 32 : (threadIdx.x - PANEL_THREADS) / 32);
+    update_rest(shared, (thread < 0 ? thread + MATRIX_THREADS : thread + MATRIX_THREADS - PANEL_THREADS) / 32);
   __syncthreads();
-  if (threadIdx.x < D) substitute_back(shared);
+  if (thread + MATRIX_THREADS < D) substitute_back(shared, thread + MATRIX_THREADS);
   __syncthreads();
 }
 
 // o = vbar + C_vk u.
 __device__ __forceinline__ void write_output(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
   constexpr int PARTS = THREADS / D;
-  const int part = threadIdx.x / D, channel = threadIdx.x % D;
+  const int thread = thread_index(), part = thread / D, channel = thread % D;
+  const int first = part * (D / PARTS);
   float moments[2] = {}, along = 0.0f;
-#pragma unroll 8
-  for (int k = part * (D / PARTS); k < (part + 1) * (D / PARTS); k++) {
-    moments[k % 2] += shared.moments[k][D + channel] * shared.slope[k];
-    along += shared.sums.x[k] * shared.slope[k];
+#pragma unroll
+  for (int k = 0; k < D / PARTS; k++) {
+    moments[k % 2] += shared.moments[first + k][D + channel] * shared.slope[first + k];
+    along += shared.sums.x[first + k] * shared.slope[first + k];
   }
   const float inverse_d1 = 1.0f / shared.sums.d1;
   const float mean = shared.sums.x[D + channel] * inverse_d1;
   shared.output[part][channel] = (moments[0] + moments[1] - mean * along) * inverse_d1;
   __syncthreads();
-  if (threadIdx.x < D) {
+  if (thread < D) {
     float o = shared.sums.origin[D + channel] + mean;
 #pragma unroll
     for (int i = 0; i < PARTS; i++) o += shared.output[i][channel];

@@ -1,7 +1,7 @@
 #pragma once
 // How the keys of a tile lie over the lanes of a warp: 8 channels of K or V, 16 bytes, of 8 keys a lane.
 
-#include "shape.cuh"
+#include "lla/shape.cuh"
 
 constexpr int CHUNKS = 2 * D / 8;  // of a key
 constexpr int LANE_KEYS = 8;

@@ -4,10 +4,13 @@
 // up its own slice.
 
 #include "ptx/cluster.cuh"
-#include "shape.cuh"
+#include "lla/shape.cuh"
 
 constexpr int SLICE_ROWS = D / CLUSTER;
 constexpr int QUADS = 2 * D / 4;
+// Loads of a thread at once: what is far away is waited for, not moved.
+constexpr int MERGED_AT_ONCE = 4;
+static_assert(SLICE_ROWS * QUADS % (MERGED_AT_ONCE * THREADS) == 0);
 
 // By all threads of the cluster, or of a block that is its own.
 __device__ __forceinline__ void cluster_sync() {
@@ -19,8 +22,14 @@ __device__ __forceinline__ void cluster_sync() {
   }
 }
 
+// Quad e of the slice of block `rank`.
+__device__ __forceinline__ float* moments_at(Shared& shared, int rank, int e) {
+  return &shared.moments[rank * SLICE_ROWS + e / QUADS][e % QUADS * 4];
+}
+
 // The moments of four neighbouring columns, moved to the common origin; shared.parts holds shifts for origins.
-__device__ __forceinline__ void add_part(float4& sum, float4 moments, float factor, const Sums& part, int row, int quad) {
+__device__ __forceinline__ void add_part(float4& sum, float4 moments, float factor, const Sums& part, int row,
+                                         int quad) {
   const float s = part.x[row], shift = part.origin[row], d1 = part.d1;
   const float4 t = reinterpret_cast<const float4*>(part.x)[quad];
   const float4 shifts = reinterpret_cast<const float4*>(part.origin)[quad];
@@ -63,7 +72,7 @@ __device__ __forceinline__ float merge_sums(Shared& shared, int count, int threa
 // Adds up this row's parts, one slice of the moments a block of the cluster, into the moments and sums of the
 // cluster's first block; true there once they are the whole row's.
 __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, int clusters) {
-  const int thread = threadIdx.x;
+  const int thread = thread_index();
   const int rank = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
   if constexpr (CLUSTER > 1) {
     cluster_sync();
@@ -77,18 +86,26 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, int
     float factor[CLUSTER];
 #pragma unroll
     for (int c = 0; c < CLUSTER; c++) factor[c] = rescaling(shared.parts[c].m, m);
-    for (int e = thread; e < SLICE_ROWS * QUADS; e += THREADS) {
-      const int r = rank * SLICE_ROWS + e / QUADS;
-      const unsigned at = shared_address(&shared.moments[r][e % QUADS * 4]);
-      float4 part[CLUSTER], sum = {0, 0, 0, 0};
+    for (int first = thread; first < SLICE_ROWS * QUADS; first += MERGED_AT_ONCE * THREADS) {
+      float4 part[MERGED_AT_ONCE][CLUSTER];
 #pragma unroll
-      for (int c = 0; c < CLUSTER; c++) part[c] = cluster_load4(cluster_address(at, c));
+      for (int i = 0; i < MERGED_AT_ONCE; i++) {
+        const unsigned at = shared_address(moments_at(shared, rank, first + i * THREADS));
 #pragma unroll
-      for (int c = 0; c < CLUSTER; c++) add_part(sum, part[c], factor[c], shared.parts[c], r, e % QUADS);
-      if (clusters == 1)
-        cluster_store4(cluster_address(at, 0), sum);
-      else
-        *reinterpret_cast<float4*>(&shared.moments[r][e % QUADS * 4]) = sum;
+        for (int c = 0; c < CLUSTER; c++) part[i][c] = cluster_load4(cluster_address(at, c));
+      }
+#pragma unroll
+      for (int i = 0; i < MERGED_AT_ONCE; i++) {
+        const int e = first + i * THREADS, r = rank * SLICE_ROWS + e / QUADS;
+        float4 sum = {0, 0, 0, 0};
+#pragma unroll
+        for (int c = 0; c < CLUSTER; c++) add_part(sum, part[i][c], factor[c], shared.parts[c], r, e % QUADS);
+        float* at = moments_at(shared, rank, e);
+        if (clusters == 1)
+          cluster_store4(cluster_address(shared_address(at), 0), sum);
+        else
+          *reinterpret_cast<float4*>(at) = sum;
+      }
     }
     // A block leaves, or replaces its slice, only when no other reads its memory any more.
     cluster_sync();
@@ -98,11 +115,9 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, int
   const int item = blockIdx.x / call.splits, cluster = blockIdx.x / CLUSTER % (call.splits / CLUSTER);
   float* parts = call.partials + static_cast<long long>(item) * (call.splits / CLUSTER) * PARTIAL_FLOATS;
   float* mine = parts + static_cast<long long>(cluster) * PARTIAL_FLOATS;
-  for (int e = thread; e < SLICE_ROWS * QUADS; e += THREADS) {
-    const int r = rank * SLICE_ROWS + e / QUADS;
+  for (int e = thread; e < SLICE_ROWS * QUADS; e += THREADS)
     reinterpret_cast<float4*>(mine)[rank * SLICE_ROWS * QUADS + e] =
-        *reinterpret_cast<const float4*>(&shared.moments[r][e % QUADS * 4]);
-  }
+        *reinterpret_cast<const float4*>(moments_at(shared, rank, e));
   if (rank == 0 && thread < SUMS_FLOATS / 4)
     reinterpret_cast<float4*>(mine + 2 * D * D)[thread] = reinterpret_cast<const float4*>(&shared.sums)[thread];
   __threadfence();
@@ -123,17 +138,26 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, int
           reinterpret_cast<const float4*>(parts + e / (SUMS_FLOATS / 4) * PARTIAL_FLOATS + 2 * D * D) +
           e % (SUMS_FLOATS / 4));
     const float m = merge_sums(shared, clusters, thread);
-    for (int e = thread; e < SLICE_ROWS * QUADS; e += THREADS) {
-      const int r = rank * SLICE_ROWS + e / QUADS;
-      float4 sum = {0, 0, 0, 0};
-#pragma unroll 4
+    for (int first = thread; first < SLICE_ROWS * QUADS; first += MERGED_AT_ONCE * THREADS) {
+      float4 sums[MERGED_AT_ONCE] = {};
+#pragma unroll 2
       for (int c = 0; c < clusters; c++) {
-        const float4 part =
-            __ldcg(reinterpret_cast<const float4*>(parts + c * PARTIAL_FLOATS) + rank * SLICE_ROWS * QUADS + e);
-        add_part(sum, part, rescaling(shared.parts[c].m, m), shared.parts[c], r, e % QUADS);
+        const float4* from = reinterpret_cast<const float4*>(parts + c * PARTIAL_FLOATS) + rank * SLICE_ROWS * QUADS;
+        float4 part[MERGED_AT_ONCE];
+#pragma unroll
+        for (int i = 0; i < MERGED_AT_ONCE; i++) part[i] = __ldcg(from + first + i * THREADS);
+        const float factor = rescaling(shared.parts[c].m, m);
+#pragma unroll
+        for (int i = 0; i < MERGED_AT_ONCE; i++) {
+          const int e = first + i * THREADS;
+          add_part(sums[i], part[i], factor, shared.parts[c], rank * SLICE_ROWS + e / QUADS, e % QUADS);
+        }
       }
-      const unsigned at = shared_address(&shared.moments[r][e % QUADS * 4]);
-      cluster_store4(CLUSTER > 1 ? cluster_address(at, 0) : at, sum);
+#pragma unroll
+      for (int i = 0; i < MERGED_AT_ONCE; i++) {
+        const unsigned at = shared_address(moments_at(shared, rank, first + i * THREADS));
+        cluster_store4(CLUSTER > 1 ? cluster_address(at, 0) : at, sums[i]);
+      }
     }
   }
   cluster_sync();

@@ -34,7 +34,9 @@ struct RowIndex {
   int batch, position, head;
 
   __device__ __forceinline__ RowIndex(const Call& call, int item)
-      : batch(item / call.q_heads / call.q_len), position(item / call.q_heads % call.q_len), head(item % call.q_heads) {}
+      : batch(item / call.q_heads / call.q_len),
+        position(item / call.q_heads % call.q_len),
+        head(item % call.q_heads) {}
 
   __device__ __forceinline__ float ridge(const Call& call) const {
     if (!call.ridge) return call.ridge_value;

@@ -67,7 +67,7 @@ struct Shared {
         Sums parts[MAX_PARTS];
         struct {
           alignas(16) float inverse[D / 16][16][INVERSE_PITCH];  // M^T
-          alignas(16) float diagonal[8][8];                      // of the panel at hand
+          alignas(16) float diagonal[2][8][8];                   // of the two panels at hand
         };
       };
     };
@@ -89,10 +89,12 @@ struct Shared {
   alignas(16) float maxima[SCORE_STAGES][TRANSFORM_WARPS];
   float warp_d1[TRANSFORM_WARPS];
   float rescale[X_STAGES];
-  // Of keys and of values: what X is scaled by, a power of two, and the largest that decides it, as bits.
-  float scale[2];
+  // Of keys and of values: one over what X is scaled by, a power of two, and the largest that decides it, as bits.
+  float inverse_scale[2];
   unsigned largest[2];
-  unsigned out_of_range;  // X was
+  int end;                // of the block's keys
+  unsigned out_of_range;  // X was, in this pass
+  unsigned exact;         // the scale is that of the largest number of all
   unsigned is_last;
   unsigned bad_page;
   alignas(8) unsigned long long x_full[X_STAGES];
@@ -104,6 +106,14 @@ static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * 
 
 // Hardware barriers; 0 is the block's.
 enum : int { MATRIX = 1, TRANSFORM = 2, FACTORED = 3, SOLVED = 4, SUBSTITUTED = 5 };
+
+// Read anew: what is made of threadIdx.x would be kept over the passes, and registers are short in them.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  __builtin_assume(index >= 0);
+  return index;
+}
 
 __device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
   return static_cast<const half_bits*>(call.q) + row.batch * call.q_stride[0] + row.position * call.q_stride[1] +

@@ -9,9 +9,9 @@
 // the first tile's largest number. Where a later one is more than 128 times that, the sums come out infinite, and the
 // block takes its keys again with the largest of all.
 
-#include "lanes.cuh"
+#include "lla/lanes.cuh"
 #include "ptx/mbarrier.cuh"
-#include "shape.cuh"
+#include "lla/shape.cuh"
 
 // Adds what the lanes of a chunk have of their keys.
 __device__ __forceinline__ float of_all_keys(float x) {
@@ -47,20 +47,21 @@ __device__ __forceinline__ float agreed_scale(Shared& shared, const Lane& at, fl
 #pragma unroll
   for (int kind = 0; kind < 2; kind++) {
     const unsigned of_warp = __reduce_max_sync(~0u, at.is_value() == kind ? __float_as_uint(largest) : 0);
-    if (threadIdx.x % 32 == 0) atomicMax(&shared.largest[kind], of_warp);
+    if (thread_index() % 32 == 0) atomicMax(&shared.largest[kind], of_warp);
   }
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   const int bits = shared.largest[at.is_value()];
-  const float scale = bits ? __uint_as_float(min(254 + exponent - (bits >> 23), 127 + 100) << 23) : otherwise;
-  shared.scale[at.is_value()] = scale;
-  return scale;
+  // The exponent of the scale; that of its inverse is 254 less it.
+  const int power = min(254 + exponent - (bits >> 23), 127 + 100);
+  shared.inverse_scale[at.is_value()] = bits ? __uint_as_float(254 - power << 23) : 1.0f / otherwise;
+  return bits ? __uint_as_float(power << 23) : otherwise;
 }
 
 // Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps; the sums,
 // relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2.
 __device__ __forceinline__ void recentre(Shared& shared, const Lane& at, unsigned from, const float (&roots)[LANE_KEYS],
                                          float rescale, float scale, float (&sums)[8], float (&origin)[8], float& d1) {
-  const int thread = threadIdx.x - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
+  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
   stage(shared.staged[warp], at, sums);
   const float warp_d1 = of_all_keys(d1);
   if (lane == 0) shared.warp_d1[warp] = warp_d1;
@@ -103,7 +104,7 @@ __device__ __forceinline__ void recentre(Shared& shared, const Lane& at, unsigne
   const float shift = sum / weight;
   shared.shift[thread] = shift;
   shared.moved_sums[thread] = before;
-  shared.sums.origin[thread] += shift / shared.scale[thread / D];
+  shared.sums.origin[thread] += shift * shared.inverse_scale[thread / D];
   if (thread == 0) shared.moved_d1 = d1_before;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
 #pragma unroll
@@ -116,15 +117,15 @@ __device__ __forceinline__ void recentre(Shared& shared, const Lane& at, unsigne
   d1 *= rescale;
 }
 
-// One pass over the tiles. Leaves the sums, about their origin, in shared.sums. After a pass whose X was out of
-// range, `exact` asks for the scale of the largest number of all.
+// One pass over the tiles. Leaves the sums, about their origin, in shared.sums.
 __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, const lla::Row& row, int begin, int keys,
-                                      int tiles, bool exact) {
-  const int thread = threadIdx.x - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
+                                      int tiles) {
+  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
   const Lane at(lane);
   const unsigned raw_chunk = at.raw(shared, warp), x_chunk = at.x(shared, warp);
 
   float scale = 1.0f;
+  const bool exact = shared.exact;
   if (exact) {
     const Cache cache(call, row, at);
     float largest = 0.0f;
@@ -219,7 +220,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
   float sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.staged[w][thread];
-  sum /= shared.scale[thread / D];
+  sum *= shared.inverse_scale[thread / D];
   shared.sums.x[thread] = sum;
   if (!(fabsf(sum) < -minus_infinity())) shared.out_of_range = 1;
   if (thread == 0) {

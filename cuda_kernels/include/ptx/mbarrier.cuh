@@ -18,11 +18,6 @@ __device__ __forceinline__ void mbarrier_arrive(unsigned barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// One of the arrivals that the barrier counts, once this thread's copies of 16 bytes so far are complete.
-__device__ __forceinline__ void mbarrier_arrive_after_copies(unsigned barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
-}
-
 // Before its memory serves anything else, a barrier on which nobody waits any more must end.
 __device__ __forceinline__ void mbarrier_invalidate(unsigned barrier) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");

@@ -41,8 +41,8 @@ __device__ __forceinline__ void multiply_add(float& c0, float& c1, float& c2, fl
 
 // C (16x8, float) += A (16x8) B (8x8) of float32 numbers, whose low 13 bits the tensor cores ignore. Lane holds
 // A[g][t], A[g+8][t], A[g][t+4], A[g+8][t+4] and B[t][g], B[t+4][g].
-__device__ __forceinline__ void multiply_add_tf32(float& c0, float& c1, float& c2, float& c3, float a0, float a1, float a2,
-                                                  float a3, float b0, float b1) {
+__device__ __forceinline__ void multiply_add_tf32(float& c0, float& c1, float& c2, float& c3, float a0, float a1,
+                                                  float a2, float a3, float b0, float b1) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
