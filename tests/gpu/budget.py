@@ -74,7 +74,7 @@ def solved_budget(case, ridge: np.ndarray) -> np.ndarray:
     bound = np.zeros((B, Lq, Hq))
     for b in range(B):
         K, V = (_positions(case, x, b) for x in case.keys_and_values)
-        seen = _seen(case, b, len(K))
+        seen = np.broadcast_to(_seen(case, b, len(K)), (Lq, len(K)))
         for h in range(Hq):
             kh, vh = K[:, h // (Hq // K.shape[1])], V[:, h // (Hq // K.shape[1])]
             norms = np.linalg.norm(vh, axis=-1)
