@@ -38,7 +38,7 @@ class Shape(NamedTuple):
 
     source, defines: what the compiler takes. grid: blocks. shared_bytes: of a block. boxes: whether
     the copy engine brings keys and values, ``box`` keys at a time. parts: partial results of the workspace,
-    of ``part_floats`` floats each, and counters beside them.
+    of ``part_floats`` floats each, and counters beside them, or none where parts are posted.
     """
 
     source: str
@@ -91,7 +91,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     def plan(warps: int) -> tuple[int, int]:
         """Slots of a warp's ring, and bytes of shared memory."""
         records = heads * tiles * queries
-        fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid)
+        fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cuts)
         slot = STEP * (_row_bytes(problem, heads) + (0 if boxes else 16))
         limit = (
             _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
@@ -108,8 +108,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     grids, parts, counters = (items, 1, 1), 0, 0
     if grid == ALIKE:
         grids = cuts, problem.kv_heads // heads * row_blocks, problem.batch
-        if cuts > 1:
-            parts, counters = items * cuts, items
+        parts = items * cuts if cuts > 1 else 0
     elif grid == EQUAL_RANGES:
         most = -(-items * steps // warps)
         grids = min(_even(blocks * layout.multiprocessors, items), max(1, most)), 1, 1
@@ -128,6 +127,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "BLOCKS": blocks,
         "SLOTS": slots,
         "GRID": grid,
+        "CUT": int(cuts > 1),
         "PINNED": int(split_steps > 0),
         "INDEXED": int(indexed),
         "PACKED": int(problem.cu_seqlens is not None),
@@ -246,7 +246,7 @@ def _row_bytes(problem: Problem, heads: int) -> int:
     return heads * columns * problem.dtype.itemsize
 
 
-def _fixed_bytes(problem, warps, tiles, records, heads, grid) -> int:
+def _fixed_bytes(problem, warps, tiles, records, heads, grid, cuts) -> int:
     """Shared memory beside the rings and their barriers; include/shape.cuh lays it out."""
     size = problem.dtype.itemsize
     columns = _round_up(problem.head_dim, 16 if size == 2 else 4)
@@ -259,6 +259,8 @@ def _fixed_bytes(problem, warps, tiles, records, heads, grid) -> int:
         value_columns = _round_up(problem.value_dim, 32)
         handed = min(value_columns, 128 // records if records < 4 else 32)
         total += warps * max(1024, records * handed * 8)
+    if cuts > 1:
+        total += records * (16 + 4 * _round_up(2 * problem.value_dim, 4))
     return total
 
 

@@ -81,7 +81,7 @@ class Plan:
         """
         partials = counters = 0
         if self._room.counters:
-            counters, partials, _ = workspace.acquire(self._device, stream, self._room)
+            counters, _, partials, _ = workspace.acquire(self._device, stream, self._room)
         shape, function = self.shape, self._kernel.function
         # The driver copies the argument before it returns.
         with self._lock:

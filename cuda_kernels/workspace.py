@@ -1,8 +1,8 @@
-"""Device memory that launches share: partial results of splits, and the counters that say who comes last.
+"""Device memory that launches share: partial results of splits, counters that say who comes last, a mailbox.
 
 One slab a stream, since launches of one stream follow one another, and one for each stream of a graph under
-capture, since graphs may run beside one another. Counters are zeroed once: the last block to arrive sets them
-back.
+capture, since graphs may run beside one another. Counters are zeroed and the words of the mailbox set to all
+ones once: the block that is the last to read them sets them back.
 """
 
 from __future__ import annotations
@@ -30,19 +30,21 @@ _DEFAULT = -1  # in place of its number
 
 
 class Room(NamedTuple):
-    """What a launch needs: bytes of partial results, and 32-bit counters."""
+    """What a launch needs: bytes of partial results, 32-bit counters, bytes of the mailbox."""
 
-    partial_bytes: int
-    counters: int
+    partial_bytes: int = 0
+    counters: int = 0
+    mailbox_bytes: int = 0
 
     def holds(self, other: Room) -> bool:
         return all(mine >= needed for mine, needed in zip(self, other))
 
 
 class Slab(NamedTuple):
-    """Addresses of the counters and of the partial results behind them, in one allocation."""
+    """Addresses of the counters, the mailbox and the partial results, in this order in one allocation."""
 
     counters: int
+    mailbox: int
     partials: int
     room: Room
 
@@ -61,7 +63,7 @@ _zeroing: dict[int, cupy.cuda.Stream] = {}
 
 
 def acquire(device: int, stream: int, room: Room) -> Slab:
-    """Scratch and zeroed counters for one launch, which must leave the counters zero.
+    """Scratch, zeroed counters and a mailbox of ones for one launch, which must leave the latter two so.
 
     device: the current one; stream: the one that the launch goes to. Raises MemoryError where the device has
     no room.
@@ -148,8 +150,8 @@ def _collect_ended() -> None:
 
 
 def _allocate(device: int, room: Room) -> Slab:
-    counter_bytes = _rounded(4 * room.counters)
-    size = counter_bytes + _rounded(room.partial_bytes)
+    counter_bytes, mailbox_bytes = _rounded(4 * room.counters), _rounded(room.mailbox_bytes)
+    size = counter_bytes + mailbox_bytes + _rounded(room.partial_bytes)
     with capture.relaxed():
         try:
             address = runtime.malloc(size)
@@ -157,13 +159,16 @@ def _allocate(device: int, room: Room) -> Slab:
             if error.status == _OUT_OF_MEMORY:
                 raise MemoryError(f"CUDA device {device} has no {size} bytes of workspace left") from error
             raise
-        # Not on the launch's own stream, which may be under capture: the graph must not zero them again.
+        # Not on the launch's own stream, which may be under capture: the graph must not do it again.
         zeroing = _zeroing.get(device)
         if zeroing is None:
             zeroing = _zeroing[device] = cupy.cuda.Stream(non_blocking=True)
+        mailbox = address + counter_bytes
         runtime.memsetAsync(address, 0, counter_bytes, zeroing.ptr)
+        runtime.memsetAsync(mailbox, 0xFF, mailbox_bytes, zeroing.ptr)
         zeroing.synchronize()
-    return Slab(address, address + counter_bytes, Room(size - counter_bytes, counter_bytes // 4))
+    held = Room(size - counter_bytes - mailbox_bytes, counter_bytes // 4, mailbox_bytes)
+    return Slab(address, mailbox, mailbox + mailbox_bytes, held)
 
 
 def _forget_oldest() -> None:

@@ -123,7 +123,8 @@ def test_the_cuts_of_an_item_are_all_of_its_steps(call):
     assert 16 * (steps - 1) < problem.kv_len - first <= 16 * steps
     items = problem.batch * (problem.kv_heads // shape.heads) * shape.row_blocks
     assert items == shape.grid[1] * shape.grid[2]
-    assert (shape.parts, shape.counters) == ((0, 0) if cuts == 1 else (items * cuts, items))
+    assert (shape.parts, shape.counters) == (0 if cuts == 1 else items * cuts, 0)
+    assert defines["CUT"] == (cuts > 1)
 
 
 def test_rows_of_256_bytes_come_by_the_copy_engine_and_two_heads_of_64_make_one():

@@ -352,6 +352,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
 
     // Whose parts make up the item, and which of them this block's is.
     int parts = 1, own = 0, owner = 0;
+    float* first_part = p.partials;
     unsigned* counter = p.counters;
     if constexpr (GRID == 0) {
       counter += (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block;
@@ -361,19 +362,19 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         owner = schedule.owner_of(item.begin);
         parts = schedule.owner_of(item.begin + item.steps - 1) - owner + 1, own = int(blockIdx.x) - owner;
       }
-    } else if constexpr (GRID == 1) {
+    } else if constexpr (CUT) {
       parts = gridDim.x, own = blockIdx.x;
-      counter += blockIdx.z * gridDim.y + blockIdx.y;
+      first_part = p.mailbox + 1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts * PART_FLOATS;
     }
     const auto part_at = [&](int number) {
-      long long place;
-      if (GRID == 1)
-        place = 1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts + number;
-      else if (PINNED)
+      long long place = number;
+      if (PINNED)
         place = item.begin / p.split_steps + number;
-      else  // a block shares its first item and its last one with others, the rest are its own
+      else if (GRID == 0)  // a block shares its first item and its last one with others, the rest are its own
         place = 2 * (owner + number) + (number == 0 && schedule.begin_of(owner) != item.begin);
-      return Part{p.partials + place * PART_FLOATS};
+      else if (number == parts - 1)  // the last block of an item merges it, and keeps its own part
+        return Part{reinterpret_cast<float*>(shared + RESULT_AT)};
+      return Part{first_part + place * PART_FLOATS};
     };
     const Part part = part_at(own);
     // The block's state of a row in a channel.
@@ -382,6 +383,9 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       const float2 sums = make_float2(state.O1[0], state.O2[0]);
       if (WHOLE || parts == 1) {
         if (record.row < rows.count) finish(p, rows, record, channel, seen_by(p, item, rows, record.row), state);
+      } else if (CUT && own < parts - 1) {
+        post(part.sums(number) + channel, sums);
+        if (channel == 0) post(part.statistics(number), state.s.packed());
       } else {
         part.sums(number)[channel] = sums;
         if (channel == 0) *part.statistics(number) = state.s.packed();
@@ -395,15 +399,23 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         weigh_warps(shared);
         __syncthreads();
       }
+      delay();
       merge_warps(shared, from, write);
       if (!SINGLE || from + EXCHANGE_CHANNELS < VALUE_DIM) __syncthreads();
     }
-    if (!WHOLE && parts > 1) {
+    if constexpr (CUT) {
+      if (own < parts - 1) break;
+      __syncthreads();
+      delay();
+      merge_parts<true>(p, item, rows, parts, part_at);
+      __syncthreads();
+      set_back(first_part, (parts - 1) * PART_FLOATS);
+    } else if (GRID == 0 && parts > 1) {
       __syncthreads();
       if (threadIdx.x == 0) arrived = arrive(counter);
       __syncthreads();
       if (arrived == parts - 1) {
-        merge_parts(p, item, rows, shared, parts, part_at);
+        merge_parts<false>(p, item, rows, parts, part_at);
         if (threadIdx.x == 0) *counter = 0;
       }
     }

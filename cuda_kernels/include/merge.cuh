@@ -1,6 +1,7 @@
 #pragma once
 // From the states of warps and of blocks to the output of a row.
 
+#include "mailbox.cuh"
 #include "ptx/shared_memory.cuh"
 #include "row_state.cuh"
 #include "rows.cuh"
@@ -63,7 +64,8 @@ __device__ __noinline__ void finish_empty_batches(const Problem& p) {
   }
 }
 
-// What a block has seen of an item, in the workspace: statistics of RECORDS rows, then their pairs (O1, O2).
+// What a block has seen of an item: statistics of RECORDS rows, then their pairs (O1, O2); in the workspace, in the
+// mailbox or in shared memory.
 struct Part {
   float* base;
   __device__ float4* statistics(int record) const { return reinterpret_cast<float4*>(base) + record; }
@@ -77,114 +79,69 @@ __device__ __forceinline__ unsigned arrive(unsigned* counter) {
   return before;
 }
 
-// How parts begin .. end of a row weigh in their sum, by one warp: a weight, or -1 for a part that saw nothing, and a
-// shift for each into `factors`, and the statistics of the sum.
-template <class PartAt>
-__device__ __forceinline__ void weigh_parts(int number, int begin, int end, PartAt part_at, float4* factors, float4* total) {
-  const int lane = threadIdx.x % 32, lanes = min(32, end - begin);
-  float m = minus_infinity();
-  int first = end;
-  for (int i = begin + lane; i < end; i += 32) {
-    const float4 packed = __ldcg(part_at(i).statistics(number));
-    const Statistics x = Statistics::of(packed);
-    factors[i - begin] = packed;
-    if (!x.saw_nothing()) m = fmaxf(m, x.m), first = min(first, i);
-  }
-  for (int mask = 1; mask < lanes; mask *= 2) {
-    m = fmaxf(m, __shfl_xor_sync(~0u, m, mask));
-    first = min(first, __shfl_xor_sync(~0u, first, mask));
-  }
-  __syncwarp();
-  // The first part that saw a key gives the shift, all others move to it.
-  const float t0 = first < end ? factors[first - begin].w : 0.f;
-  __syncwarp();
-  Statistics sum = {m, 0, 0, t0};
-  for (int i = begin + lane; i < end; i += 32) {
-    const Statistics x = Statistics::of(factors[i - begin]);
-    const float factor = x.saw_nothing() ? -1.f : weight(x.m, m), step = x.t0 - t0;
-    factors[i - begin] = make_float4(factor, step, 0, 0);
-    if (!x.saw_nothing()) sum.d1 += factor * x.d1, sum.d2 += factor * (x.d2 + step * x.d1);
-  }
-  for (int mask = 1; mask < lanes; mask *= 2) {
-    sum.d1 += __shfl_xor_sync(~0u, sum.d1, mask);
-    sum.d2 += __shfl_xor_sync(~0u, sum.d2, mask);
-  }
-  if (lane == 0) *total = sum.packed();
-}
+__device__ __forceinline__ void take_apart(const float4& x, float2 (&y)[2]) { y[0] = make_float2(x.x, x.y), y[1] = make_float2(x.z, x.w); }
+__device__ __forceinline__ void take_apart(const float2& x, float2 (&y)[1]) { y[0] = x; }
 
-// Merges the parts of an item in their order and writes its rows.
-template <class PartAt>
-__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, char* shared, int parts, PartAt part_at) {
+template <bool FIRST, class A, class B>
+struct Select {
+  typedef A type;
+};
+template <class A, class B>
+struct Select<false, A, B> {
+  typedef B type;
+};
+
+// Merges the parts of an item in their order and writes its rows. part_at(i): where part i lies; POSTED: it may not be
+// there yet.
+template <bool POSTED, class PartAt>
+__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, int parts, PartAt part_at) {
   // Neighbouring lanes share WIDTH channels of a row, each with every LANES-th part: the latency of the second-level
-  // cache is all there is to wait for, and is waited for once.
+  // cache is all there is to wait for, and should be waited for once.
   constexpr int WIDTH = VALUE_DIM % 2 ? 1 : 2, UNITS = RECORDS * VALUE_DIM / WIDTH;
   constexpr int LANES = UNITS * 8 <= THREADS ? 8 : UNITS * 4 <= THREADS ? 4 : UNITS * 2 <= THREADS ? 2 : 1;
   constexpr int BATCH = LANES == 1 ? 8 : 4;
-  constexpr int CHUNK = WARPS * EXCHANGE_PITCH / 16 / RECORDS;  // parts that are weighed at a time
-  float4* factors = reinterpret_cast<float4*>(shared + EXCHANGE_AT);
-  float4* totals = reinterpret_cast<float4*>(shared + TOTALS_AT);
+  typedef typename Select<WIDTH == 2, float4, float2>::type Pairs;
   const int lane = threadIdx.x % LANES;
 #pragma unroll 1
   for (int first = 0; first < UNITS * LANES; first += THREADS) {
     const int unit = (first + int(threadIdx.x)) / LANES, number = unit * WIDTH / VALUE_DIM, channel = unit * WIDTH % VALUE_DIM;
     RowState<WIDTH> state;
     state.clear();
+    if (unit < UNITS) {
 #pragma unroll 1
-    for (int from = 0; from < parts; from += CHUNK) {
-      const int end = min(from + CHUNK, parts);
-      float2 pairs[BATCH][WIDTH];
-      const auto load = [&](int begin) {
+      for (int begin = lane; begin < parts; begin += LANES * BATCH) {
+        float4 statistics[BATCH];
+        Pairs pairs[BATCH];
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
           const int i = begin + u * LANES;
-          if (i >= end || unit >= UNITS) continue;
-          const float2* at = part_at(i).sums(number) + channel;
-          if constexpr (WIDTH == 2) {
-            const float4 y = __ldcg(reinterpret_cast<const float4*>(at));
-            pairs[u][0] = make_float2(y.x, y.y), pairs[u][WIDTH - 1] = make_float2(y.z, y.w);
-          } else
-            pairs[u][0] = __ldcg(at);
+          statistics[u] = Statistics::none().packed();
+          if (i >= parts) continue;
+          const Part part = part_at(i);
+          statistics[u] = look(part.statistics(number));
+          pairs[u] = look(reinterpret_cast<const Pairs*>(part.sums(number) + channel));
         }
-      };
-      load(from + lane);
-      if (first == 0 || parts > CHUNK) {
-        if (first || from) __syncthreads();
-        for (int r = threadIdx.x / 32; r < RECORDS; r += WARPS) weigh_parts(r, from, end, part_at, factors + r * CHUNK, totals + r);
-        __syncthreads();
-      }
-      float2 sums[1][WIDTH] = {};
-#pragma unroll 1
-      for (int begin = from + lane; begin < end; begin += LANES * BATCH) {
-        if (begin >= from + LANES) load(begin);
+        Statistics x[BATCH];
+        float2 sums[BATCH][WIDTH];
 #pragma unroll
         for (int u = 0; u < BATCH; u++) {
           const int i = begin + u * LANES;
-          if (i >= end || unit >= UNITS) continue;
-          const float2 factor = *reinterpret_cast<const float2*>(factors + number * CHUNK + i - from);
-          if (factor.x < 0) continue;
-#pragma unroll
-          for (int e = 0; e < WIDTH; e++) {
-            sums[0][e].x += factor.x * pairs[u][e].x;
-            sums[0][e].y += factor.x * (pairs[u][e].y + factor.y * pairs[u][e].x);
+          if (POSTED && i < parts) {
+            const Part part = part_at(i);
+            await(statistics[u], part.statistics(number));
+            await(pairs[u], reinterpret_cast<const Pairs*>(part.sums(number) + channel));
           }
+          x[u] = Statistics::of(statistics[u]);
+          take_apart(pairs[u], sums[u]);
         }
+        state.add(x, sums);
       }
-      __syncwarp();
-#pragma unroll
-      for (int mask = 1; mask < LANES; mask *= 2)
-#pragma unroll
-        for (int e = 0; e < WIDTH; e++) {
-          sums[0][e].x += __shfl_xor_sync(~0u, sums[0][e].x, mask);
-          sums[0][e].y += __shfl_xor_sync(~0u, sums[0][e].y, mask);
-        }
-      const Statistics total[1] = {Statistics::of(totals[min(number, RECORDS - 1)])};
-      state.add(total, sums);
     }
+    state.template add_lanes<LANES>();
     const Record record(number);
     if (lane == 0 && unit < UNITS && record.row < rows.count)
       finish(p, rows, record, channel, seen_by(p, item, rows, record.row), state);
   }
-  if constexpr (!SINGLE) __syncthreads();  // before the shared memory is used again
 }
 
 // Puts the weight and the shift of every warp's state towards that of the block into shared memory, and the block's
