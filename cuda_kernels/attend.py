@@ -16,7 +16,6 @@ from . import compiler, heuristics, tensor_map, workspace
 from .heuristics import Shape
 from .layout import Layout
 from .parameters import PACK_POINTERS, PROBLEM, masks_of
-from .workspace import Room
 
 MOST_MAPS = 256
 """Pairs of caches of one plan whose tensor maps are kept."""
@@ -41,9 +40,7 @@ class Plan:
         self.shape, self._boxes = shape, shape.boxes
         self._kernel, self._device, self._function = kernel, layout.device, kernel.function
         self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
-        part_bytes = 4 * shape.parts * shape.part_floats
-        # Parts that are counted, or posted to the block that merges them.
-        self._room = Room(part_bytes, shape.counters) if shape.counters else Room(mailbox_bytes=part_bytes)
+        self._partial_bytes, self._counters = 4 * shape.parts * shape.part_floats, shape.counters
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape)
         self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
@@ -58,12 +55,12 @@ class Plan:
         arrays, state: addresses in the order of :class:`calls.Arrays` and of a ParallaxState, 0 where there
         is no array.
         """
-        partials = counters = mailbox = 0
-        if self.shape.parts:
-            counters, mailbox, partials, _ = workspace.acquire(self._device, stream, self._room)
+        partials = counters = 0
+        if self._counters:
+            partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
         # The driver copies the arguments before it returns.
         with self._lock:
-            PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters, mailbox)
+            PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)
             if self._boxes:
                 self._arguments[1] = self._map_address(arrays[2], arrays[3])
             driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)

@@ -36,9 +36,9 @@ _ELEMENTS = {BFLOAT16: 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 class Shape(NamedTuple):
     """A compiled kernel and how it is launched.
 
-    source, defines: what the compiler takes. grid: blocks. shared_bytes: of a block. boxes: whether
+    source, defines: what the compiler takes. grid, cluster: blocks. shared_bytes: of a block. boxes: whether
     the copy engine brings keys and values, ``box`` keys at a time. parts: partial results of the workspace,
-    of ``part_floats`` floats each, and counters beside them, or none where parts are posted.
+    of ``part_floats`` floats each, and counters beside them.
     """
 
     source: str
@@ -80,18 +80,20 @@ def choose(problem: Problem, layout: Layout) -> Shape:
 
     # Two blocks a multiprocessor hide each other's beginnings and ends, where their registers fit.
     blocks = 2 if heads * tiles * channels <= 16 and grid != EQUAL_RANGES else 1
-    cuts = 1
+    cluster, cuts = 1, 1
     if grid == ALIKE:
         cuts = _cuts(steps, items, 8, blocks * layout.multiprocessors)
         # Where items are cut, fewer blocks with deeper rings leave fewer parts to merge.
         if boxes and cuts > 1:
             blocks = 1
             cuts = _cuts(steps, items, 8, layout.multiprocessors)
+        if boxes:
+            cluster = _cluster(cuts, items, tiles, problem.value_dim, layout.multiprocessors)
 
     def plan(warps: int) -> tuple[int, int]:
         """Slots of a warp's ring, and bytes of shared memory."""
         records = heads * tiles * queries
-        fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cuts)
+        fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster)
         slot = STEP * (_row_bytes(problem, heads) + (0 if boxes else 16))
         limit = (
             _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
@@ -104,11 +106,13 @@ def choose(problem: Problem, layout: Layout) -> Shape:
 
     # Keys that the copy engine brings at a time; with many rows its instructions compete with theirs.
     box = 16 if tiles == 4 else 8
+    part_channels = problem.value_dim // cluster
     records = heads * tiles * queries
     grids, parts, counters = (items, 1, 1), 0, 0
     if grid == ALIKE:
         grids = cuts, problem.kv_heads // heads * row_blocks, problem.batch
-        parts = items * cuts if cuts > 1 else 0
+        if cuts > cluster:
+            parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
         most = -(-items * steps // warps)
         grids = min(_even(blocks * layout.multiprocessors, items), max(1, most)), 1, 1
@@ -127,7 +131,6 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "BLOCKS": blocks,
         "SLOTS": slots,
         "GRID": grid,
-        "CUT": int(cuts > 1),
         "PINNED": int(split_steps > 0),
         "INDEXED": int(indexed),
         "PACKED": int(problem.cu_seqlens is not None),
@@ -138,7 +141,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "PROBLEM_BYTES": PROBLEM.itemsize,
     }
     if boxes:
-        defines["BOX"] = box
+        defines |= {"CLUSTER": cluster, "BOX": box}
     else:
         defines["ALIGNED"] = int(
             layout.aligned and all(d * size % 16 == 0 for d in (problem.head_dim, problem.value_dim))
@@ -157,7 +160,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         share=steps // cuts,
         surplus=steps % cuts,
         parts=parts,
-        part_floats=records * (4 + _round_up(2 * problem.value_dim, 4)),
+        part_floats=records * (4 + _round_up(2 * part_channels, 4)),
         counters=counters,
     )
 
@@ -233,6 +236,20 @@ def _even(places: int, items: int) -> int:
     return max((n for n in range(places - places // 16, places + 1) if items % n == 0), default=places)
 
 
+def _cluster(cuts: int, items: int, tiles: int, value_dim: int, multiprocessors: int) -> int:
+    """Blocks that merge through distributed shared memory.
+
+    Clusters of more than two leave multiprocessors of a full grid without a place, and the rest of it waits.
+    Two blocks are worth a cluster where that spares the parts, or halves them where they are large.
+    """
+    for cluster in (8, 4, 2):
+        few = items * cuts <= multiprocessors // 2 if cluster > 2 else items * cuts <= multiprocessors
+        gain = cluster > 2 or cuts == 2 or tiles == 4
+        if few and gain and cuts % cluster == 0 and value_dim % cluster == 0:
+            return cluster
+    return 1
+
+
 def _vectors(problem: Problem, layout: Layout) -> bool:
     sizes = [problem.dtype.itemsize] + ([] if problem.probe_dtype is None else [problem.probe_dtype.itemsize])
     return layout.aligned_queries and all(problem.head_dim * size % 16 == 0 for size in sizes)
@@ -246,7 +263,7 @@ def _row_bytes(problem: Problem, heads: int) -> int:
     return heads * columns * problem.dtype.itemsize
 
 
-def _fixed_bytes(problem, warps, tiles, records, heads, grid, cuts) -> int:
+def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster) -> int:
     """Shared memory beside the rings and their barriers; include/shape.cuh lays it out."""
     size = problem.dtype.itemsize
     columns = _round_up(problem.head_dim, 16 if size == 2 else 4)
@@ -259,8 +276,8 @@ def _fixed_bytes(problem, warps, tiles, records, heads, grid, cuts) -> int:
         value_columns = _round_up(problem.value_dim, 32)
         handed = min(value_columns, 128 // records if records < 4 else 32)
         total += warps * max(1024, records * handed * 8)
-    if cuts > 1:
-        total += records * (16 + 4 * _round_up(2 * problem.value_dim, 4))
+    if cluster > 1:
+        total += records * (16 + 8 * problem.value_dim)
     return total
 
 

@@ -15,7 +15,6 @@ from parallax_core.problem import BFLOAT16, Problem
 from . import compiler, workspace
 from .layout import Layout, Strides
 from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
-from .workspace import Room
 
 SM90_THREADS = {64: 256, 128: 512}
 SM90_SHARED_BYTES = {64: 113664, 128: 221184}
@@ -66,7 +65,8 @@ class Plan:
         ]
         self._kernel = compiler.kernel(shape.source, "lla_kernel", shape.defines, layout.device)
         self._kernel.set_shared_memory(shape.shared_bytes)
-        self._room = Room(4 * shape.partial_floats, shape.rows if shape.partial_floats else 0)
+        self._partial_bytes = 4 * shape.partial_floats
+        self._counters = shape.rows if shape.partial_floats else 0
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape, ridge)
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
@@ -80,8 +80,8 @@ class Plan:
         array.
         """
         partials = counters = 0
-        if self._room.counters:
-            counters, _, partials, _ = workspace.acquire(self._device, stream, self._room)
+        if self._counters:
+            partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
         shape, function = self.shape, self._kernel.function
         # The driver copies the argument before it returns.
         with self._lock:

@@ -24,7 +24,7 @@ def _structure(pointers: tuple[str, ...], strides: tuple[str, ...], integers, fl
 
 POINTERS = (
     "q", "r", "k", "v", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out",
-    "m", "d1", "d2", "O1", "O2", "t0", "partials", "counters", "mailbox",
+    "m", "d1", "d2", "O1", "O2", "t0", "partials", "counters",
 )  # fmt: skip
 """Addresses, 0 where absent; they come first, and are all that differs between launches of one plan."""
 PROBLEM = _structure(

@@ -1,8 +1,8 @@
-"""Device memory that launches share: partial results of splits, counters that say who comes last, a mailbox.
+"""Device memory that launches share: partial results of splits, and the counters that say who comes last.
 
 One slab a stream, since launches of one stream follow one another, and one for each stream of a graph under
-capture, since graphs may run beside one another. Counters are zeroed and the words of the mailbox set to all
-ones once: the block that is the last to read them sets them back.
+capture, since graphs may run beside one another. Counters are zeroed once: the last block to arrive sets them
+back.
 """
 
 from __future__ import annotations
@@ -29,24 +29,16 @@ _LEGACY = 1  # cudaStreamLegacy, the default stream; 0 means it too
 _DEFAULT = -1  # in place of its number
 
 
-class Room(NamedTuple):
-    """What a launch needs: bytes of partial results, 32-bit counters, bytes of the mailbox."""
-
-    partial_bytes: int = 0
-    counters: int = 0
-    mailbox_bytes: int = 0
-
-    def holds(self, other: Room) -> bool:
-        return all(mine >= needed for mine, needed in zip(self, other))
-
-
 class Slab(NamedTuple):
-    """Addresses of the counters, the mailbox and the partial results, in this order in one allocation."""
+    """Room for partial results behind room for counters, in one allocation."""
 
     counters: int
-    mailbox: int
     partials: int
-    room: Room
+    counter_room: int
+    partial_room: int
+
+    def holds(self, partial_bytes: int, counters: int) -> bool:
+        return partial_bytes <= self.partial_room and counters <= self.counter_room
 
 
 _lock = threading.Lock()
@@ -62,18 +54,19 @@ _idle: dict[int, list[tuple[Slab, capture.GraphLifetime]]] = {}
 _zeroing: dict[int, cupy.cuda.Stream] = {}
 
 
-def acquire(device: int, stream: int, room: Room) -> Slab:
-    """Scratch, zeroed counters and a mailbox of ones for one launch, which must leave the latter two so.
+def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tuple[int, int]:
+    """Addresses of ``partial_bytes`` of scratch and of ``counters`` zeroed 32-bit counters for one launch.
 
-    device: the current one; stream: the one that the launch goes to. Raises MemoryError where the device has
-    no room.
+    device: the current one; stream: the one that the launch goes to. The kernel must leave the counters zero.
+    Raises MemoryError where the device has no room.
     """
     if stream <= _LEGACY:
         # The default stream is there forever, and no capture takes it: nothing to ask the driver.
         key = device, _DEFAULT
     elif runtime.streamIsCapturing(stream):
         # A stream under capture has no number to be asked for, but keeps its handle until the capture ends.
-        return _for_graph(device, stream, room)
+        slab = _for_graph(device, stream, partial_bytes, counters)
+        return slab.partials, slab.counters
     else:
         key = device, _number(stream)
     try:
@@ -81,9 +74,9 @@ def acquire(device: int, stream: int, room: Room) -> Slab:
         slab = _slabs[key]
     except KeyError:
         slab = None
-    if slab is None or not slab.room.holds(room):
-        slab = _for_stream(key, room)
-    return slab
+    if slab is None or not slab.holds(partial_bytes, counters):
+        slab = _for_stream(key, partial_bytes, counters)
+    return slab.partials, slab.counters
 
 
 @functools.cache
@@ -102,36 +95,37 @@ def _number(stream: int) -> int:
     return number.value
 
 
-def _for_stream(key: tuple[int, int], wanted: Room) -> Slab:
+def _for_stream(key: tuple[int, int], partial_bytes: int, counters: int) -> Slab:
     with _lock:
         slab = _slabs.get(key)
-        if slab is not None and slab.room.holds(wanted):
+        if slab is not None and slab.holds(partial_bytes, counters):
             return slab
         if slab is None:
             if len(_slabs) >= MOST_STREAMS:
                 _forget_oldest()
+            wanted = partial_bytes, counters
         else:
             _outgrown.setdefault(key, []).append(slab)
-            wanted = Room(*(max(n, 2 * had if n > had else had) for n, had in zip(wanted, slab.room)))
-        _slabs[key] = _allocate(key[0], wanted)
+            wanted = max(partial_bytes, 2 * slab.partial_room), max(counters, slab.counter_room)
+        _slabs[key] = _allocate(key[0], *wanted)
         return _slabs[key]
 
 
-def _for_graph(device: int, stream: int, room: Room) -> Slab:
+def _for_graph(device: int, stream: int, partial_bytes: int, counters: int) -> Slab:
     identity, graph = capture.graph_of(stream)
     key = device, identity, stream
     with _lock:
         slab = _captured.get(key)
-        if slab is not None and slab.room.holds(room):
+        if slab is not None and slab.holds(partial_bytes, counters):
             return slab
         _collect_ended()
         idle = _idle.setdefault(device, [])
-        fitting = [entry for entry in idle if entry[0].room.holds(room)]
+        fitting = [entry for entry in idle if entry[0].holds(partial_bytes, counters)]
         if fitting:
-            slab, lifetime = min(fitting, key=lambda entry: entry[0].room)
+            slab, lifetime = min(fitting, key=lambda entry: entry[0].partial_room)
             idle.remove((slab, lifetime))
         else:
-            slab, lifetime = _allocate(device, room), capture.GraphLifetime()
+            slab, lifetime = _allocate(device, partial_bytes, counters), capture.GraphLifetime()
         lifetime.begin(graph)
         _held.append((key, slab, lifetime))
         _captured[key] = slab
@@ -149,9 +143,9 @@ def _collect_ended() -> None:
         _idle.setdefault(key[0], []).append((slab, lifetime))
 
 
-def _allocate(device: int, room: Room) -> Slab:
-    counter_bytes, mailbox_bytes = _rounded(4 * room.counters), _rounded(room.mailbox_bytes)
-    size = counter_bytes + mailbox_bytes + _rounded(room.partial_bytes)
+def _allocate(device: int, partial_bytes: int, counters: int) -> Slab:
+    counter_bytes = _rounded(4 * counters)
+    size = counter_bytes + _rounded(partial_bytes)
     with capture.relaxed():
         try:
             address = runtime.malloc(size)
@@ -159,16 +153,13 @@ def _allocate(device: int, room: Room) -> Slab:
             if error.status == _OUT_OF_MEMORY:
                 raise MemoryError(f"CUDA device {device} has no {size} bytes of workspace left") from error
             raise
-        # Not on the launch's own stream, which may be under capture: the graph must not do it again.
+        # Not on the launch's own stream, which may be under capture: the graph must not zero them again.
         zeroing = _zeroing.get(device)
         if zeroing is None:
             zeroing = _zeroing[device] = cupy.cuda.Stream(non_blocking=True)
-        mailbox = address + counter_bytes
         runtime.memsetAsync(address, 0, counter_bytes, zeroing.ptr)
-        runtime.memsetAsync(mailbox, 0xFF, mailbox_bytes, zeroing.ptr)
         zeroing.synchronize()
-    held = Room(size - counter_bytes - mailbox_bytes, counter_bytes // 4, mailbox_bytes)
-    return Slab(address, mailbox, mailbox + mailbox_bytes, held)
+    return Slab(address, address + counter_bytes, counter_bytes // 4, size - counter_bytes)
 
 
 def _forget_oldest() -> None:

@@ -100,6 +100,9 @@ def test_every_call_has_a_shape_within_the_limits_of_its_device(call):
     # Accumulators of a lane: two sums of every channel, and no more registers than a thread has.
     channels = math.ceil(problem.value_dim / (16 if half else 32)) * (2 if half else 4)
     assert 2 * shape.heads * defines["TILES"] * channels <= 128
+    cluster = defines.get("CLUSTER", 1)
+    assert x % cluster == 0
+    assert cluster == 1 or problem.value_dim % cluster == 0
 
 
 def problem_fits_boxes(call):
@@ -123,8 +126,8 @@ def test_the_cuts_of_an_item_are_all_of_its_steps(call):
     assert 16 * (steps - 1) < problem.kv_len - first <= 16 * steps
     items = problem.batch * (problem.kv_heads // shape.heads) * shape.row_blocks
     assert items == shape.grid[1] * shape.grid[2]
-    assert (shape.parts, shape.counters) == (0 if cuts == 1 else items * cuts, 0)
-    assert defines["CUT"] == (cuts > 1)
+    cluster = defines.get("CLUSTER", 1)
+    assert (shape.parts, shape.counters) == ((0, 0) if cuts == cluster else (items * cuts, items * cluster))
 
 
 def test_rows_of_256_bytes_come_by_the_copy_engine_and_two_heads_of_64_make_one():

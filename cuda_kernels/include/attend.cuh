@@ -247,6 +247,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ unsigned arrived;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
   Item item;
   Schedule schedule;
@@ -352,7 +353,6 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
 
     // Whose parts make up the item, and which of them this block's is.
     int parts = 1, own = 0, owner = 0;
-    float* first_part = p.partials;
     unsigned* counter = p.counters;
     if constexpr (GRID == 0) {
       counter += (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block;
@@ -362,34 +362,33 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         owner = schedule.owner_of(item.begin);
         parts = schedule.owner_of(item.begin + item.steps - 1) - owner + 1, own = int(blockIdx.x) - owner;
       }
-    } else if constexpr (CUT) {
-      parts = gridDim.x, own = blockIdx.x;
-      first_part = p.mailbox + 1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts * PART_FLOATS;
+    } else if constexpr (GRID == 1) {
+      parts = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER;
+      counter += (blockIdx.z * gridDim.y + blockIdx.y) * CLUSTER + rank;
     }
     const auto part_at = [&](int number) {
-      long long place = number;
-      if (PINNED)
+      long long place;
+      if (GRID == 1)
+        place = (1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts + number) * CLUSTER + rank;
+      else if (PINNED)
         place = item.begin / p.split_steps + number;
-      else if (GRID == 0)  // a block shares its first item and its last one with others, the rest are its own
+      else  // a block shares its first item and its last one with others, the rest are its own
         place = 2 * (owner + number) + (number == 0 && schedule.begin_of(owner) != item.begin);
-      else if (number == parts - 1)  // the last block of an item merges it, and keeps its own part
-        return Part{reinterpret_cast<float*>(shared + RESULT_AT)};
-      return Part{first_part + place * PART_FLOATS};
+      return Part{p.partials + place * Part::FLOATS};
     };
     const Part part = part_at(own);
-    // The block's state of a row in a channel.
-    const auto write = [&](int number, int channel, const RowState<1>& state) {
+    // The block's, or the cluster's, state of a row in a channel of its slice.
+    const auto write = [&](int number, int channel, const auto& state) {
       const Record record(number);
-      const float2 sums = make_float2(state.O1[0], state.O2[0]);
-      if (WHOLE || parts == 1) {
-        if (record.row < rows.count) finish(p, rows, record, channel, seen_by(p, item, rows, record.row), state);
-      } else if (CUT && own < parts - 1) {
-        post(part.sums(number) + channel, sums);
-        if (channel == 0) post(part.statistics(number), state.s.packed());
-      } else {
-        part.sums(number)[channel] = sums;
+      if (!WHOLE && parts > 1) {
+        constexpr int WIDTH = sizeof(state.O1) / sizeof(float);
+        if constexpr (WIDTH == 2)
+          *reinterpret_cast<float4*>(part.sums(number) + channel) = make_float4(state.O1[0], state.O2[0], state.O1[WIDTH - 1], state.O2[WIDTH - 1]);
+        else
+          part.sums(number)[channel] = make_float2(state.O1[0], state.O2[0]);
         if (channel == 0) *part.statistics(number) = state.s.packed();
-      }
+      } else if (record.row < rows.count)
+        finish(p, rows, record, rank * SLICE + channel, seen_by(p, item, rows, record.row), state);
     };
 #pragma unroll
     for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
@@ -399,26 +398,32 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         weigh_warps(shared);
         __syncthreads();
       }
-      delay();
-      merge_warps(shared, from, write);
+      if constexpr (CLUSTER > 1) {
+        merge_warps(shared, from, [&](int number, int channel, const RowState<1>& state) {
+          reinterpret_cast<float2*>(shared + RESULT_AT + RECORDS * 16)[number * VALUE_DIM + channel] = make_float2(state.O1[0], state.O2[0]);
+          if (channel == 0) reinterpret_cast<float4*>(shared + RESULT_AT)[number] = state.s.packed();
+        });
+      } else {
+        merge_warps(shared, from, write);
+      }
       if (!SINGLE || from + EXCHANGE_CHANNELS < VALUE_DIM) __syncthreads();
     }
-    if constexpr (CUT) {
-      if (own < parts - 1) break;
-      __syncthreads();
-      delay();
-      merge_parts<true>(p, item, rows, parts, part_at);
-      __syncthreads();
-      set_back(first_part, (parts - 1) * PART_FLOATS);
-    } else if (GRID == 0 && parts > 1) {
+    if constexpr (CLUSTER > 1) {
+      cluster_arrive();
+      cluster_wait();
+      merge_cluster(shared, rank, write);
+      cluster_arrive();  // no block may leave before the others have read what it left
+    }
+    if (!WHOLE && parts > 1) {
       __syncthreads();
       if (threadIdx.x == 0) arrived = arrive(counter);
       __syncthreads();
       if (arrived == parts - 1) {
-        merge_parts<false>(p, item, rows, parts, part_at);
+        merge_parts(p, item, rows, shared, rank * SLICE, parts, part_at);
         if (threadIdx.x == 0) *counter = 0;
       }
     }
+    if constexpr (CLUSTER > 1) cluster_wait();
     if constexpr (SINGLE) break;
     begin = end;
     if (begin >= schedule.end) break;

@@ -1,7 +1,7 @@
 #pragma once
-// From the states of warps and of blocks to the output of a row.
+// From the states of warps, of a cluster's blocks and of all blocks to the output of a row.
 
-#include "mailbox.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/shared_memory.cuh"
 #include "row_state.cuh"
 #include "rows.cuh"
@@ -64,12 +64,14 @@ __device__ __noinline__ void finish_empty_batches(const Problem& p) {
   }
 }
 
-// What a block has seen of an item: statistics of RECORDS rows, then their pairs (O1, O2); in the workspace, in the
-// mailbox or in shared memory.
+// A part of an item in the workspace, or what a block of a cluster merges of it: statistics of RECORDS rows, then
+// their pairs (O1, O2).
 struct Part {
+  static constexpr int ROW = round_up(2 * SLICE, 4);
+  static constexpr int FLOATS = RECORDS * (4 + ROW);
   float* base;
   __device__ float4* statistics(int record) const { return reinterpret_cast<float4*>(base) + record; }
-  __device__ float2* sums(int record) const { return reinterpret_cast<float2*>(base + RECORDS * 4 + record * PART_ROW); }
+  __device__ float2* sums(int record) const { return reinterpret_cast<float2*>(base + RECORDS * 4 + record * ROW); }
 };
 
 // Counts this block among those whose parts are in memory, and returns how many were there before.
@@ -79,69 +81,67 @@ __device__ __forceinline__ unsigned arrive(unsigned* counter) {
   return before;
 }
 
-__device__ __forceinline__ void take_apart(const float4& x, float2 (&y)[2]) { y[0] = make_float2(x.x, x.y), y[1] = make_float2(x.z, x.w); }
-__device__ __forceinline__ void take_apart(const float2& x, float2 (&y)[1]) { y[0] = x; }
-
-template <bool FIRST, class A, class B>
-struct Select {
-  typedef A type;
-};
-template <class A, class B>
-struct Select<false, A, B> {
-  typedef B type;
-};
-
-// Merges the parts of an item in their order and writes its rows. part_at(i): where part i lies; POSTED: it may not be
-// there yet.
-template <bool POSTED, class PartAt>
-__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, int parts, PartAt part_at) {
-  // Neighbouring lanes share WIDTH channels of a row, each with every LANES-th part: the latency of the second-level
-  // cache is all there is to wait for, and should be waited for once.
-  constexpr int WIDTH = VALUE_DIM % 2 ? 1 : 2, UNITS = RECORDS * VALUE_DIM / WIDTH;
-  constexpr int LANES = UNITS * 8 <= THREADS ? 8 : UNITS * 4 <= THREADS ? 4 : UNITS * 2 <= THREADS ? 2 : 1;
-  constexpr int BATCH = LANES == 1 ? 8 : 4;
-  typedef typename Select<WIDTH == 2, float4, float2>::type Pairs;
-  const int lane = threadIdx.x % LANES;
+// Merges the parts of an item in their order and writes its rows, from channel `from` on.
+template <class PartAt>
+__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, char* shared, int from, int parts,
+                                            PartAt part_at) {
+  // A thread merges WIDTH channels of a row over every TEAMS-th part: the latency of the second-level cache is all
+  // there is to wait for, and should be waited for once.
+  constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
+  constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4), UNROLL = TEAMS == 1 ? 8 : 4;
+  const int team = TEAMS == 1 ? 0 : threadIdx.x / UNITS;
 #pragma unroll 1
-  for (int first = 0; first < UNITS * LANES; first += THREADS) {
-    const int unit = (first + int(threadIdx.x)) / LANES, number = unit * WIDTH / VALUE_DIM, channel = unit * WIDTH % VALUE_DIM;
+  for (int first = 0; first < UNITS * TEAMS; first += THREADS) {
+    const int place = first + threadIdx.x, unit = place % UNITS;
+    const int number = unit * WIDTH / SLICE, channel = unit * WIDTH % SLICE;
     RowState<WIDTH> state;
     state.clear();
-    if (unit < UNITS) {
+    if (place < UNITS * TEAMS) {
 #pragma unroll 1
-      for (int begin = lane; begin < parts; begin += LANES * BATCH) {
-        float4 statistics[BATCH];
-        Pairs pairs[BATCH];
+      for (int begin = team; begin < parts; begin += TEAMS * UNROLL) {
+        Statistics x[UNROLL];
+        float2 sums[UNROLL][WIDTH];
 #pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          const int i = begin + u * LANES;
-          statistics[u] = Statistics::none().packed();
+        for (int u = 0; u < UNROLL; u++) {
+          const int i = begin + u * TEAMS;
+          x[u] = Statistics::none();
           if (i >= parts) continue;
           const Part part = part_at(i);
-          statistics[u] = look(part.statistics(number));
-          pairs[u] = look(reinterpret_cast<const Pairs*>(part.sums(number) + channel));
-        }
-        Statistics x[BATCH];
-        float2 sums[BATCH][WIDTH];
-#pragma unroll
-        for (int u = 0; u < BATCH; u++) {
-          const int i = begin + u * LANES;
-          if (POSTED && i < parts) {
-            const Part part = part_at(i);
-            await(statistics[u], part.statistics(number));
-            await(pairs[u], reinterpret_cast<const Pairs*>(part.sums(number) + channel));
-          }
-          x[u] = Statistics::of(statistics[u]);
-          take_apart(pairs[u], sums[u]);
+          x[u] = Statistics::of(__ldcg(part.statistics(number)));
+          if constexpr (WIDTH == 2) {
+            const float4 y = __ldcg(reinterpret_cast<const float4*>(part.sums(number) + channel));
+            sums[u][0] = make_float2(y.x, y.y), sums[u][WIDTH - 1] = make_float2(y.z, y.w);
+          } else
+            sums[u][0] = __ldcg(part.sums(number) + channel);
         }
         state.add(x, sums);
       }
     }
-    state.template add_lanes<LANES>();
+    if constexpr (TEAMS > 1) {
+      float4* statistics = reinterpret_cast<float4*>(shared + EXCHANGE_AT);
+      float2* sums = reinterpret_cast<float2*>(statistics + THREADS);
+      statistics[threadIdx.x] = state.s.packed();
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) sums[threadIdx.x * WIDTH + e] = make_float2(state.O1[e], state.O2[e]);
+      __syncthreads();
+      if (threadIdx.x < UNITS) {
+        constexpr int OTHERS = TEAMS > 1 ? TEAMS - 1 : 1;
+        Statistics x[OTHERS];
+        float2 y[OTHERS][WIDTH];
+#pragma unroll
+        for (int other = 1; other <= OTHERS; other++) {
+          x[other - 1] = Statistics::of(statistics[threadIdx.x + other * UNITS]);
+#pragma unroll
+          for (int e = 0; e < WIDTH; e++) y[other - 1][e] = sums[(threadIdx.x + other * UNITS) * WIDTH + e];
+        }
+        state.add(x, y);
+      }
+    }
     const Record record(number);
-    if (lane == 0 && unit < UNITS && record.row < rows.count)
-      finish(p, rows, record, channel, seen_by(p, item, rows, record.row), state);
+    if (place < UNITS && record.row < rows.count)
+      finish(p, rows, record, from + channel, seen_by(p, item, rows, record.row), state);
   }
+  if constexpr (!SINGLE) __syncthreads();  // before the shared memory is used again
 }
 
 // Puts the weight and the shift of every warp's state towards that of the block into shared memory, and the block's
@@ -203,5 +203,55 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
     }
 #pragma unroll
     for (int e = 0; e < PAIR; e++) write(number + e, channel, state[e]);
+  }
+}
+
+// The states of a cluster's blocks become one; write(record number, channel within the block's slice, state) gets
+// the block's channels, WIDTH at a time.
+template <class Write>
+__device__ __forceinline__ void merge_cluster(char* shared, int rank, Write write) {
+  constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
+  const unsigned result = shared_address(shared + RESULT_AT);
+#pragma unroll 1
+  for (int first = 0; first < UNITS * CLUSTER; first += THREADS) {
+    const int i = first + threadIdx.x, source = i % CLUSTER, unit = i / CLUSTER * WIDTH;
+    const int number = unit / SLICE, channel = unit % SLICE;
+    Statistics x = Statistics::none();
+    float2 sums[WIDTH] = {};
+    if (i < UNITS * CLUSTER) {
+      const unsigned there = cluster_address(result, source);
+      x = Statistics::of(cluster_load4(there + number * 16));
+      const unsigned place = there + RECORDS * 16 + (number * VALUE_DIM + rank * SLICE + channel) * 8;
+      if constexpr (WIDTH == 2) {
+        const float4 y = cluster_load4(place);
+        sums[0] = make_float2(y.x, y.y), sums[WIDTH - 1] = make_float2(y.z, y.w);
+      } else
+        sums[0] = cluster_load2(place);
+    }
+    const unsigned peers = ((1u << CLUSTER) - 1) << (threadIdx.x % 32 / CLUSTER * CLUSTER);
+    const unsigned seen = __ballot_sync(~0u, !x.saw_nothing()) & peers;
+    RowState<WIDTH> state;
+    state.clear();
+    state.s.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
+    state.s.m = x.saw_nothing() ? minus_infinity() : x.m;
+#pragma unroll
+    for (int mask = 1; mask < CLUSTER; mask *= 2) state.s.m = fmaxf(state.s.m, __shfl_xor_sync(~0u, state.s.m, mask));
+    if (!x.saw_nothing()) {
+      const float factor = weight(x.m, state.s.m), step = x.t0 - state.s.t0;
+      state.s.d1 = factor * x.d1, state.s.d2 = factor * (x.d2 + step * x.d1);
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) state.O1[e] = factor * sums[e].x, state.O2[e] = factor * (sums[e].y + step * sums[e].x);
+    }
+#pragma unroll
+    for (int mask = 1; mask < CLUSTER; mask *= 2) {
+      state.s.d1 += __shfl_xor_sync(~0u, state.s.d1, mask);
+      state.s.d2 += __shfl_xor_sync(~0u, state.s.d2, mask);
+#pragma unroll
+      for (int e = 0; e < WIDTH; e++) {
+        state.O1[e] += __shfl_xor_sync(~0u, state.O1[e], mask);
+        state.O2[e] += __shfl_xor_sync(~0u, state.O2[e], mask);
+      }
+    }
+    if (source == 0 && i < UNITS * CLUSTER) write(number, channel, state);
   }
 }

@@ -12,7 +12,6 @@ struct Problem {
   float *m, *d1, *d2, *O1, *O2, *t0;
   float* partials;
   unsigned* counters;
-  float* mailbox;
   long long q_stride[3], r_stride[3], k_stride[3], v_stride[3], out_stride[3];
   long long page_table_stride;  // of batch rows
   int batch, q_len, kv_len, q_heads, kv_heads;

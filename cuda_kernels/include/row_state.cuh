@@ -54,26 +54,4 @@ struct RowState {
       for (int e = 0; e < WIDTH; e++) O1[e] += factor * sums[u][e].x, O2[e] += factor * (sums[u][e].y + step * sums[u][e].x);
     }
   }
-
-  // Adds up the states of COUNT neighbouring lanes, a power of two, into all of them.
-  template <int COUNT>
-  __device__ void add_lanes() {
-    if constexpr (COUNT == 1) return;
-    const unsigned peers = ((1ull << COUNT) - 1) << (threadIdx.x % 32 / COUNT * COUNT);
-    const unsigned seen = __ballot_sync(~0u, !s.saw_nothing()) & peers;
-    const float t0 = __shfl_sync(~0u, s.t0, seen ? __ffs(seen) - 1 : 0);
-    float m = s.saw_nothing() ? minus_infinity() : s.m;
-#pragma unroll
-    for (int mask = 1; mask < COUNT; mask *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, mask));
-    const float factor = s.saw_nothing() ? 0.f : weight(s.m, m), step = s.saw_nothing() ? 0.f : s.t0 - t0;
-    s = {m, factor * s.d1, factor * (s.d2 + step * s.d1), t0};
-#pragma unroll
-    for (int e = 0; e < WIDTH; e++) O2[e] = factor * (O2[e] + step * O1[e]), O1[e] *= factor;
-#pragma unroll
-    for (int mask = 1; mask < COUNT; mask *= 2) {
-      s.d1 += __shfl_xor_sync(~0u, s.d1, mask), s.d2 += __shfl_xor_sync(~0u, s.d2, mask);
-#pragma unroll
-      for (int e = 0; e < WIDTH; e++) O1[e] += __shfl_xor_sync(~0u, O1[e], mask), O2[e] += __shfl_xor_sync(~0u, O2[e], mask);
-    }
-  }
 };

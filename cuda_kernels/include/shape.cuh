@@ -12,7 +12,7 @@
 //   SLOTS        slots of a warp's ring
 //   GRID         how blocks share the work: 0 equal ranges of all keys; 1 every item cut alike, one cut a block
 //                (x: cut, y: unit and block of rows, z: batch row); 2 a block computes whole rows (x: item)
-//   CUT          1: items are cut alike, into more than one
+//   CLUSTER      blocks of a cluster, which merge through distributed shared memory; a divisor of the cuts
 //   PINNED       1: ranges are split after split_steps steps of an item, whatever the batch
 //   INDEXED      1: lengths or paddings of the batch rows are read on the device
 //   PACKED       1: sequences are packed between cu_seqlens
@@ -62,8 +62,7 @@ constexpr int RECORDS = HEADS * TILES * QUERIES;  // rows of a partial result
 constexpr int QUERY_PITCH = KEY_COLUMNS + 16 / int(sizeof(Element));  // elements between query rows in shared memory
 // Elements between the arrays of query rows; half of the banks away, since rows of q and of r are read together.
 constexpr int QUERY_ARRAY = round_up(HEADS * ROWS * QUERY_PITCH - 64 / int(sizeof(Element)), 128 / int(sizeof(Element))) + 64 / int(sizeof(Element));
-constexpr int PART_ROW = round_up(2 * VALUE_DIM, 4);  // floats of a row's pairs (O1, O2) in a part
-constexpr int PART_FLOATS = RECORDS * (4 + PART_ROW);
+constexpr int SLICE = VALUE_DIM / CLUSTER;  // channels that a block of a cluster merges
 
 // Shared memory, in bytes from its start. Warps hand their sums over where their rings are, once those have run out;
 // where another item follows, a few channels at a time beside them.
@@ -77,14 +76,14 @@ constexpr int STATISTICS_AT = SINGLE ? WARPS * RING_BYTES : EXCHANGE_AT + WARPS 
 constexpr int FACTORS_AT = STATISTICS_AT + WARPS * RECORDS * 16;
 constexpr int TOTALS_AT = FACTORS_AT + round_up(WARPS * RECORDS * 8, 16);
 constexpr int RESULT_AT = TOTALS_AT + RECORDS * 16;
-constexpr int QUERIES_AT = RESULT_AT + (CUT ? PART_FLOATS * 4 : 0);
+constexpr int QUERIES_AT = RESULT_AT + (CLUSTER > 1 ? RECORDS * (16 + 8 * VALUE_DIM) : 0);
 constexpr int BARRIERS_AT = QUERIES_AT + (1 + PROBE) * QUERY_ARRAY * int(sizeof(Element));
 constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * SLOTS * 8;
 
 static_assert(SHARED_BYTES == SHARED, "the launcher counts shared memory otherwise");
 static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
 static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
-static_assert(!CUT || GRID == 1, "only items that are cut alike have their last block to merge them");
+static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");
 static_assert(HEADS == 1 || (KEY_COLUMNS == HEAD_DIM && VALUE_COLUMNS == VALUE_DIM), "rows of several heads have no padding");
 static_assert(TILES == 1 || QUERIES == 4, "only a single group of rows may be partly used");
 static_assert(PITCH / 16 % 2 == 1, "the pitch must be an odd multiple of 16 bytes");

@@ -1,6 +1,7 @@
 // Attention on every GPU from sm_80 on, for every layout, head size and element type.
 
 #define BOXES 0
+#define CLUSTER 1
 #define BOX 16
 #include "attend.cuh"
 
