@@ -131,7 +131,6 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "BLOCKS": blocks,
         "SLOTS": slots,
         "GRID": grid,
-        "REHEARSE": int(grid == ALIKE and cluster == 1 and cuts > 1 and steps // cuts >= 8 * warps),
         "PINNED": int(split_steps > 0),
         "INDEXED": int(indexed),
         "PACKED": int(problem.cu_seqlens is not None),

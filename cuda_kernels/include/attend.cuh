@@ -220,7 +220,7 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
 }
 
 // Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps.
-__device__ __forceinline__ void hand_over(char* shared, const Accumulator& a, int lane, int from, bool live) {
+__device__ __forceinline__ void hand_over(char* shared, const Accumulator& a, int lane, int from) {
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT + warp * EXCHANGE_PITCH);
 #pragma unroll
@@ -236,7 +236,6 @@ __device__ __forceinline__ void hand_over(char* shared, const Accumulator& a, in
 #pragma unroll
       for (int i = 0; i < CHANNELS; i++) {
         const int channel = Tile::channel(i, g) - from;
-        if (REHEARSE && !live) continue;
         if (EXCHANGE_CHANNELS < VALUE_COLUMNS && (channel < 0 || channel >= EXCHANGE_CHANNELS)) continue;
         exchange[((h * TILES + n) * EXCHANGE_CHANNELS + channel) * QUERIES + t] = make_float2(a.O1[h][n][i], a.O2[h][n][i] * unit);
       }
@@ -287,12 +286,10 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   Tile tile;
   int step = schedule.begin + warp;
   int begin = schedule.begin;  // of the segment: the block's steps of one item
-  int live = !REHEARSE;
-  if constexpr (REHEARSE) asm volatile("" : "+r"(live));  // or the rehearsal would get instructions of its own
 #pragma unroll 1
   while (true) {
     const Rows rows(p, item);
-    int end = SINGLE ? (live ? schedule.end : begin) : min(item.begin + item.steps, schedule.end);
+    int end = SINGLE ? schedule.end : min(item.begin + item.steps, schedule.end);
     if constexpr (GRID == 0 && PINNED) end = min(end, begin + p.split_steps);
     queries.deposit(query_place);
     __syncthreads();
@@ -395,7 +392,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     };
 #pragma unroll
     for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
-      hand_over(shared, a, lane, from, live);
+      hand_over(shared, a, lane, from);
       __syncthreads();
       if (from == 0) {
         weigh_warps(shared);
@@ -419,20 +416,15 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     }
     if (!WHOLE && parts > 1) {
       __syncthreads();
-      if (threadIdx.x == 0 && live) arrived = arrive(counter);
+      if (threadIdx.x == 0) arrived = arrive(counter);
       __syncthreads();
-      if (!live || arrived == parts - 1) {
-        merge_parts(p, item, rows, shared, rank * SLICE, parts, part_at, live);
-        if (threadIdx.x == 0 && live) *counter = 0;
+      if (arrived == parts - 1) {
+        merge_parts(p, item, rows, shared, rank * SLICE, parts, part_at);
+        if (threadIdx.x == 0) *counter = 0;
       }
     }
     if constexpr (CLUSTER > 1) cluster_wait();
-    if (SINGLE && live) break;
-    if (REHEARSE && !live) {
-      live = true;
-      __syncthreads();
-      continue;
-    }
+    if constexpr (SINGLE) break;
     begin = end;
     if (begin >= schedule.end) break;
     item = next;

@@ -21,7 +21,7 @@ __device__ __forceinline__ Range seen_by(const Problem& p, const Item& item, con
 // The row's output in WIDTH channels, and its state where that is asked for.
 template <int WIDTH>
 __device__ __forceinline__ void finish(const Problem& p, const Rows& rows, const Record& record, int channel, const Range& seen,
-                                       const RowState<WIDTH>& state, bool live = true) {
+                                       const RowState<WIDTH>& state) {
   Statistics s = state.s;
   // Scores that are all -inf have no softmax.
   if (!seen.valid() || (!seen.empty() && s.saw_nothing())) s.d1 = quiet_nan();
@@ -33,12 +33,12 @@ __device__ __forceinline__ void finish(const Problem& p, const Rows& rows, const
     float o = state.O1[e] * inverse;
     if constexpr (PROBE) o = (1 + c) * o - state.O2[e] * inverse;
     if (seen.valid() && seen.empty()) o = 0;
-    if (p.out && live) store(out + e, o);
-    if (!p.m || !live) continue;
+    if (p.out) store(out + e, o);
+    if (!p.m) continue;
     p.O1[number * VALUE_DIM + channel + e] = state.O1[e];
     if constexpr (PROBE) p.O2[number * VALUE_DIM + channel + e] = state.O2[e];
   }
-  if (p.m && channel == 0 && live) {
+  if (p.m && channel == 0) {
     p.m[number] = s.m * 0.693147180559945f;
     p.d1[number] = s.d1;
     if constexpr (PROBE) p.d2[number] = s.d2, p.t0[number] = s.t0;
@@ -84,7 +84,7 @@ __device__ __forceinline__ unsigned arrive(unsigned* counter) {
 // Merges the parts of an item in their order and writes its rows, from channel `from` on.
 template <class PartAt>
 __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, char* shared, int from, int parts,
-                                            PartAt part_at, bool live) {
+                                            PartAt part_at) {
   // A thread merges WIDTH channels of a row over every TEAMS-th part: the latency of the second-level cache is all
   // there is to wait for, and should be waited for once.
   constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
@@ -120,10 +120,9 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
     if constexpr (TEAMS > 1) {
       float4* statistics = reinterpret_cast<float4*>(shared + EXCHANGE_AT);
       float2* sums = reinterpret_cast<float2*>(statistics + THREADS);
-      if (live) statistics[threadIdx.x] = state.s.packed();
+      statistics[threadIdx.x] = state.s.packed();
 #pragma unroll
-      for (int e = 0; e < WIDTH; e++)
-        if (live) sums[threadIdx.x * WIDTH + e] = make_float2(state.O1[e], state.O2[e]);
+      for (int e = 0; e < WIDTH; e++) sums[threadIdx.x * WIDTH + e] = make_float2(state.O1[e], state.O2[e]);
       __syncthreads();
       if (threadIdx.x < UNITS) {
         constexpr int OTHERS = TEAMS > 1 ? TEAMS - 1 : 1;
@@ -140,7 +139,7 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
     }
     const Record record(number);
     if (place < UNITS && record.row < rows.count)
-      finish(p, rows, record, from + channel, seen_by(p, item, rows, record.row), state, live);
+      finish(p, rows, record, from + channel, seen_by(p, item, rows, record.row), state);
   }
   if constexpr (!SINGLE) __syncthreads();  // before the shared memory is used again
 }

@@ -12,8 +12,6 @@
 //   SLOTS        slots of a warp's ring
 //   GRID         how blocks share the work: 0 equal ranges of all keys; 1 every item cut alike, one cut a block
 //                (x: cut, y: unit and block of rows, z: batch row); 2 a block computes whole rows (x: item)
-//   REHEARSE     1: a block runs through its merges once while its first keys are on their way, for their instructions'
-//                sake: what is run once at the end would otherwise be fetched when all wait for it
 //   CLUSTER      blocks of a cluster, which merge through distributed shared memory; a divisor of the cuts
 //   PINNED       1: ranges are split after split_steps steps of an item, whatever the batch
 //   INDEXED      1: lengths or paddings of the batch rows are read on the device
@@ -85,7 +83,6 @@ constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * SLOTS * 8;
 static_assert(SHARED_BYTES == SHARED, "the launcher counts shared memory otherwise");
 static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
 static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
-static_assert(!REHEARSE || (GRID == 1 && CLUSTER == 1), "only cut items without a cluster are rehearsed");
 static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");
 static_assert(HEADS == 1 || (KEY_COLUMNS == HEAD_DIM && VALUE_COLUMNS == VALUE_DIM), "rows of several heads have no padding");
 static_assert(TILES == 1 || QUERIES == 4, "only a single group of rows may be partly used");

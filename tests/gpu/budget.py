@@ -63,8 +63,8 @@ def solved_budget(case, ridge: np.ndarray) -> np.ndarray:
 
     Its row is Parallax's at the probe ``-u`` that it solves for, with that row's ``N``. Rounding the keys
     moves ``u`` as well, by at most the root of the system's condition, since they enter it as their own
-    square; in float32 the moments themselves are rounded, which is worth the condition. ridge:
-    ``(B, Lq, Hq)``.
+    square; in float32 the moments themselves are rounded, which is worth the condition, and their
+    factorisation as much again. ridge: ``(B, Lq, Hq)``.
     """
     q = case.q.astype(np.float64)
     B, Lq, Hq, D = q.shape
@@ -92,7 +92,7 @@ def solved_budget(case, ridge: np.ndarray) -> np.ndarray:
                 N = p @ ((1 + np.abs(centred @ u)) * norms[seen[i]])
                 condition = 1 + np.trace(C) / lam
                 weight = abs(scale) * (np.abs(q[b, i, h]) @ largest)
-                bound[b, i, h] = N * (4 * unit * condition**0.5 + 2.0**-21 * (4 + weight + condition)) + 1e-30
+                bound[b, i, h] = N * (4 * unit * condition**0.5 + 2.0**-20 * (4 + weight + condition)) + 1e-30
     return bound
 
 
