@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 
 import numpy as np
 from cupy.cuda import driver
@@ -36,7 +37,7 @@ class Plan:
     """A prepared call for arrays of one layout at any addresses; launches may come from several threads."""
 
     def __init__(self, problem: Problem, layout: Layout, shape: Shape, kernel: compiler.Kernel):
-        self.shape = shape
+        self.shape, self._boxes = shape, shape.boxes
         self._kernel, self._device, self._function = kernel, layout.device, kernel.function
         self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
         self._partial_bytes, self._counters = 4 * shape.parts * shape.part_floats, shape.counters
@@ -48,22 +49,20 @@ class Plan:
         self._maps: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
         self._problem, self._layout = problem, layout
 
-    def launch(
-        self, stream, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
-        m, d1, d2, O1, O2, t0,
-    ) -> None:  # fmt: skip
-        """Launch on a stream of the current device; arguments are addresses, 0 where there is no array."""
+    def launch(self, stream: int, arrays: Sequence[int], state: Sequence[int]) -> None:
+        """Launch on a stream of the current device.
+
+        arrays, state: addresses in the order of :class:`calls.Arrays` and of a ParallaxState, 0 where there
+        is no array.
+        """
         partials = counters = 0
         if self._counters:
             partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
         # The driver copies the arguments before it returns.
         with self._lock:
-            PACK_POINTERS.pack_into(
-                self._bytes, 0, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
-                m, d1, d2, O1, O2, t0, partials, counters,
-            )  # fmt: skip
-            if self.shape.boxes:
-                self._arguments[1] = self._map_address(k, v)
+            PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)
+            if self._boxes:
+                self._arguments[1] = self._map_address(arrays[2], arrays[3])
             driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)
 
     def _map_address(self, k: int, v: int) -> int:

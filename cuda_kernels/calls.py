@@ -15,7 +15,7 @@ from cupy.cuda import runtime
 
 from parallax_core import exchange, gpu_exchange, problem
 from parallax_core.errors import BackendUnavailableError
-from parallax_core.gpu_exchange import ALIGNMENT, Description, Framework
+from parallax_core.gpu_exchange import ALIGNMENT, Description, Framework, Matcher
 from parallax_core.problem import GPU_DTYPES, Problem
 from parallax_core.state import LLAState, ParallaxState, SoftmaxState
 
@@ -24,6 +24,8 @@ from .layout import Layout
 
 MOST_CALLS = 1024
 """Prepared calls that are kept; each is a few kilobytes."""
+MOST_RECENT = 4
+"""Calls of the same options, on arrays of different shapes, that are tried before a signature is built."""
 MAX_HEAD_DIM = 256
 
 _FLOAT32 = np.dtype(np.float32)
@@ -40,8 +42,8 @@ class Arrays(NamedTuple):
     cache_seqlens: Any = None
     cache_leftpad: Any = None
     page_table: Any = None
-    ridge: Any = None
     out: Any = None
+    ridge: Any = None
 
 
 class Options(NamedTuple):
@@ -60,7 +62,9 @@ _DENSE = "q", "r", "k", "v", "out"
 _OUT = Arrays._fields.index("out")
 
 _lock = threading.Lock()
+# By options and signature; and by options alone the latest, each with a function that knows its arrays.
 _calls: dict[tuple, Call] = {}
+_recent: dict[tuple, tuple[tuple[Call, Matcher], ...]] = {}
 _clock = itertools.count()
 
 
@@ -70,41 +74,70 @@ def attend(operation: str, arrays: Arrays, options: Options, return_state: bool,
     operation: a public name. validate: check the values of index arrays and of a ridge, which waits for the
     device. Raises as the public operation does.
     """
-    framework = gpu_exchange.framework(arrays[0])
-    found = None if framework is None else framework.signature(arrays)
-    if found is None:
-        return _attend_foreign(operation, arrays, options, return_state, validate)
-    pointers, signature = found
     return_state = bool(return_state)
-    # Equal numbers of two types, 1 and True, are one key; the types tell them apart.
-    key = (operation, return_state, options, *map(type, options), *signature)
+    # Equal numbers of two types, 1 and True, are one key; the types tell them apart, and say what is there.
+    key = operation, return_state, options, (*map(type, options), *map(type, arrays))
     try:
-        call = _calls[key]
-    except (KeyError, TypeError):  # not seen before; an option that is no number has no hash
-        call = _prepare(operation, framework, arrays, options, return_state)
-        _remember(key, call)
+        recent = _recent.get(key, ())
+    except TypeError:  # an option that is no number has no hash
+        recent = ()
+    pointers = None
+    for call, pointers_of in recent:  # noqa: B007
+        pointers = pointers_of(arrays)
+        if pointers is not None:
+            break
+    if pointers is None:
+        framework = gpu_exchange.framework(arrays.q)
+        found = None if framework is None else framework.signature(arrays)
+        if found is None:
+            return _attend_foreign(operation, arrays, options, return_state, validate)
+        pointers, signature = found
+        call = _call(key, signature, framework, arrays)
     call.last_used = next(_clock)
     if validate:
-        _check_values(operation, framework, arrays, options)
+        _check_values(operation, call.framework, arrays, options)
     return call(arrays, pointers)
+
+
+def forget() -> None:
+    """Drop every prepared call."""
+    with _lock:
+        _calls.clear()
+        _recent.clear()
+
+
+def _call(key: tuple, signature: list, framework: Framework, arrays: Arrays) -> Call:
+    """The prepared call of a signature; ``key`` finds it faster from now on."""
+    operation, return_state, options, _ = key
+    whole = (*key, *signature)
+    try:
+        call = _calls[whole]
+    except (KeyError, TypeError):
+        call = _prepare(operation, framework, arrays, options, return_state)
+        _remember(whole, call)
+    matcher = framework.matcher(arrays)
+    if matcher is not None:
+        _recent[key] = ((call, matcher), *_recent.get(key, ()))[:MOST_RECENT]
+    return call
 
 
 class Call:
     """A checked and planned call, for any arrays of one signature."""
 
     __slots__ = (
-        "_allocate", "_allocate_state", "_copies", "_device", "_extents", "_framework", "_kind", "_operation",
-        "_options", "_out_shape", "_plan", "_solved", "last_used",
+        "_allocate", "_allocate_state", "_copies", "_device", "_extents", "_kind", "_no_state", "_operation",
+        "_options", "_out_shape", "_plan", "framework", "last_used",
     )  # fmt: skip
 
     def __init__(self, operation, framework, arrays, options, described, problem_, layout, ridge, copies):
-        self._operation, self._framework, self._options = operation, framework, options
+        self._operation, self.framework, self._options = operation, framework, options
         self._device, self._copies = layout.device, copies
         self._out_shape = problem_.output_shape
-        self._solved = operation.startswith("lla")
         self._allocate = framework.allocator(arrays.q, problem_.output_shape)
         self._extents = {name: _extent(described[name]) for name in described}
-        self._kind = LLAState if self._solved else SoftmaxState if arrays.r is None else ParallaxState
+        solved = operation.startswith("lla")
+        self._kind = LLAState if solved else SoftmaxState if arrays.r is None else ParallaxState
+        self._no_state = (0,) * len((LLAState if solved else ParallaxState)._fields)
         self._allocate_state = None
         if layout.return_state:
             self._allocate_state = [
@@ -135,7 +168,7 @@ class Call:
                 runtime.setDevice(previous)
 
     def _run(self, arrays: Arrays, pointers: list[int]):
-        framework, q = self._framework, arrays[0]
+        framework, q = self.framework, arrays[0]
         address = framework.address
         out = arrays[_OUT]
         if out is None:
@@ -151,27 +184,16 @@ class Call:
         return out if state is None else (out, state)
 
     def _launch(self, pointers: list[int], state) -> None:
-        address = self._framework.address
-        q, r, k, v, cu_seqlens, cache_seqlens, cache_leftpad, page_table, ridge, out = pointers
-        stream = self._framework.current_stream(self._device)
-        if self._solved:
-            moments = (0,) * 9 if state is None else map(address, state)
-            self._plan.launch(
-                stream, q, k, v, out, ridge, cu_seqlens, cache_seqlens, cache_leftpad, page_table, *moments
-            )
-            return
-        sums = 0, 0, 0, 0, 0, 0
+        sums = self._no_state
         if state is not None:
-            sums = tuple(map(address, state))
-            if len(sums) == 3:
+            sums = (*map(self.framework.address, state),)
+            if self._kind is SoftmaxState:
                 sums = sums[0], sums[1], 0, sums[2], 0, 0
-        self._plan.launch(
-            stream, q, r, k, v, out, cu_seqlens, cache_seqlens, cache_leftpad, page_table, *sums
-        )
+        self._plan.launch(self.framework.current_stream(self._device), pointers, sums)
 
     def _fill_empty(self, arrays: Arrays, out, state) -> None:
         """Rows that see no key: the output 0, and the state that merges as nothing."""
-        fill, assign = self._framework.fill, self._framework.assign
+        fill, assign = self.framework.fill, self.framework.assign
         fill(out, 0)
         for name, x in () if state is None else zip(state._fields, state):
             fill(x, -np.inf if name == "m" else 0)
@@ -186,20 +208,19 @@ class Call:
         """The same call on copies of what no kernel reads as it lies: strided last axes, narrow ridges."""
         out = arrays.out
         dense = {
-            name: self._framework.contiguous(getattr(arrays, name))
-            for name in self._copies - {"out", "ridge"}
+            name: self.framework.contiguous(getattr(arrays, name)) for name in self._copies - {"out", "ridge"}
         }
         if "out" in self._copies:
             dense["out"] = None
         if "ridge" in self._copies:
             shape = tuple(arrays.ridge.shape)
-            dense["ridge"] = self._framework.allocator(arrays.q, shape, _FLOAT32)(arrays.q)
-            self._framework.assign(dense["ridge"], arrays.ridge)
+            dense["ridge"] = self.framework.allocator(arrays.q, shape, _FLOAT32)(arrays.q)
+            self.framework.assign(dense["ridge"], arrays.ridge)
         options, state = self._options, self._allocate_state is not None
         result = attend(self._operation, arrays._replace(**dense), options, state, False)
         if "out" not in self._copies:
             return result
-        self._framework.assign(out, result[0] if state else result)
+        self.framework.assign(out, result[0] if state else result)
         return (out, *result[1:]) if state else out
 
     def _check_overlap(self, pointers: list[int]) -> None:
@@ -225,6 +246,7 @@ def _remember(key: tuple, call: Call) -> None:
     """Keep a call; where there are too many, the half that was not used lately goes."""
     with _lock:
         if len(_calls) >= MOST_CALLS:
+            _recent.clear()
             for old in sorted(_calls, key=lambda k: _calls[k].last_used)[: MOST_CALLS // 2]:
                 del _calls[old]
         call.last_used = next(_clock)

@@ -43,17 +43,23 @@ class Usage(NamedTuple):
 class Kernel:
     """A loaded kernel. ``function``: its CUfunction as an integer, valid while this object lives."""
 
-    __slots__ = ("_loaded", "function")
+    __slots__ = ("_loaded", "_shared_bytes", "function")
 
     def __init__(self, image: bytes, name: str):
         module = function.Module()
         module.load(image)
         self._loaded = module.get_function(name)
         self.function: int = self._loaded.ptr
+        self._shared_bytes = 0
 
     def set_shared_memory(self, size: int) -> None:
         """Let launches ask for up to ``size`` bytes of dynamic shared memory, also beyond 48 KiB."""
-        driver.funcSetAttribute(self.function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, size)
+        with _lock:
+            # Never less than another plan of the same kernel asked for.
+            self._shared_bytes = max(size, self._shared_bytes)
+            driver.funcSetAttribute(
+                self.function, driver.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, self._shared_bytes
+            )
 
     @property
     def attributes(self) -> dict[str, int]:

@@ -74,7 +74,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     items = problem.batch * (problem.kv_heads // heads) * row_blocks
     split_steps = 0 if layout.split_size is None else layout.split_size // STEP
     indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
-    varied = problem.causal and (problem.q_len > 1 or problem.cu_seqlens is not None)
+    varied = problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1)
     steps = _steps(problem, boxes)
     grid = _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -75,21 +76,19 @@ class Plan:
         self._arguments = np.array([self._record.ctypes.data], np.uint64)
         self._arguments_address = self._arguments.ctypes.data
 
-    def launch(
-        self, stream, q, k, v, out, ridge, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
-        m, d1, k0, wk, wv, wkk, wvk, state_q, state_ridge,
-    ) -> None:  # fmt: skip
-        """Launch on a stream of the current device; arguments are addresses, 0 where there is no array."""
+    def launch(self, stream: int, arrays: Sequence[int], state: Sequence[int]) -> None:
+        """Launch on a stream of the current device.
+
+        arrays, state: addresses in the order of :class:`calls.Arrays` and of an LLAState, 0 where there is no
+        array.
+        """
         partials = counters = 0
         if self._counters:
             partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
         shape, function = self.shape, self._kernel.function
         # The driver copies the argument before it returns.
         with self._lock:
-            PACK_LLA_POINTERS.pack_into(
-                self._bytes, 0, q, k, v, out, ridge, cu_seqlens, cache_seqlens, cache_leftpad, page_table,
-                m, d1, k0, wk, wv, wkk, wvk, state_q, state_ridge, partials, counters,
-            )  # fmt: skip
+            PACK_LLA_POINTERS.pack_into(self._bytes, 0, arrays[0], *arrays[2:], *state, partials, counters)
             for first_row, blocks in self._launches:
                 self._record["first_row"] = first_row
                 driver.launchKernel(

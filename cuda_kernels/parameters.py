@@ -23,7 +23,7 @@ def _structure(pointers: tuple[str, ...], strides: tuple[str, ...], integers, fl
 
 
 POINTERS = (
-    "q", "r", "k", "v", "out", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table",
+    "q", "r", "k", "v", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out",
     "m", "d1", "d2", "O1", "O2", "t0", "partials", "counters",
 )  # fmt: skip
 """Addresses, 0 where absent; they come first, and are all that differs between launches of one plan."""
@@ -42,7 +42,7 @@ PROBLEM = _structure(
 PACK_POINTERS = struct.Struct(f"={len(POINTERS)}Q")
 
 LLA_POINTERS = (
-    "q", "k", "v", "out", "ridge", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table",
+    "q", "k", "v", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out", "ridge",
     "m", "d1", "k0", "wk", "wv", "wkk", "wvk", "state_q", "state_ridge", "partials", "counters",
 )  # fmt: skip
 LLA_CALL = _structure(

@@ -25,6 +25,8 @@ MOST_POLLED = 64
 
 _ALIGNMENT = 256
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
+_LEGACY = 1  # cudaStreamLegacy, the default stream; 0 means it too
+_DEFAULT = -1  # in place of its number
 
 
 class Slab(NamedTuple):
@@ -58,18 +60,22 @@ def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tupl
     device: the current one; stream: the one that the launch goes to. The kernel must leave the counters zero.
     Raises MemoryError where the device has no room.
     """
-    if runtime.streamIsCapturing(stream):
+    if stream <= _LEGACY:
+        # The default stream is there forever, and no capture takes it: nothing to ask the driver.
+        key = device, _DEFAULT
+    elif runtime.streamIsCapturing(stream):
         # A stream under capture has no number to be asked for, but keeps its handle until the capture ends.
         slab = _for_graph(device, stream, partial_bytes, counters)
+        return slab.partials, slab.counters
     else:
         key = device, _number(stream)
-        try:
-            _slabs.move_to_end(key)
-            slab = _slabs[key]
-        except KeyError:
-            slab = None
-        if slab is None or not slab.holds(partial_bytes, counters):
-            slab = _for_stream(key, partial_bytes, counters)
+    try:
+        _slabs.move_to_end(key)
+        slab = _slabs[key]
+    except KeyError:
+        slab = None
+    if slab is None or not slab.holds(partial_bytes, counters):
+        slab = _for_stream(key, partial_bytes, counters)
     return slab.partials, slab.counters
 
 

@@ -91,7 +91,7 @@ def lla_attention(
     """
     if exchange.on_gpu(q):
         given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
-        arrays = q, None, k, v, cu_seqlens, None, None, None, given
+        arrays = q, None, k, v, cu_seqlens, None, None, None, None, given
         return _attend_gpu(
             "lla_attention", arrays, scale, causal, window_size, return_state, validate, None, number, solver
         )
@@ -181,7 +181,7 @@ def softmax_decode(
     Returns ``o (B, Lq, Hq, Dv)``, or ``(o, SoftmaxState)``. Raises as :func:`softmax_attention` does.
     """
     if exchange.on_gpu(q):
-        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, None, out
+        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out
         return _attend_gpu(
             "softmax_decode", arrays, scale, True, window_size, return_state, validate, split_size
         )
@@ -203,7 +203,7 @@ def parallax_decode(
     ParallaxState.
     """
     if exchange.on_gpu(q):
-        arrays = q, r, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, None, out
+        arrays = q, r, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out
         return _attend_gpu(
             "parallax_decode", arrays, scale, True, window_size, return_state, validate, split_size
         )
@@ -226,7 +226,7 @@ def lla_decode(
     """
     if exchange.on_gpu(q):
         given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
-        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, given, out
+        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out, given
         return _attend_gpu(
             "lla_decode", arrays, scale, True, window_size, return_state, validate, split_size, number, solver
         )

@@ -8,6 +8,7 @@ apache-tvm-ffi imports PyTorch wherever that is installed and cannot export memo
 from __future__ import annotations
 
 import ctypes
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -154,6 +155,8 @@ def device(name: str, x: Any) -> tuple[int, int]:
         raise TypeError(
             f"{name} is being traced by JAX; use parallax_core.frameworks.jax inside transformations"
         )
+    if getattr(x, "is_cpu", False) is True:  # PyTorch, whose DLPack device takes Python of its own
+        return CPU, 0
     if hasattr(x, "__dlpack_device__"):
         try:
             kind, index = x.__dlpack_device__()
@@ -275,10 +278,9 @@ def dtype_of(name: str, tensor: _Tensor) -> np.dtype:
 def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     """An uninitialised C-contiguous NumPy array that every framework can take without a copy."""
     dtype = np.dtype(dtype)
-    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
-    buffer = np.empty(size + ALIGNMENT, np.uint8)
-    start = -buffer.ctypes.data % ALIGNMENT
-    return buffer[start : start + size].view(dtype).reshape(shape)
+    # A decode call's Python runs from cold caches, right after others streamed: few steps, and simple ones.
+    buffer = np.empty(math.prod(shape) * dtype.itemsize + ALIGNMENT, np.uint8)
+    return np.ndarray(shape, dtype, buffer, -buffer.ctypes.data % ALIGNMENT)
 
 
 def hand_back(array: np.ndarray, like: Any) -> Any:

@@ -7,6 +7,7 @@ one call, become CuPy arrays over the same memory. Importing this module imports
 
 from __future__ import annotations
 
+import operator
 import sys
 import threading
 from collections import deque
@@ -37,6 +38,10 @@ class Description(NamedTuple):
         return len(self.shape)
 
 
+# From arrays to their addresses where they are like those that it was made for, else None.
+Matcher = Callable[[Sequence], list[int] | None]
+
+
 class Framework(Protocol):
     """What the backend asks of a framework's arrays; a device is its index."""
 
@@ -45,6 +50,12 @@ class Framework(Protocol):
 
         The latter is shapes, strides, dtypes, devices and whether an address is a multiple of ALIGNMENT. None
         where an array is not plainly this framework's own.
+        """
+
+    def matcher(self, arrays: Sequence) -> Matcher | None:
+        """A function that knows arrays of the same signature faster than by it; None where there is none.
+
+        It is called with as many arrays, of the same types, None where these are.
         """
 
     def describe(self, name: str, x) -> Description: ...
@@ -82,6 +93,9 @@ class _CuPy:
             else:
                 return None
         return pointers, key
+
+    def matcher(self, arrays):
+        return None
 
     def describe(self, name, x):
         size = x.dtype.itemsize
@@ -132,6 +146,7 @@ class _Torch:
         # torch.cuda.current_stream makes an object in 0.8 us first.
         raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
         self.current_stream = raw or (lambda device: torch.cuda.current_stream(device).cuda_stream)
+        self._guards = _torch_guards(torch)
 
     def signature(self, arrays):
         types, pointers, key = self._types, [], []
@@ -149,6 +164,28 @@ class _Torch:
         except RuntimeError:  # sparse, nested, or wrapped by a transformation: no strides or no memory
             return None
         return pointers, key
+
+    def matcher(self, arrays):
+        places = [i for i, x in enumerate(arrays) if x is not None]
+        if self._guards is None or any(arrays[i].data_ptr() % ALIGNMENT for i in places):
+            return None
+        present, count = operator.itemgetter(*places), len(arrays)
+        check = self._guards(*present(arrays), dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+
+        def pointers_of(arrays):
+            tensors = present(arrays)
+            pointers, bits = [0] * count, 0
+            try:
+                for i, x in zip(places, tensors):
+                    if x.is_nested:  # the test would end the process
+                        return None
+                    pointers[i] = pointer = x.data_ptr()
+                    bits |= pointer
+            except RuntimeError:  # no memory, as in signature
+                return None
+            return None if bits % ALIGNMENT or not check(*tensors) else pointers
+
+        return pointers_of
 
     def describe(self, name, x):
         if x.dtype not in self._dtypes:
@@ -179,6 +216,26 @@ class _Torch:
 
     def read_back(self, x):
         return x.cpu().numpy()
+
+
+def _torch_guards(torch):
+    """PyTorch's own test whether tensors are like others in all but their numbers, in a fifth of the time.
+
+    It belongs to its compiler and is no public interface: None where it is missing, or does not tell apart
+    what it must.
+    """
+    x = torch.zeros(2, 3)
+    others = [
+        x.t(), x[:, :2], x.expand(1, 2, 3), torch.zeros(3, 2).t(), x.double(), x.clone().requires_grad_(),
+        torch.nn.Parameter(x, requires_grad=False), torch.view_as_complex(torch.zeros(2, 3, 2)).conj().imag,
+        x.to_sparse(), x.to("meta"),
+    ]  # fmt: skip
+    try:
+        guards = torch._C._dynamo.guards.TensorGuards
+        check = guards(x, dynamic_dims_sizes=None, dynamic_dims_strides=None).check
+        return guards if check(x.clone()) and not any(map(check, others)) else None
+    except Exception:
+        return None
 
 
 CUPY: Framework = _CuPy()

@@ -401,9 +401,9 @@ def _check_probe_shape(q, r) -> None:
 
 
 def _check_dtypes(q, k, v, r, dtypes: tuple[np.dtype, ...], suffix: str = "") -> None:
-    allowed = ", ".join(t.name for t in dtypes) + ("" if dtypes == DTYPES else " on a GPU")
     for name, x in (("q", q), (f"k{suffix}", k), (f"v{suffix}", v), ("r", r)):
         if x is not None and np.dtype(x.dtype) not in dtypes:
+            allowed = ", ".join(t.name for t in dtypes) + ("" if dtypes == DTYPES else " on a GPU")
             raise TypeError(f"{name} has dtype {np.dtype(x.dtype)}; expected one of {allowed}")
     dtype = np.dtype(q.dtype)
     for name, x in ((f"k{suffix}", k), (f"v{suffix}", v)):

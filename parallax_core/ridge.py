@@ -37,7 +37,8 @@ def solve_ridge(C: np.ndarray, b: np.ndarray, ridge: np.ndarray, solver: str, ep
         )
         u[finite] = np.einsum("nij,nj->ni", vectors, coefficients)
         return u
-    shifted = C64 + lam[:, None, None] * np.eye(D, like=C64)
+    shifted = C64.copy()
+    shifted.reshape(-1, D * D)[:, :: D + 1] += lam[:, None]
     try:
         factor = np.linalg.cholesky(shifted)
         pivots, entries = (np.diagonal(x, axis1=1, axis2=2) for x in (factor, shifted))

@@ -64,6 +64,9 @@ class Framework:
                 return None
         return pointers, key
 
+    def matcher(self, arrays):
+        return None
+
     def describe(self, name, x):
         size = x.data.itemsize
         return Description(x.data.shape, tuple(s // size for s in x.data.strides), x.data.dtype)
@@ -126,17 +129,13 @@ class Plan:
         self.launches = []
         Plan.made.append(self)
 
-    def launch(self, stream, *addresses):
-        assert all(type(x) is int for x in addresses)
+    def launch(self, stream, arrays, state):
+        assert len(arrays) == len(calls.Arrays._fields)
+        assert all(type(x) is int for x in (*arrays, *state))
         self.launches.append(stream)
         p, layout = self.problem, self.layout
         lla = p.operation.startswith("lla")
-        if lla:
-            q, k, v, out, ridge, *index = addresses[:9]
-            r, state = 0, addresses[9:]
-        else:
-            q, r, k, v, out, *index = addresses[:9]
-            state = addresses[9:]
+        q, r, k, v, *index, out, ridge = arrays
         shape = p.batch, p.q_len, p.q_heads, p.head_dim
         outer = (p.batch, p.kv_len) if layout.num_pages is None else (layout.num_pages, p.page_size)
         queries = [at(q, shape, p.dtype, layout.q)]
@@ -200,12 +199,12 @@ def _stand_in():
             patch.setitem(sys.modules, f"{cuda_kernels.__name__}.{name}", module)
             patch.setattr(cuda_kernels, name, module, raising=False)
         yield
-        calls._calls.clear()
+        calls.forget()
 
 
 @pytest.fixture(autouse=True)
 def _fresh():
-    calls._calls.clear()
+    calls.forget()
     Plan.made.clear()
     Runtime.current = 0
 
@@ -569,6 +568,20 @@ def test_tensors_are_read_by_their_attributes_or_refused():
         torch.nested.nested_tensor([x[0], x[0, :1]]),
     ]
     assert unusual[1].is_neg()
+    pointers_of = read.matcher([x, None, x])
+    assert pointers_of([x, None, x.clone()])[:2] == [x.data_ptr(), 0]
+    unlike = [
+        x[1:],
+        x.double(),
+        x.transpose(1, 2),
+        torch.nn.Parameter(x, requires_grad=False),
+        x.view(-1)[1:],
+    ]
+    for tensor in (x for x in (*unusual, *unlike) if type(x) is torch.Tensor):
+        assert pointers_of([x, None, tensor]) is None
+    shifted = torch.zeros(x.numel() + 1)[1:].view(x.shape)
+    assert pointers_of([x, None, shifted]) is None
+    assert read.matcher([x, None, shifted]) is None
     for tensor in unusual:
         assert read.signature([x, tensor]) is None
     with pytest.raises(TypeError, match=r"v is a lazy view that was never computed; pass v\.resolve_neg\(\)"):

@@ -270,11 +270,14 @@ def test_the_error_is_one_line_that_names_the_key(written, message):
 
 def test_the_default_grid_of_a_gpu_is_the_published_one():
     points = decode_points(load_decode_config(), "gpu")
-    assert len(points) == 2 * 14
-    assert {(p.operation, p.dtype, p.page_size) for p in points} == {("parallax", "bfloat16", None)}
-    assert {p.cache for p in points} == {"warm", "cold"}
-    shapes = list(dict.fromkeys(p.shape for p in points))
+    parallax, solved = ([p for p in points if p.operation == name] for name in ("parallax", "lla"))
+    assert len(parallax) == 2 * 14
+    assert len(parallax) + len(solved) == len(points)
+    assert {(p.dtype, p.page_size) for p in points} == {("bfloat16", None)}
+    assert {p.cache for p in parallax} == {"warm", "cold"}
+    shapes = list(dict.fromkeys(p.shape for p in parallax))
     assert len(shapes) == 14
+    assert {p.shape for p in solved} < set(shapes)
     assert shapes[0] == Shape(batch=1, query_heads=8, kv_heads=8, length=512, head_size=128)
     assert shapes[-1] == Shape(128, 8, 8, 2048, 64)
 

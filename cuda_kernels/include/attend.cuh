@@ -167,10 +167,12 @@ __device__ __forceinline__ float to_float(Element x) {
     return widen<BFLOAT>(x);
 }
 
-// O1 += P1 V and O2 += P2 V over the keys that a row sees alone, where a hidden value is not finite.
+__device__ __forceinline__ bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+// Adds what is not finite among the values of a step to the rows that see it, and puts zeros in its place: rows that
+// do not see it then sum up the same numbers as if it had been finite.
 template <class Sees>
-__device__ __forceinline__ void accumulate_visible(const char* values, int lane, const float (&w)[HEADS][TILES][4], Sees sees,
-                                                Accumulator& a) {
+__device__ __forceinline__ void take_not_finite(char* values, int lane, const float (&w)[HEADS][TILES][4], Sees sees, Accumulator& a) {
   const int g = lane / 4, t = lane % 4;
 #pragma unroll 1
   for (int j = 0; j < STEP; j++) {
@@ -185,10 +187,18 @@ __device__ __forceinline__ void accumulate_visible(const char* values, int lane,
         for (int i = 0; i < CHANNELS; i++) {
           const int at = (h * VALUE_COLUMNS + Tile::channel(i, g)) * int(sizeof(Element));
           const float v = to_float<FLOAT>(*reinterpret_cast<const Element*>(values + place_of<VALUE_BYTES>(j, at)));
-          a.O1[h][n][i] += p1 * v, a.O2[h][n][i] += p2 * v;
+          if (!is_finite(v)) a.O1[h][n][i] += p1 * v, a.O2[h][n][i] += p2 * v;
         }
       }
   }
+  __syncwarp();
+  constexpr int COLUMNS = VALUE_BYTES / int(sizeof(Element));
+#pragma unroll 1
+  for (int i = lane; i < STEP * COLUMNS; i += 32) {
+    Element& x = *reinterpret_cast<Element*>(values + place_of<VALUE_BYTES>(i / COLUMNS, i % COLUMNS * int(sizeof(Element))));
+    if (!is_finite(to_float<FLOAT>(x))) x = 0;
+  }
+  __syncwarp();
 }
 
 // Whether the values of a step, padding included, are all finite.
@@ -198,8 +208,8 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
   for (int i = lane; i < STEP * PIECES; i += 32) {
     const uint4 x = *reinterpret_cast<const uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16));
     for (unsigned word : {x.x, x.y, x.z, x.w}) {
-      if (FLOAT)
-        finite = finite && (word & 0x7f800000u) != 0x7f800000u;
+      if constexpr (FLOAT)
+        finite = finite && is_finite(__uint_as_float(word));
       else {
         constexpr unsigned LARGEST = BFLOAT ? 0x7f80u : 0x7c00u;
         finite = finite && (word & LARGEST) != LARGEST && (word >> 16 & LARGEST) != LARGEST;
@@ -326,7 +336,6 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       ring.release(p);
       weigh(a, c, masked, [&](int n, int high) { return sees(n, g + 8 * high); }, p.scale_log2);
       char* values = ring.wait();
-      bool by_row = false;
       if (masked) {
         // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
         constexpr int PIECES = VALUE_BYTES / 16;
@@ -336,12 +345,9 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
             *reinterpret_cast<uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16)) = make_uint4(0, 0, 0, 0);
         ring.written = true;
         __syncwarp();
-        by_row = VARIED && !alike && !all_finite(values, lane);
+        if (VARIED && !alike && !all_finite(values, lane)) take_not_finite(values, lane, c, sees, a);
       }
-      if (VARIED && by_row)
-        accumulate_visible(values, lane, c, sees, a);
-      else
-        Tile::accumulate(values, lane, c, a.O1, a.O2);
+      Tile::accumulate(values, lane, c, a.O1, a.O2);
       ring.release(p);
     }
 

@@ -11,7 +11,7 @@
 #include "shape.cuh"
 
 struct HalfTile {
-  static constexpr int DEPTHS = KEY_COLUMNS / 16;
+  static constexpr int DEPTHS = KEY_COLUMNS < 16 ? 1 : KEY_COLUMNS / 16;  // fewer columns have only single-precision keys
   // Operands of many rows would crowd the accumulators out of the registers; they are read again for every step.
   static constexpr bool KEPT = HEADS * TILES * DEPTHS <= 8;
   static constexpr int PARTS = PROBE == 2 ? 2 : 1;  // a float32 probe, and what it is more than its rounding

@@ -7,9 +7,8 @@
 // Mirrored field by field by parameters.py. Strides are in elements: batch or page, position, head.
 struct Problem {
   static constexpr bool indexed = INDEXED, packed = PACKED;
-  const void *q, *r, *k, *v;
+  const void *q, *r, *k, *v, *cu_seqlens, *cache_seqlens, *cache_leftpad, *page_table;
   void* out;
-  const void *cu_seqlens, *cache_seqlens, *cache_leftpad, *page_table;
   float *m, *d1, *d2, *O1, *O2, *t0;
   float* partials;
   unsigned* counters;

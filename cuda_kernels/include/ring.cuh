@@ -119,14 +119,15 @@ struct Ring {
     if constexpr (!BOXES) copy_commit();
   }
 
-  // A key of NaN makes every row that sees it NaN: so do those of a page that does not exist.
+  // A key of NaN makes every row that sees it NaN: so do those of a page that does not exist, in every head.
   __device__ static Element absent() { return FLOAT ? Element(quiet_nan()) : Element(0x7fff); }
 
   // By one lane, the same for the whole warp.
   __device__ void copy_boxes(const Problem& p, char* to, unsigned barrier) {
     const int bytes = BOX * (values_next ? VALUE_BYTES : KEY_BYTES);
     if (PAGED && outer == -2) {
-      if (lane < STEP) *reinterpret_cast<Element*>(to + place_of<KEY_BYTES>(lane, 0)) = absent();
+      for (int i = lane; i < HEADS * STEP; i += 32)
+        *reinterpret_cast<Element*>(to + place_of<KEY_BYTES>(i % STEP, i / STEP * HEAD_BYTES)) = absent();
       written = true;
     }
     if (written) {
@@ -159,7 +160,8 @@ struct Ring {
       char* place = to + number * PITCH + offset;
       const char* from = reinterpret_cast<const char*>(source) + offset;
       if (PAGED && source == 1) {
-        if (offset == 0) *reinterpret_cast<Element*>(place) = absent();
+        // A piece holds the first channel of at most one head.
+        if (offset % (COLUMNS * int(sizeof(Element))) == 0) *reinterpret_cast<Element*>(place) = absent();
       } else if constexpr (ALIGNED)
         copy_16(shared_address(place), from);
       else

@@ -10,9 +10,7 @@
 // Grid: rows * splits * blocks; call.first_row numbers the first row of a launch.
 
 #include "lla/rows.cuh"
-
-#define MINUS_INFINITY __int_as_float(0xff800000)
-#define NOT_A_NUMBER __int_as_float(0x7fffffff)
+#include "ptx/numbers.cuh"
 
 constexpr int THREADS = 256;
 constexpr int WARPS = THREADS / 32;
@@ -22,37 +20,15 @@ constexpr int EDGE = BLOCK / 16;  // a thread's square of a block of moments
 constexpr int MIN_SPLIT_KEYS = 256;
 constexpr float LOG2_E = 1.4426950408889634f;
 
+constexpr bool FLOAT = ELEMENT == 0, BFLOAT = ELEMENT == 2;
 #if ELEMENT == 0
 using Element = float;
 #else
-using Element = unsigned short;
+using Element = half_bits;
 #endif
 
-__device__ __forceinline__ float widen(Element x) {
-#if ELEMENT == 0
-  return x;
-#elif ELEMENT == 1
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x));
-  return y;
-#else
-  return __uint_as_float(static_cast<unsigned>(x) << 16);
-#endif
-}
-
-__device__ __forceinline__ Element narrow(float x) {
-#if ELEMENT == 0
-  return x;
-#elif ELEMENT == 1
-  Element y;
-  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y) : "f"(x));
-  return y;
-#else
-  Element y;
-  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y) : "f"(x));
-  return y;
-#endif
-}
+__device__ __forceinline__ float to_float(Element x) { return FLOAT ? x : widen<BFLOAT>(x); }
+__device__ __forceinline__ Element to_element(float x) { return FLOAT ? Element(x) : narrow<BFLOAT>(x); }
 
 __device__ __forceinline__ const Element* elements(const void* p) { return static_cast<const Element*>(p); }
 
@@ -94,7 +70,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
   const int y = threadIdx.x / 16 * EDGE, x = threadIdx.x % 16 * EDGE;
 
   float c[EDGE][EDGE] = {};
-  float m = MINUS_INFINITY, d1 = 0.0f, sum = 0.0f;
+  float m = minus_infinity(), d1 = 0.0f, sum = 0.0f;
   for (int tile = begin; tile < end; tile += TILE) {
     const int keys = min(TILE, end - tile);
     __syncthreads();
@@ -107,16 +83,16 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
       const Element* v = elements(call.v) + place.offset(call.v_stride, row.kv_head);
       // Columns up to a whole number of blocks are zero, so that the products need no bounds.
       for (int i = lane; i < key_blocks * BLOCK; i += 32) {
-        const float key = seen && i < D ? widen(k[i]) : 0.0f;
+        const float key = seen && i < D ? to_float(k[i]) : 0.0f;
         score += i < D ? key * shared.query[i] : 0.0f;
         shared.keys[j][i] = seen && i < D ? key - shared.origin[i] : 0.0f;
       }
       if (of_values)
         for (int i = lane; i < BLOCK; i += 32)
-          shared.values[j][i] = seen && first_value + i < Dv ? widen(v[first_value + i]) : 0.0f;
+          shared.values[j][i] = seen && first_value + i < Dv ? to_float(v[first_value + i]) : 0.0f;
 #pragma unroll
       for (int offset = 16; offset; offset /= 2) score += __shfl_xor_sync(~0u, score, offset);
-      if (lane == 0) shared.scores[j] = seen ? score * call.scale : MINUS_INFINITY;
+      if (lane == 0) shared.scores[j] = seen ? score * call.scale : minus_infinity();
     }
     __syncthreads();
     float tile_max = m;
@@ -164,7 +140,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     *partial.m = m;
   }
   // Every block of the split sees the same pages.
-  if (shared.bad_page && threadIdx.x == 0 && row_block == 0) *partial.d1 = NOT_A_NUMBER;
+  if (shared.bad_page && threadIdx.x == 0 && row_block == 0) *partial.d1 = quiet_nan();
 }
 
 // Adds up the splits in their order, into the first one's place.
@@ -172,14 +148,14 @@ __device__ __forceinline__ void merge(const lla::Call& call, long long first, in
   const int D = call.head_dim, rows = D + call.value_dim;
   const int entries = rows * D + rows + 1;
   const Partial whole(call, first);
-  float m = MINUS_INFINITY;
+  float m = minus_infinity();
   for (int s = 0; s < splits; s++) m = fmaxf(m, __ldcg(Partial(call, first + s).m));
   for (int e = threadIdx.x; e < entries; e += THREADS) {
     float sum = 0.0f;
     for (int s = 0; s < splits; s++) {
       const Partial part(call, first + s);
       const float part_m = __ldcg(part.m);
-      sum += (m == MINUS_INFINITY ? 1.0f : exponential(part_m - m)) * __ldcg(part.moments + e);
+      sum += (m == minus_infinity() ? 1.0f : exponential(part_m - m)) * __ldcg(part.moments + e);
     }
     whole.moments[e] = sum;
   }
@@ -206,7 +182,7 @@ __device__ __forceinline__ void solve(Shared& shared, float* triangle, const lla
     __syncthreads();
     const float pivot = triangle[at(k, k)];
     // Not positive definite: NaN, which spreads to the whole output.
-    const float inverse = pivot > 0.0f && ridge > 0.0f ? 1.0f / sqrtf(pivot) : NOT_A_NUMBER;
+    const float inverse = pivot > 0.0f && ridge > 0.0f ? 1.0f / sqrtf(pivot) : quiet_nan();
     const float y = shared.right_side[k] * inverse;
     float l = 0.0f;
     if (t > k && t < D) {
@@ -242,7 +218,7 @@ __device__ __forceinline__ void solve(Shared& shared, float* triangle, const lla
 #pragma unroll
     for (int offset = 16; offset; offset /= 2) moment += __shfl_xor_sync(~0u, moment, offset);
     const float mean = moments.sums[D + v] * inverse_d1;
-    if (lane == 0) out[v] = narrow(mean + moment * inverse_d1 - mean * along);
+    if (lane == 0) out[v] = to_element(mean + moment * inverse_d1 - mean * along);
   }
 }
 
@@ -251,7 +227,7 @@ __device__ __forceinline__ void solve(Shared& shared, float* triangle, const lla
 __device__ __forceinline__ void write_state(const Shared& shared, const lla::Call& call, const lla::Row& row,
                                             long long item, const Partial* moments) {
   const int D = call.head_dim, Dv = call.value_dim;
-  const float empty = row.valid ? 0.0f : NOT_A_NUMBER;
+  const float empty = row.valid ? 0.0f : quiet_nan();
   for (int i = threadIdx.x; i < D; i += THREADS) {
     call.k0[item * D + i] = moments ? shared.origin[i] : empty;
     call.wk[item * D + i] = moments ? moments->sums[i] : empty;
@@ -265,7 +241,7 @@ __device__ __forceinline__ void write_state(const Shared& shared, const lla::Cal
   for (int e = threadIdx.x; e < Dv * D; e += THREADS)
     call.wvk[item * Dv * D + e] = moments ? moments->moments[D * D + e] : empty;
   if (threadIdx.x == 0) {
-    call.m[item] = moments ? *moments->m : row.valid ? MINUS_INFINITY : NOT_A_NUMBER;
+    call.m[item] = moments ? *moments->m : row.valid ? minus_infinity() : quiet_nan();
     call.d1[item] = moments ? *moments->d1 : empty;
     call.state_ridge[item] = row.ridge(call);
   }
@@ -292,13 +268,13 @@ extern "C" __global__ void __launch_bounds__(THREADS) lla_kernel(const __grid_co
   const Element* q = elements(call.q) + row.batch * call.q_stride[0] + row.position * call.q_stride[1] +
                      row.head * call.q_stride[2];
   if (threadIdx.x == 0) shared.bad_page = 0;
-  for (int i = threadIdx.x; i < D; i += THREADS) shared.query[i] = widen(q[i]);
+  for (int i = threadIdx.x; i < D; i += THREADS) shared.query[i] = to_float(q[i]);
   __syncthreads();
   if (keys == 0) {
     if (block != 0) return;
     Element* out = static_cast<Element*>(call.out) + row.batch * call.out_stride[0] +
                    row.position * call.out_stride[1] + row.head * call.out_stride[2];
-    for (int v = threadIdx.x; v < Dv; v += THREADS) out[v] = narrow(row.valid ? 0.0f : NOT_A_NUMBER);
+    for (int v = threadIdx.x; v < Dv; v += THREADS) out[v] = to_element(row.valid ? 0.0f : quiet_nan());
 #if RETURN_STATE
     write_state(shared, call, row, item, nullptr);
 #endif
@@ -306,7 +282,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lla_kernel(const __grid_co
   }
   const lla::Place middle(call, row.batch, row.first + keys / 2);
   const Element* k0 = elements(call.k) + (middle.valid ? middle.offset(call.k_stride, row.kv_head) : 0);
-  for (int i = threadIdx.x; i < D; i += THREADS) shared.origin[i] = middle.valid ? widen(k0[i]) : 0.0f;
+  for (int i = threadIdx.x; i < D; i += THREADS) shared.origin[i] = middle.valid ? to_float(k0[i]) : 0.0f;
 
   int row_block = 0, column_block = 0;
   if (block < triangle_blocks) {

@@ -60,7 +60,7 @@ def _functions(code):
                 score_block(S, j + l, A, rows, code, address, base + l * stride, stride, 1, size)
 
     @njit(nogil=True, cache=True, error_model="numpy")
-    def score_run(S, A, heads, each, probed, tensor, base, j, keys, size, other, other_base):
+    def score_run(S, A, heads, each, probed, size, tensor, base, j, keys, other, other_base):
         address, stride, rows = tensor[0], tensor[2], heads * each
         for l in range(0, keys, BLOCK):
             block = min(BLOCK, keys - l)
@@ -105,7 +105,7 @@ def _functions(code):
 
     @njit(nogil=True, cache=True, error_model="numpy")
     def accumulate_run(
-        O, S, heads, each, probed, firsts, ends, tensor, base, key, j, keys, size, other, other_base
+        O, S, heads, each, probed, firsts, ends, key, size, tensor, base, j, keys, other, other_base
     ):  # fmt: skip
         address, stride, rows = tensor[0], tensor[2], heads * each
         for l in range(0, keys, BLOCK):
@@ -137,10 +137,37 @@ def _functions(code):
     return score_run, accumulate_run
 
 
-_score_f64, _accumulate_f64 = _functions(F64)
-_score_f32, _accumulate_f32 = _functions(F32)
-_score_bf16, _accumulate_bf16 = _functions(BF16)
-_score_f16, _accumulate_f16 = _functions(F16)
+def _walk(run_f64, run_f32, run_bf16, run_f16):
+    @njit(nogil=True, cache=True, error_model="numpy", forceinline=True)
+    def walk(tensor, sequence, page_table, page_size, head, key, keys, other, next_key, last, arguments):
+        """Do ``keys`` positions from ``key`` on, a run of equal distances at a time, in their storage type.
+
+        other: what is read next, from position ``next_key`` on; last: the last position that may be looked
+        up.
+        """
+        code, j = tensor[4], 0
+        while j < keys:
+            base = row_base(tensor, sequence, page_table, page_size, head, key + j)
+            run = run_length(page_size, key + j, keys - j)
+            # A position that the sequence holds: a page beyond its last is never looked up.
+            following = min(next_key + j, last)
+            there = row_base(other, sequence, page_table, page_size, head, following)
+            if code == F32:
+                run_f32(*arguments, tensor, base, j, run, other, there)
+            elif code == F64:
+                run_f64(*arguments, tensor, base, j, run, other, there)
+            elif code == BF16:
+                run_bf16(*arguments, tensor, base, j, run, other, there)
+            else:
+                run_f16(*arguments, tensor, base, j, run, other, there)
+            j += run
+
+    return walk
+
+
+_walk_keys, _walk_values = (
+    _walk(*runs) for runs in zip(*(_functions(code) for code in (F64, F32, BF16, F16)))
+)
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -153,22 +180,10 @@ def score_few(
     All heads of a position are read together, since they are neighbours in memory. other: what is read next,
     from position ``next_key`` on; last: the last position that may be looked up.
     """
-    code, j = tensor[4], 0
-    while j < keys:
-        base = row_base(tensor, sequence, page_table, page_size, head, key + j)
-        run = run_length(page_size, key + j, keys - j)
-        # A position that the sequence holds: a page beyond its last is never looked up.
-        following = min(next_key + j, last)
-        other_base = row_base(other, sequence, page_table, page_size, head, following)
-        if code == F32:
-            _score_f32(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
-        elif code == F64:
-            _score_f64(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
-        elif code == BF16:
-            _score_bf16(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
-        else:
-            _score_f16(S, A, heads, each, probed, tensor, base, j, run, size, other, other_base)
-        j += run
+    _walk_keys(
+        tensor, sequence, page_table, page_size, head, key, keys, other, next_key, last,
+        (S, A, heads, each, probed, size),
+    )  # fmt: skip
 
 
 @njit(nogil=True, cache=True, error_model="numpy")
@@ -181,27 +196,7 @@ def accumulate_few(
     firsts, ends: of the rows of queries, in whose order the probes' rows follow. other, next_key, last: as in
     :func:`score_few`.
     """
-    code, j = tensor[4], 0
-    while j < keys:
-        base = row_base(tensor, sequence, page_table, page_size, head, key + j)
-        run = run_length(page_size, key + j, keys - j)
-        # A position that the sequence holds: a page beyond its last is never looked up.
-        following = min(next_key + j, last)
-        other_base = row_base(other, sequence, page_table, page_size, head, following)
-        if code == F32:
-            _accumulate_f32(
-                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
-            )
-        elif code == F64:
-            _accumulate_f64(
-                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
-            )
-        elif code == BF16:
-            _accumulate_bf16(
-                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
-            )
-        else:
-            _accumulate_f16(
-                O, S, heads, each, probed, firsts, ends, tensor, base, key, j, run, size, other, other_base
-            )
-        j += run
+    _walk_values(
+        tensor, sequence, page_table, page_size, head, key, keys, other, next_key, last,
+        (O, S, heads, each, probed, firsts, ends, key, size),
+    )  # fmt: skip

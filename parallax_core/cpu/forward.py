@@ -37,9 +37,10 @@ def plan(problem: Problem, most_rows: int, *, few: bool = False, split: bool = F
     """
     sequences = work.sequence_table(problem)
     rows = work.tile_rows(problem, sequences, most_rows)
+    queries, end = work.longest(sequences)
     splits = 1
-    if split and rows >= (sequences[:, 2] - sequences[:, 1]).max(initial=0) * problem.group_size:
-        splits = max(1, -(-int(sequences[:, 4].max(initial=0)) // work.SPLIT_KEYS))
+    if split and rows >= queries * problem.group_size:
+        splits = max(1, -(-end // work.SPLIT_KEYS))
     heads = max(1, problem.kv_heads) if few and rows <= MOST_ROWS else 1
     return Plan(
         sequences,
@@ -112,8 +113,8 @@ def attend(
 
 def _pack(problem: Problem, cut: Plan, table: np.ndarray, dtype: np.dtype) -> tuple[np.ndarray, ...]:
     """Keys and values as tiles, where several tiles of rows read each; else arrays of size 0."""
-    queries = cut.sequences[:, 2] - cut.sequences[:, 1]
-    if cut.page_size or problem.kv_len == 0 or queries.max() * problem.group_size <= 2 * cut.rows:
+    queries, _ = work.longest(cut.sequences)
+    if cut.page_size or problem.kv_len == 0 or queries * problem.group_size <= 2 * cut.rows:
         none = (np.zeros((0,) * 2, dtype) for _ in range(2))
         return np.zeros(0, np.int64), *none, np.zeros((0,) * 2, np.bool_)
     counts = -(-(cut.sequences[:, 4] - cut.sequences[:, 3]) // KEY_TILE)

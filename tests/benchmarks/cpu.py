@@ -32,6 +32,17 @@ PAUSE = 0.02
 """Seconds before every call: OpenMP's threads spin for milliseconds after their work, on whose time it is."""
 
 
+def pause():
+    """Wait for PAUSE seconds at work.
+
+    After a sleep the kernels of some virtual machines wake all threads of a call on one processor, for a
+    random half of the calls of either side: the times then show the scheduler and no program.
+    """
+    end = time.perf_counter() + PAUSE
+    while time.perf_counter() < end:
+        pass
+
+
 def turns(rounds, **functions):
     """Seconds of each function in each of the rounds, all in turn, after one call to warm up."""
     seconds = {name: [] for name in functions}
@@ -39,7 +50,7 @@ def turns(rounds, **functions):
         function()
     for _ in range(rounds):
         for name, function in functions.items():
-            time.sleep(PAUSE)
+            pause()
             start = time.perf_counter()
             function()
             seconds[name].append(time.perf_counter() - start)
@@ -166,7 +177,9 @@ def import_order(rounds, count):
         ):
             times = []
             for _ in range({rounds}):
-                time.sleep({pause})
+                end = time.perf_counter() + {pause}
+                while time.perf_counter() < end:
+                    pass
                 start = time.perf_counter()
                 call()
                 times.append(time.perf_counter() - start)

@@ -58,6 +58,44 @@ def budget(case, operation: str) -> Budget:
     return Budget(output, lse)
 
 
+def solved_budget(case, ridge: np.ndarray) -> np.ndarray:
+    """Bounds of the norm of the error of local linear attention's output, ``(B, Lq, Hq)``.
+
+    Its row is Parallax's at the probe ``-u`` that it solves for, with that row's ``N``. Rounding the keys
+    moves ``u`` as well, by at most the root of the system's condition, since they enter it as their own
+    square; in float32 the moments themselves are rounded, which is worth the condition, and their
+    factorisation as much again. ridge: ``(B, Lq, Hq)``.
+    """
+    q = case.q.astype(np.float64)
+    B, Lq, Hq, D = q.shape
+    scale = case.options.get("scale")
+    scale = D**-0.5 if scale is None else scale
+    unit = UNIT[case.q.dtype.name]
+    bound = np.zeros((B, Lq, Hq))
+    for b in range(B):
+        K, V = (_positions(case, x, b) for x in case.keys_and_values)
+        seen = np.broadcast_to(_seen(case, b, len(K)), (Lq, len(K)))
+        for h in range(Hq):
+            kh, vh = K[:, h // (Hq // K.shape[1])], V[:, h // (Hq // K.shape[1])]
+            norms = np.linalg.norm(vh, axis=-1)
+            largest = np.abs(np.where(seen.any(0)[:, None], kh, 0)).max(axis=0, initial=0)
+            for i in range(Lq):
+                if not seen[i].any():
+                    continue
+                keys, lam = kh[seen[i]], ridge[b, i, h]
+                scores = scale * (keys @ q[b, i, h])
+                p = np.exp(scores - scores.max())
+                p /= p.sum()
+                centred = keys - p @ keys
+                C = (p[:, None] * centred).T @ centred
+                u = np.linalg.solve(C + lam * np.eye(D), q[b, i, h] - p @ keys)
+                N = p @ ((1 + np.abs(centred @ u)) * norms[seen[i]])
+                condition = 1 + np.trace(C) / lam
+                weight = abs(scale) * (np.abs(q[b, i, h]) @ largest)
+                bound[b, i, h] = N * (4 * unit * condition**0.5 + 2.0**-20 * (4 + weight + condition)) + 1e-30
+    return bound
+
+
 def _positions(case, x: np.ndarray, b: int) -> np.ndarray:
     """Keys or values of a sequence by position, 0 where its page does not exist."""
     table = case.options.get("page_table")

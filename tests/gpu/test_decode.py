@@ -159,6 +159,14 @@ def test_lengths_short_and_long(cuda_torch, operation, capacity, batch):
     check(cuda_torch, operation, make(batch=batch, capacity=capacity, cache_seqlens=lengths))
 
 
+@operations
+@pytest.mark.parametrize("group", [1, 4, 16])
+def test_long_caches_are_cut(cuda_torch, operation, group):
+    for head_dim in (64, 128):
+        case = make(batch=1, kv_heads=4, group=group, capacity=40000, head_dim=head_dim)
+        check(cuda_torch, operation, case)
+
+
 @pytest.mark.parametrize("window", [1, 15, 16, 17, 250, 10**6])
 @pytest.mark.parametrize("length", [1, 6])
 def test_windows(cuda_torch, window, length):

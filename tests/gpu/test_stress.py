@@ -27,7 +27,9 @@ def delayed(monkeypatch):
     options = compiler._options
     monkeypatch.setattr(compiler, "_options", lambda *arguments: (*options(*arguments), "-DSTRESS"))
     monkeypatch.setattr(compiler, "_kernels", {})
-    monkeypatch.setattr(calls, "_calls", {})
+    calls.forget()
+    yield
+    calls.forget()
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

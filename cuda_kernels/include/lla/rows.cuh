@@ -8,10 +8,9 @@ namespace lla {
 // Mirrored field by field by parameters.py. Strides are in elements: batch or page, position, head.
 struct Call {
   static constexpr bool indexed = true, packed = true;
-  const void *q, *k, *v;
+  const void *q, *k, *v, *cu_seqlens, *cache_seqlens, *cache_leftpad, *page_table;
   void* out;
   const float* ridge;
-  const void *cu_seqlens, *cache_seqlens, *cache_leftpad, *page_table;
   // The state, all or none; contiguous.
   float *m, *d1, *k0, *wk, *wv, *wkk, *wvk, *state_q, *state_ridge;
   // Partial moments of splits, and a counter for each row that its last reader resets.
