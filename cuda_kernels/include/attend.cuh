@@ -416,7 +416,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     }
     if (!WHOLE && parts > 1) {
       __syncthreads();
-      if (threadIdx.x == 0) arrived = arrive(counter);
+      if (threadIdx.x == 0) arrived = count_one(counter);
       __syncthreads();
       if (arrived == parts - 1) {
         merge_parts(p, item, rows, shared, rank * SLICE, parts, part_at);

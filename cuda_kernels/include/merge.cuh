@@ -1,6 +1,7 @@
 #pragma once
 // From the states of warps, of a cluster's blocks and of all blocks to the output of a row.
 
+#include "ptx/atomics.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/shared_memory.cuh"
 #include "row_state.cuh"
@@ -73,13 +74,6 @@ struct Part {
   __device__ float4* statistics(int record) const { return reinterpret_cast<float4*>(base) + record; }
   __device__ float2* sums(int record) const { return reinterpret_cast<float2*>(base + RECORDS * 4 + record * ROW); }
 };
-
-// Counts this block among those whose parts are in memory, and returns how many were there before.
-__device__ __forceinline__ unsigned arrive(unsigned* counter) {
-  unsigned before;
-  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-  return before;
-}
 
 // Merges the parts of an item in their order and writes its rows, from channel `from` on.
 template <class PartAt>

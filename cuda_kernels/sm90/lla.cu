@@ -13,6 +13,7 @@
 #include "lla/moments.cuh"
 #include "lla/shape.cuh"
 #include "lla/weigh.cuh"
+#include "ptx/registers.cuh"
 
 // By one thread, before a pass over the tiles.
 __device__ __forceinline__ void init_pass(Shared& shared) {
@@ -48,14 +49,6 @@ __device__ __forceinline__ bool again(Shared& shared) {
   }
   __syncthreads();
   return true;
-}
-
-// Read anew: kept over the tiles, the row's indices would cost registers that are not there.
-__device__ __forceinline__ int block_index() {
-  int index;
-  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
-  __builtin_assume(index >= 0);
-  return index;
 }
 
 // KEY_COLUMNS: how many columns of the keys' moments a warpgroup has, those up to its own.
@@ -120,24 +113,25 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_kernel(const __grid_co
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
   if (warpgroup < MATRIX_WARPGROUPS) {
-    if constexpr (D == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 160;");
+    if constexpr (D == 128) take_registers<160>();
     if (D == 64 || warpgroup == 0)
       matrix_role<64>(shared, call, row, begin, tiles);
     else
       matrix_role<D>(shared, call, row, begin, tiles);
-    if constexpr (D == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 128;");
+    if constexpr (D == 128) give_registers<128>();
   } else {
-    if constexpr (D == 128) asm volatile("setmaxnreg.dec.sync.aligned.u32 96;");
+    if constexpr (D == 128) give_registers<96>();
     do
       weigh(shared, call, row, begin, keys, tiles);
     while (again(shared));
-    if constexpr (D == 128) asm volatile("setmaxnreg.inc.sync.aligned.u32 128;");
+    if constexpr (D == 128) take_registers<128>();
   }
 
   if (parts > 1) {
     __syncthreads();
     if (!merge(shared, call, clusters)) return;
   }
+  // Read anew: kept over the tiles, the row's indices would cost registers.
   const lla::RowIndex index(call, block_index() / call.splits);
   solve_slope(shared, call, index);
   write_output(shared, call, index);

@@ -93,12 +93,8 @@ class Copies {
   __device__ __forceinline__ int left() const { return shared_.end - key_; }
 
  private:
-  // Opaque, or the compiler would keep all multiples of the stride over the loop, for which there are no registers.
-  __device__ __forceinline__ const half_bits* later(int keys) const {
-    const half_bits* at;
-    asm volatile("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(stride_bytes_), "r"(keys), "l"(from_));
-    return at;
-  }
+  // Or the compiler would keep all multiples of the stride over the loop.
+  __device__ __forceinline__ const half_bits* later(int keys) const { return advanced(from_, stride_bytes_, keys); }
 
   Shared& shared_;
   Lane lane_;

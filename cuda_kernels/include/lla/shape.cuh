@@ -4,6 +4,7 @@
 #include "lla/rows.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/numbers.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
 
 constexpr bool BFLOAT = !HALF_IS_FLOAT16;
@@ -106,14 +107,6 @@ static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * 
 
 // Hardware barriers; 0 is the block's.
 enum : int { MATRIX = 1, TRANSFORM = 2, FACTORED = 3, SOLVED = 4, SUBSTITUTED = 5 };
-
-// Read anew: what is made of threadIdx.x would be kept over the passes, and registers are short in them.
-__device__ __forceinline__ int thread_index() {
-  int index;
-  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
-  __builtin_assume(index >= 0);
-  return index;
-}
 
 __device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
   return static_cast<const half_bits*>(call.q) + row.batch * call.q_stride[0] + row.position * call.q_stride[1] +

@@ -183,8 +183,8 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
 
     if (tile >= X_STAGES) mbarrier_wait(shared_address(&shared.x_empty[stage]), (tile / X_STAGES - 1) & 1);
     unsigned to = x_chunk + stage * X_STAGE;
-    // Opaque, or the addresses of all keys would be kept over the loop, for which there are no registers.
-    asm volatile("" : "+r"(to));
+    // Or the addresses of all keys would be kept over the loop.
+    make_opaque(to);
 #pragma unroll
     for (int first = 0; first < LANE_KEYS; first += 4) {
       // Loads of four keys before their stores: the compiler may not move a load across a store.

@@ -1,0 +1,28 @@
+#pragma once
+// Values that the compiler cannot see through: what it would otherwise derive from them early and keep over a loop costs
+// registers that are not there.
+
+// The thread's and the block's number, read anew at every call.
+__device__ __forceinline__ int thread_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(index));
+  __builtin_assume(index >= 0);
+  return index;
+}
+
+__device__ __forceinline__ int block_index() {
+  int index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  __builtin_assume(index >= 0);
+  return index;
+}
+
+__device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
+
+// from + stride * count, both 32 bits wide.
+template <class T>
+__device__ __forceinline__ const T* advanced(const T* from, int stride_bytes, int count) {
+  const T* at;
+  asm volatile("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(stride_bytes), "r"(count), "l"(from));
+  return at;
+}
