@@ -94,7 +94,9 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         """Slots of a warp's ring, and bytes of shared memory."""
         records = heads * tiles * queries
         fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster)
-        slot = STEP * (_row_bytes(problem, heads) + (0 if boxes else 16))
+        row = _row_bytes(problem, heads)
+        # Without boxes rows are an odd multiple of 16 bytes apart.
+        slot = STEP * (row if boxes or row % 32 else row + 16)
         limit = (
             _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
         )

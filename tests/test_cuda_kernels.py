@@ -33,6 +33,7 @@ ODD = {
     "unaligned pages": dict(head_dim=77, value_dim=33, aligned=False, lengths=True, page_size=20, q_len=3),
     "packed sequences": dict(q_len=512, packed=3, head_dim=80, value_dim=256, lengths=False),
     "a pinned split": dict(lengths=True, batch=3, split_size=48, head_dim=40),
+    "keys of an odd number of 16 bytes": dict(head_dim=33, value_dim=20, dtype=FLOAT32, probe_dtype=FLOAT32),
     "full attention in float32": dict(q_len=100, causal=False, dtype=FLOAT32, probe_dtype=None, head_dim=256),
 }
 

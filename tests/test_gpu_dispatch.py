@@ -19,83 +19,16 @@ from strategies import DTYPES, attention_cases, decode_cases
 
 pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
 
+from stand_in import Array, Framework, Runtime, on_gpu, stand_in
+
 import parallax_core as plx
-from parallax_core import attention, cuda_kernels, exchange, gpu_exchange
-from parallax_core.cuda_kernels import calls, device
-from parallax_core.gpu_exchange import ALIGNMENT, Description
+from parallax_core import cuda_kernels, gpu_exchange
+from parallax_core.cuda_kernels import calls
+from parallax_core.gpu_exchange import Description
 from parallax_core.state import LLAState, ParallaxState
 
 GPU_DTYPES = DTYPES[1:]
 FLOAT32 = np.dtype(np.float32)
-
-
-class Array:
-    """An array on a GPU that is none."""
-
-    def __init__(self, data, device=0):
-        self.data, self.device = np.asarray(data), device
-
-    shape = property(lambda self: self.data.shape)
-    dtype = property(lambda self: self.data.dtype)
-
-    def __dlpack_device__(self):
-        return exchange.CUDA, self.device
-
-    def __dlpack__(self, **_):
-        raise RuntimeError("a copy of an array of the stand-in")
-
-
-class Framework:
-    """The stand-in's side of the exchange; ``memory`` is what its device has left."""
-
-    memory = 2**40
-
-    def signature(self, arrays):
-        pointers, key = [], []
-        for x in arrays:
-            if x is None:
-                pointers.append(0)
-                key.append(None)
-            elif isinstance(x, Array):
-                pointers.append(self.address(x))
-                data = x.data
-                key += data.shape, data.strides, data.dtype, x.device, not pointers[-1] % ALIGNMENT
-            else:
-                return None
-        return pointers, key
-
-    def matcher(self, arrays):
-        return None
-
-    def describe(self, name, x):
-        size = x.data.itemsize
-        return Description(x.data.shape, tuple(s // size for s in x.data.strides), x.data.dtype)
-
-    def allocator(self, q, shape, dtype=None):
-        def allocate(like):
-            if np.prod(shape) > self.memory:
-                raise MemoryError("nothing left")
-            return Array(np.full(shape, 77, like.dtype if dtype is None else dtype), like.device)
-
-        return allocate
-
-    def address(self, x):
-        return x.data.__array_interface__["data"][0]
-
-    def contiguous(self, x):
-        return Array(np.ascontiguousarray(x.data), x.device)
-
-    def fill(self, x, value):
-        x.data.fill(value)
-
-    def assign(self, to, x):
-        to.data[...] = x.data
-
-    def read_back(self, x):
-        return x.data.copy()
-
-    def current_stream(self, device):
-        return 1234 + device
 
 
 class Memory:
@@ -169,37 +102,17 @@ class Plan:
                 at(address, x.shape, FLOAT32)[...] = x
 
 
-class Runtime:
-    current = 0
-
-    @classmethod
-    def getDevice(cls):
-        return cls.current
-
-    @classmethod
-    def setDevice(cls, index):
-        cls.current = index
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _stand_in():
-    """The stand-in in place of a GPU, whose devices 0 and 1 are H100s and device 2 is too old."""
     planners = {}
     for name in ("attend", "lla"):
         planners[name] = types.ModuleType(name)
         planners[name].plan = Plan
-    old = device.Device((7, 5), 72)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(gpu_exchange._frameworks, Array, Framework())
-        patch.setattr(calls, "runtime", Runtime)
-        patch.setattr(device, "properties", lambda n: old if n == 2 else device.Device((9, 0), 132))
-        patch.setattr(cuda_kernels, "availability", lambda: None)
-        patch.setattr(attention, "_gpu_calls", None)
+    with stand_in() as patch:
         for name, module in planners.items():
             patch.setitem(sys.modules, f"{cuda_kernels.__name__}.{name}", module)
             patch.setattr(cuda_kernels, name, module, raising=False)
         yield
-        calls.forget()
 
 
 @pytest.fixture(autouse=True)
@@ -207,13 +120,6 @@ def _fresh():
     calls.forget()
     Plan.made.clear()
     Runtime.current = 0
-
-
-def on_gpu(case):
-    """A case with its arrays as the stand-in's, where every one was NumPy's."""
-    options = {n: Array(x) if isinstance(x, np.ndarray) else x for n, x in case.options.items()}
-    q, r, k, v = map(Array, (case.q, case.r, *case.keys_and_values))
-    return type(case)(q, r, k, v, options)
 
 
 def good(dtype=np.float16, length=1, head_dim=16, value_dim=8):

@@ -53,7 +53,7 @@ constexpr int KEY_BYTES = HEADS * KEY_COLUMNS * int(sizeof(Element));
 constexpr int VALUE_BYTES = HEADS * VALUE_COLUMNS * int(sizeof(Element));
 constexpr int ROW_BYTES = KEY_BYTES > VALUE_BYTES ? KEY_BYTES : VALUE_BYTES;
 // An odd multiple of 16 bytes between rows: eight rows of a matrix then fall into eight different bank groups.
-constexpr int PITCH = ROW_BYTES + 16;
+constexpr int PITCH = ROW_BYTES / 16 % 2 ? ROW_BYTES : ROW_BYTES + 16;
 constexpr int SLOT_BYTES = STEP * (BOXES ? ROW_BYTES : PITCH);
 constexpr int THREADS = WARPS * 32;
 constexpr int ROWS = 4 * TILES;                   // query rows of a key head that a block takes at a time

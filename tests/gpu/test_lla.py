@@ -26,13 +26,13 @@ def check(framework, case, ridge=0.1, **extra):
     hold(framework.get(o), expected, bound)
     with_state, found = call(plx, "lla", on_gpu, ridge=given_ridge, return_state=True, **extra)
     hold(framework.get(with_state), expected, bound)
-    finished = framework.get(found.finish())
+    finished = framework.get(framework.state(found).finish())
     assert finished.dtype == np.float32
     hold(finished, expected, bound)
     np.testing.assert_array_equal(framework.get(found.q), case.q.astype(np.float32))
     np.testing.assert_array_equal(framework.get(found.ridge), np.float32(np.broadcast_to(ridge, o.shape[:3])))
     empty = np.isneginf(state.lse)
-    lse = framework.get(found.lse)
+    lse = framework.get(framework.state(found).lse)
     np.testing.assert_array_equal(np.isneginf(lse), empty)
     np.testing.assert_allclose(lse[~empty], state.lse[~empty], atol=2.0**-8, rtol=2.0**-8)
     return o, found
@@ -197,7 +197,7 @@ def test_invalid_lengths_and_pages_give_nan_there_alone(cuda_torch, message, hea
     plain = cuda_torch.get(call(plx, "lla", on_gpu, ridge=0.1))
     assert np.isnan(cuda_torch.get(o)[1]).all()
     assert np.isnan(plain[1]).all()
-    assert np.isnan(cuda_torch.get(state.finish())[1]).all()
+    assert np.isnan(cuda_torch.get(cuda_torch.state(state).finish())[1]).all()
     assert np.isfinite(plain[[0, 2]]).all()
     with pytest.raises(ValueError, match=message.replace("[", r"\[").replace("]", r"\]")):
         call(plx, "lla", on_gpu, ridge=0.1, validate=True)
@@ -227,7 +227,10 @@ def test_states_of_two_parts_of_a_cache_merge_to_the_whole(framework, dtype):
             case.with_keys_and_values(case.k_cache[:, a:b], case.v_cache[:, a:b])
             for a, b in ((0, cut), (cut, 600))
         ]
-        a, b = (call(plx, "lla", framework.case(part), ridge=0.1, return_state=True)[1] for part in parts)
+        a, b = (
+            framework.state(call(plx, "lla", framework.case(part), ridge=0.1, return_state=True)[1])
+            for part in parts
+        )
         hold(framework.get(plx.merge_states(a, b).finish()), expected, bound)
 
 

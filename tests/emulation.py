@@ -1,0 +1,156 @@
+"""CUDA kernels on the host: compiled against ``tests/emulator``, and launched in place of the driver's.
+
+A public call on arrays of the stand-in then goes its whole way, to the kernel that the heuristics choose.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from stand_in import stand_in
+
+from parallax_core.cuda_kernels import attend, compiler, lla, tensor_map, workspace
+
+HERE = Path(__file__).parent / "emulator"
+LATE, EARLY, RANDOM_LATE, RANDOM_EARLY = range(4)
+"""Threads forward, backward or in random order, and asynchronous work as late or as early as it may be."""
+
+COMPILER = shutil.which("g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the host")
+
+_CALLS = {
+    "attend.cu": "attend_kernel(*static_cast<const Problem*>(a[0]){maps})",
+    "lla.cu": "lla_kernel(*static_cast<const lla::Call*>(a[0]))",
+}
+_LAUNCH = """
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
+extern "C" const char* launch(void** a, int x, int y, int z, int threads, int shared_bytes, int order) {
+  static std::string failure;
+  emulator::kernel = [a] { CALL; };
+  failure = emulator::launch({x, y, z}, threads, CLUSTER, shared_bytes, order);
+  return failure.c_str();
+}
+"""
+
+
+class EmulationError(RuntimeError):
+    """A launch did not come to its end: a deadlock, or a barrier that is misused."""
+
+
+class Kernel:
+    """What the launchers take for a compiled kernel; its function is itself."""
+
+    def __init__(self, library: Path):
+        self.launch = ctypes.CDLL(str(library)).launch
+        self.launch.restype = ctypes.c_char_p
+        self.launch.argtypes = [ctypes.c_void_p] + [ctypes.c_int] * 6
+        self.function = self
+
+    def set_shared_memory(self, size: int) -> None:
+        pass
+
+
+class Driver:
+    """The driver's one function that launchers call. order: how the next launches are run."""
+
+    order = LATE
+
+    @classmethod
+    def launchKernel(cls, kernel, x, y, z, threads, _y, _z, shared_bytes, _stream, arguments, _extra):
+        failure = kernel.launch(arguments, x, y, z, threads, shared_bytes, cls.order)
+        if failure:
+            raise EmulationError(failure.decode())
+
+
+class Workspace:
+    """Partial results that begin as NaN, and counters that must be left zero."""
+
+    def acquire(self, device, stream, partial_bytes, counters):
+        self.partials = np.full(partial_bytes // 4 + 64, np.nan, np.float32)
+        self.counters = np.zeros(counters + 1, np.uint32)
+        # At 256 bytes, as memory of a GPU is.
+        first = -(-self.partials.ctypes.data // 256) * 256
+        return first, self.counters.ctypes.data
+
+
+@contextmanager
+def emulated(capability=(9, 0), multiprocessors=132):
+    """Calls on the stand-in's arrays run the kernels themselves. Gives the workspace of the latest launch."""
+    held = Workspace()
+    with stand_in(capability, multiprocessors) as patch:
+        patch.setattr(compiler, "kernel", lambda source, name, defines, device: _kernel(source, defines))
+        patch.setattr(attend, "driver", Driver)
+        patch.setattr(lla, "driver", Driver)
+        patch.setattr(workspace, "acquire", held.acquire)
+        patch.setattr(tensor_map, "encode", _encode)
+        yield held
+        Driver.order = LATE
+
+
+def _encode(address, sizes, strides, heads, columns, box) -> np.ndarray:
+    """What ``emulator/ptx/copy.cuh`` reads of a tensor map."""
+    assert address % 16 == 0
+    assert all(2 * s % 16 == 0 for s in strides)
+    words = np.zeros(tensor_map.BYTES // 8, np.int64)
+    words[:10] = address, *sizes, *strides, heads, columns, box
+    return words.view(np.uint8)
+
+
+@functools.cache
+def _kernel(source: str, defines: compiler.Defines) -> Kernel:
+    macros = [f"-D{name}={value}" for name, value in defines]
+    options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
+    sources = _sources()
+    text = _for_host((compiler.FOLDER / source).read_text(encoding="utf-8"))
+    maps = ", *static_cast<const Maps*>(a[1])" if source.startswith("sm90") else ""
+    launch = _LAUNCH.replace("CALL", _CALLS[Path(source).name].format(maps=maps))
+    name = hashlib.sha256(repr((source, defines)).encode()).hexdigest()[:16]
+    file, library = sources / f"{name}.cpp", sources / f"{name}.so"
+    file.write_text(f'#include "cuda.h"\n{text}\n{launch}', encoding="utf-8")
+    command = [COMPILER, *options, *macros, f"-I{sources}", str(file), "-o", str(library)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise EmulationError(f"{source} does not compile for the host:\n{run.stderr[:4000]}")
+    return Kernel(library)
+
+
+@functools.cache
+def _sources() -> Path:
+    """The kernels' headers, those of instructions replaced; one folder a process."""
+    folder = Path(tempfile.mkdtemp(prefix="parallax-emulator-"))
+    include = compiler.FOLDER / "include"
+    for header in include.rglob("*.cuh"):
+        to = folder / header.relative_to(include)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        to.write_text(_for_host(header.read_text(encoding="utf-8")), encoding="utf-8")
+    missing = {p.name for p in (include / "ptx").iterdir()} - {p.name for p in (HERE / "ptx").iterdir()}
+    assert not missing, f"no emulation of {missing}"
+    shutil.copytree(HERE, folder, dirs_exist_ok=True)
+    _remove_at_exit(folder, os.getpid())
+    return folder
+
+
+def _remove_at_exit(folder: Path, owner: int) -> None:
+    import atexit
+
+    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+
+
+def _for_host(text: str) -> str:
+    """Shared memory is a block's, which C++ has no storage for."""
+    dynamic = r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];"
+    text = re.sub(dynamic, r"\1* \2 = reinterpret_cast<\1*>(emulator::block().shared);", text)
+    return re.sub(r"__shared__ (\w+) (\w+);", r"\1& \2 = emulator::variable<\1>(__COUNTER__);", text)

@@ -1,0 +1,51 @@
+#pragma once
+// A tensor map here: what tensor_map.encode was asked for.
+struct alignas(64) TensorMap {
+  unsigned long long address;
+  long long sizes[3], strides[3];  // batch rows or pages, positions, units; of batch row or page, position and head
+  long long heads, columns, box;
+  char unused[128 - 10 * 8];
+};
+
+inline void copy_or_clear(unsigned to, const void* from, bool present) {
+  unsigned char* there = emulator::at(to);
+  const auto copy = [=] { present ? memcpy(there, from, 16) : memset(there, 0, 16); };
+  if (emulator::late)
+    emulator::running->copies.push_back(copy);
+  else
+    copy();
+}
+inline void copy_16(unsigned to, const void* from) { copy_or_clear(to, from, true); }
+inline void copy_16_or_zeros(unsigned to, const void* from, bool present) { copy_or_clear(to, from, present); }
+inline void copy_commit() {
+  emulator::running->groups.push_back(std::move(emulator::running->copies));
+  emulator::running->copies.clear();
+}
+template <int PENDING>
+void copy_wait() {
+  auto& groups = emulator::running->groups;
+  for (; int(groups.size()) > PENDING; groups.pop_front())
+    for (auto& copy : groups.front()) copy();
+}
+
+// Runs of 64 half-precision channels of `box` positions, whose 16-byte pieces are swapped by the address's bits 7 to 9.
+inline void box_copy(unsigned to, const TensorMap& map, int channel, int position, int run, int unit, int outer, unsigned barrier) {
+  emulator::Block& block = emulator::block();
+  const auto copy = [=, &block, &map] {
+    const int runs = map.columns / 64;
+    for (int r = 0; r < runs; r++)
+      for (int p = 0; p < map.box; p++)
+        for (int piece = 0; piece < 8; piece++) {
+          const unsigned row = to + (r * map.box + p) * 128, at = row + ((piece ^ row / 128 % 8) * 16);
+          const bool inside = position + p < map.sizes[1] && unit < map.sizes[2] && outer < map.sizes[0];
+          const unsigned short* from = reinterpret_cast<const unsigned short*>(map.address) + outer * map.strides[0] +
+                                       (position + p) * map.strides[1] + unit * map.heads * map.strides[2] + (run + r) * 64 + channel + piece * 8;
+          inside ? memcpy(block.shared + at, from, 16) : memset(block.shared + at, 0, 16);
+        }
+    emulator::MemoryBarrier& b = block.memory_barriers[barrier];
+    b.bytes -= map.box * map.columns * 2;
+    emulator::settle(b);
+  };
+  emulator::boxes.push_back(copy);
+}
+inline void prefetch_map(const TensorMap&) {}

@@ -1,0 +1,44 @@
+#pragma once
+#include "ptx/numbers.cuh"
+
+inline void wgmma_fence() {}
+inline void wgmma_commit() {}
+inline void wgmma_wait_all() {
+  for (auto& product : emulator::running->products) product();
+  emulator::running->products.clear();
+  // Products are the whole warpgroup's: none goes on before all have read their operands.
+  emulator::meet(emulator::block().barriers[100 + emulator::running->index / 128], 128);
+}
+
+// Operands whose rows are keys of 64 half-precision channels, 128 bytes whose 16-byte pieces are swapped by the key.
+inline unsigned long long keys_outermost(unsigned address, unsigned block_bytes) {
+  return static_cast<unsigned long long>(block_bytes >> 4) << 16 | (address & 0x3ffff) >> 4;
+}
+inline constexpr unsigned descriptor_step(unsigned bytes) { return bytes >> 4; }
+
+inline float operand_at(const unsigned char* shared, unsigned long long descriptor, int key, int channel) {
+  const unsigned base = (descriptor & 0x3fff) << 4, block_bytes = (descriptor >> 16 & 0x3fff) << 4;
+  const unsigned at = base + channel / 64 * block_bytes + key * 128 + ((channel % 64 / 8 ^ key % 8) << 4) + channel % 8 * 2;
+  half_bits x;
+  memcpy(&x, shared + at, 2);
+  return widen<false>(x);
+}
+
+inline void wgmma(float* c, unsigned long long a, unsigned long long b, int columns) {
+  const unsigned char* shared = emulator::block().shared;
+  const int thread = emulator::running->index % 128, lane = thread % 32, first = thread / 32 * 16 + lane / 4;
+  const auto product = [=] {
+    for (int i = 0; i < columns / 2; i++) {
+      const int row = first + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
+      double sum = c[i];
+      for (int k = 0; k < 16; k++) sum += double(operand_at(shared, a, k, row)) * operand_at(shared, b, k, column);
+      c[i] = float(sum);
+    }
+  };
+  if (emulator::late)
+    emulator::running->products.push_back(product);
+  else
+    product();
+}
+inline void wgmma_m64n128(float* c, unsigned long long a, unsigned long long b) { wgmma(c, a, b, 128); }
+inline void wgmma_m64n64(float* c, unsigned long long a, unsigned long long b) { wgmma(c, a, b, 64); }

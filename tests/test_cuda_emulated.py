@@ -1,0 +1,187 @@
+"""Kernels run on the host, thread by thread, in several orders: what a GPU computes, without one."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
+
+from budget import budget, solved_budget
+from calls import call
+from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver, emulated, needs_compiler
+from stand_in import on_gpu
+from strategies import BFLOAT16, AttentionCase, DecodeCase
+
+import parallax_core as plx
+from parallax_core.cuda_kernels import calls
+
+pytestmark = needs_compiler
+
+FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
+ORDERS = LATE, EARLY, RANDOM_LATE, RANDOM_EARLY
+
+
+def make(
+    *, batch=2, length=1, kv_heads=2, group=1, head_dim=128, value_dim=None, capacity=200, dtype=BFLOAT16,
+    page_size=None, packed=None, **options,
+):  # fmt: skip
+    """A call of given sizes, on a cache or, with lengths of packed sequences, without one."""
+    random = np.random.default_rng(0)
+    value_dim = head_dim if value_dim is None else value_dim
+
+    def normal(*shape):
+        return random.standard_normal(shape).astype(dtype)
+
+    outer = batch, capacity
+    if packed is not None:
+        batch, length = 1, sum(packed)
+        outer = 1, length
+        options["cu_seqlens"] = np.concatenate(([0], np.cumsum(packed))).astype(np.int32)
+    if page_size is not None:
+        pages = -(-capacity // page_size)
+        outer = batch * pages + 3, page_size
+        table = random.permutation(outer[0])[: batch * pages].reshape(batch, pages)
+        options["page_table"] = table.astype(np.int32)
+    rows = batch, length, kv_heads * group, head_dim
+    kind = DecodeCase if packed is None else AttentionCase
+    k, v = normal(*outer, kv_heads, head_dim), normal(*outer, kv_heads, value_dim)
+    return kind(normal(*rows), normal(*rows), k, v, options)
+
+
+def lengths(*values):
+    return np.array(values, np.int32)
+
+
+CASES = {
+    "copy engine": (dict(capacity=700), (9, 0)),
+    "copy engine, two heads of 64": (dict(capacity=700, head_dim=64), (9, 0)),
+    "copy engine, ragged pages, tokens, a window": (
+        dict(length=3, group=2, capacity=256, page_size=64, window_size=90, cache_seqlens=lengths(249, 31)),
+        (9, 0),
+    ),
+    "16 rows of one head": (dict(kv_heads=1, group=16, capacity=500, dtype=FLOAT16), (9, 0)),
+    "packed sequences": (dict(packed=(5, 1, 20), kv_heads=1, head_dim=40, causal=False), (9, 0)),
+    "lanes copy": (dict(capacity=300, length=2, cache_seqlens=lengths(299, 2)), (8, 0)),
+    "float32": (dict(head_dim=33, value_dim=20, dtype=FLOAT32), (8, 0)),
+}
+
+
+@pytest.mark.parametrize("operation", ["softmax", "parallax"])
+@pytest.mark.parametrize("name", CASES)
+def test_attention_in_every_order_of_its_threads(operation, name):
+    sizes, capability = CASES[name]
+    case = make(**sizes)
+    expected = call(plx.reference, operation, case)
+    bound = budget(case, operation).output
+    results = run(operation, case, capability)
+    for o in results:
+        np.testing.assert_array_equal(o, results[0])
+    hold(results[0], expected, bound)
+
+
+SOLVED = {
+    "heads of 128": (dict(kv_heads=1, capacity=300), (9, 0)),
+    "heads of 64, split": (dict(batch=1, kv_heads=1, capacity=2300, head_dim=64), (9, 0)),
+    "heads of 64, pages, tokens": (
+        dict(head_dim=64, length=2, capacity=192, page_size=64, cache_seqlens=lengths(190, 3)), (9, 0)
+    ),
+    "float16": (dict(kv_heads=1, capacity=150, dtype=FLOAT16), (9, 0)),
+    "packed sequences": (dict(packed=(30, 1, 70), kv_heads=1, head_dim=64), (9, 0)),
+    "portable": (dict(capacity=150, head_dim=40, value_dim=24), (8, 0)),
+    "portable, float32": (dict(batch=1, capacity=600, head_dim=80, dtype=FLOAT32), (8, 0)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOLVED)
+def test_local_linear_attention_in_every_order_of_its_threads(name):
+    sizes, capability = SOLVED[name]
+    case = make(**sizes)
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    bound = solved_budget(case, np.full(case.q.shape[:3], 0.1))
+    results = run("lla", case, capability, ridge=0.1)
+    for o in results:
+        np.testing.assert_array_equal(o, results[0])
+    hold(results[0], expected, bound)
+
+
+KEYS = {
+    "queries four times larger": lambda q, k: (4 * q, k),
+    "an offset of 16": lambda q, k: (q, k + 16),
+    "keys that drift": lambda q, k: (4 * q, k + np.linspace(-4, 4, k.shape[1])[:, None, None]),
+    "fewer keys than channels": lambda q, k: (q, k[:, :40]),
+}
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("keys", KEYS)
+def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim):
+    """In bfloat16 at a ridge of 0.1, where the reference takes the same rounded inputs."""
+    case = make(head_dim=head_dim, batch=4, kv_heads=1, capacity=400, dtype=FLOAT32)
+    q, k = KEYS[keys](case.q, case.k_cache)
+    v = case.v_cache[:, : k.shape[1]]
+    case = DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, v)), {})
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
+    error = np.linalg.norm(o - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert error.max() <= 1e-2
+
+
+@pytest.mark.parametrize("operation", ["softmax", "parallax", "lla"])
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
+def test_what_is_hidden_changes_no_bit(operation, capability):
+    """Keys and values of NaN beyond the lengths, of which rows of the same tile see more and fewer."""
+    extra = {"ridge": 0.5} if operation == "lla" else {}
+    case = make(length=3, capacity=100, cache_seqlens=lengths(90, 17))
+    (clean,) = run(operation, case, capability, orders=(EARLY,), **extra)
+    k, v = case.k_cache.copy(), case.v_cache.copy()
+    for b, n in enumerate(case.options["cache_seqlens"]):
+        k[b, n:], v[b, n:] = np.nan, np.inf
+    (dirty,) = run(operation, case.with_keys_and_values(k, v), capability, orders=(EARLY,), **extra)
+    np.testing.assert_array_equal(dirty, clean)
+    # The newest key of the first sequence is seen by its last row alone.
+    k, v = case.k_cache.copy(), case.v_cache.copy()
+    v[0, 89, 0, 3] = np.nan
+    (o,) = run(operation, case.with_keys_and_values(k, v), capability, orders=(LATE,), **extra)
+    sees = np.zeros(o.shape, bool)
+    sees[0, 2, 0, 3] = True
+    assert np.isnan(o[sees]).all()
+    np.testing.assert_array_equal(o[~sees], clean[~sees])
+
+
+def test_a_page_that_does_not_exist_is_nan_in_every_head():
+    case = make(head_dim=64, capacity=128, page_size=64, cache_seqlens=lengths(128, 100))
+    case.options["page_table"][1, 0] = -1
+    for operation, extra in (("parallax", {}), ("lla", {"ridge": 0.1})):
+        for o in run(operation, case, (9, 0), **extra):
+            assert np.isfinite(o[0]).all()
+            assert np.isnan(o[1]).all()
+
+
+def test_a_deadlock_is_told():
+    """Half a warp cannot shuffle: the launch ends with a message, not with a hang."""
+    with emulated():
+        arrays = on_gpu(make(capacity=50))
+        o = call(plx, "softmax", arrays)
+        (plan,) = [prepared._plan for prepared in calls._calls.values()]
+        launch, threads = plan._kernel.launch, 32 * plan.shape.warps
+        grid, shared = plan.shape.grid, plan.shape.shared_bytes
+        assert launch(plan._arguments_address, *grid, threads, shared, LATE) == b""
+        assert launch(plan._arguments_address, *grid, threads - 16, shared, LATE).startswith(b"deadlock")
+    assert np.isfinite(o.data.astype(np.float64)).all()
+
+
+def run(operation, case, capability, orders=ORDERS, **extra):
+    """The outputs of a call in each of the orders, as float64; counters are left zero."""
+    results = []
+    with emulated(capability, multiprocessors=12) as workspace:
+        arrays = on_gpu(case)
+        for Driver.order in orders:
+            o = call(plx, operation, arrays, **extra)
+            results.append(o.data.astype(np.float64))
+            assert not getattr(workspace, "counters", np.zeros(1)).any()
+    return results
+
+
+def hold(result, expected, bound):
+    error = np.linalg.norm(result - expected, axis=-1)
+    worst = np.unravel_index(np.argmax(error - bound), error.shape)
+    assert (error <= bound).all(), f"row {worst}: error {error[worst]}, bound {bound[worst]}"
