@@ -133,7 +133,8 @@ class Call:
         self._operation, self.framework, self._options = operation, framework, options
         self._device, self._copies = layout.device, copies
         self._out_shape = problem_.output_shape
-        self._allocate = framework.allocator(arrays.q, problem_.output_shape)
+        probe = _FLOAT32 if operation == "lla_probe" else None
+        self._allocate = framework.allocator(arrays.q, problem_.output_shape, probe)
         self._extents = {name: _extent(described[name]) for name in described}
         solved = operation.startswith("lla")
         self._kind = LLAState if solved else SoftmaxState if arrays.r is None else ParallaxState
@@ -287,7 +288,7 @@ def _prepare(operation: str, framework: Framework, arrays: Arrays, options: Opti
 
     layout = Layout(
         device=device, capability=found.capability, multiprocessors=found.multiprocessors, **strides,
-        aligned=is_aligned("k") and is_aligned("v"),
+        aligned=all(is_aligned(n) for n in ("k", "v") if n in described),
         aligned_queries=all(is_aligned(n) for n in ("q", "r") if n in described),
         index_bits={n: 8 * described[n].dtype.itemsize for n in _INDEX if n in described},
         return_state=return_state, split_size=problem.checked_split_size(options.split_size),
@@ -318,7 +319,7 @@ def _describe(operation: str, described: dict[str, Any], options: Options) -> Pr
             page_table=get("page_table"),
         )  # fmt: skip
     return problem.describe_attention(
-        operation, described["q"], described["k"], described["v"], get("r"), **common,
+        operation, described["q"], described["k"], get("v"), get("r"), **common,
         causal=options.causal, cu_seqlens=get("cu_seqlens"),
     )  # fmt: skip
 

@@ -101,6 +101,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     """The tuned kernel where the call suits it, the portable one everywhere else."""
     tuned = (
         layout.capability == (9, 0)
+        and problem.operation != "lla_probe"
         and problem.dtype.itemsize == 2
         and problem.head_dim == problem.value_dim
         and problem.head_dim in SM90_THREADS
@@ -136,7 +137,7 @@ def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
 
 
 def _portable(problem: Problem, layout: Layout, rows: int) -> Shape:
-    D, Dv = problem.head_dim, problem.value_dim
+    D, Dv = problem.head_dim, _value_dim(problem)
     block = 64 if max(D, Dv) <= 64 else 128
     key_blocks, value_blocks = -(-D // block), -(-Dv // block)
     blocks = key_blocks * (key_blocks + 1) // 2 + value_blocks * key_blocks
@@ -156,7 +157,7 @@ def _portable(problem: Problem, layout: Layout, rows: int) -> Shape:
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, ELEMENT=_ELEMENTS[problem.dtype], BLOCK=block,
         PAGED=int(problem.page_size is not None), RETURN_STATE=int(layout.return_state),
-        SOLVE_IN_SHARED=int(shared),
+        SOLVE_IN_SHARED=int(shared), PROBE=int(problem.operation == "lla_probe"),
     )  # fmt: skip
     return Shape(
         "portable/lla.cu", tuple(defines.items()), splits, splits * blocks, 256,
@@ -164,13 +165,18 @@ def _portable(problem: Problem, layout: Layout, rows: int) -> Shape:
     )  # fmt: skip
 
 
+def _value_dim(problem: Problem) -> int:
+    """Channels of the values, of which a probe has none."""
+    return 0 if problem.operation == "lla_probe" else problem.value_dim
+
+
 def _record(problem: Problem, layout: Layout, shape: Shape, ridge: float | Strides) -> np.ndarray:
     """The kernels' argument, all but the addresses and the first row."""
     record = np.zeros(1, LLA_CALL)
     fields = dict(
-        q_stride=layout.q, k_stride=layout.k, v_stride=layout.v, out_stride=layout.out,
+        q_stride=layout.q, k_stride=layout.k, v_stride=layout.v or 0, out_stride=layout.out,
         q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads, group_size=problem.group_size,
-        head_dim=problem.head_dim, value_dim=problem.value_dim, page_size=problem.page_size or 0,
+        head_dim=problem.head_dim, value_dim=_value_dim(problem), page_size=problem.page_size or 0,
         splits=shape.splits, scale=problem.scale, **masks_of(problem, layout),
     )  # fmt: skip
     fields["ridge_stride" if isinstance(ridge, tuple) else "ridge_value"] = ridge

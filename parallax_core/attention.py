@@ -108,6 +108,12 @@ def lla_probe(q, k, *, ridge, solver="cholesky", scale=None, causal=True, window
     cost percents of the output), 0 in rows that see no key. The two are equal to the bit where the probe is
     handed over in float64, in which :func:`lla_attention` sums; in float32 they differ by its rounding.
     """
+    if exchange.on_gpu(q):
+        given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
+        arrays = q, None, k, None, cu_seqlens, None, None, None, None, given
+        return _attend_gpu(
+            "lla_probe", arrays, scale, causal, window_size, False, False, None, number, solver
+        )
     arrays = _arrays("lla_probe", q=q, k=k, cu_seqlens=cu_seqlens, ridge=ridge)
     described = _describe("lla_probe", arrays, scale, causal, window_size)
     lam = problem.checked_ridge(arrays.get("ridge", ridge), described.row_shape, solver)

@@ -147,6 +147,22 @@ def test_what_is_hidden_changes_no_bit(operation, capability):
     np.testing.assert_array_equal(o[~sees], clean[~sees])
 
 
+@pytest.mark.parametrize("packed", [None, (30, 1, 25)])
+def test_a_solved_probe_gives_what_the_solver_gives(packed):
+    """In float32 the parallax of the probe is the local linear fit, up to float32's rounding."""
+    case = make(packed=packed, length=20, capacity=60, head_dim=24, dtype=FLOAT32)
+    options = case.options if packed else {}
+    with emulated(multiprocessors=12):
+        arrays = on_gpu(case)
+        given = arrays.options if packed else {}
+        r = plx.lla_probe(arrays.q, arrays.keys_and_values[0], ridge=0.5, **given).data
+    assert r.dtype == FLOAT32
+    k, v = case.keys_and_values
+    o = plx.reference.parallax_attention(case.q, r, k, v, **options)
+    expected = plx.reference.lla_attention(case.q, k, v, ridge=0.5, **options)
+    np.testing.assert_allclose(o, expected, atol=1e-4)
+
+
 def test_a_page_that_does_not_exist_is_nan_in_every_head():
     case = make(head_dim=64, capacity=128, page_size=64, cache_seqlens=lengths(128, 100))
     case.options["page_table"][1, 0] = -1

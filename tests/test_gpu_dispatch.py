@@ -430,7 +430,6 @@ def test_what_has_no_kernel_says_so_and_copies_nothing():
     q, r, k, v = good(length=6)
     o = Array(np.zeros((2, 6, 4, 8), np.float16))
     refused = [
-        ("lla_probe", lambda: plx.lla_probe(q, k, ridge=0.1)),
         ("local_attention", lambda: plx.local_attention(q, k, v, probe=None)),
         ("softmax_attention_backward", lambda: plx.softmax_attention_backward(o, q, k, v, o, None)),
         ("parallax_attention_backward", lambda: plx.parallax_attention_backward(o, q, r, k, v, o, None)),

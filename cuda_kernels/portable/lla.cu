@@ -6,7 +6,8 @@
 // splits, factors the ridge system and writes the output.
 //
 // Compile-time: ELEMENT (0 float32, 1 float16, 2 bfloat16), BLOCK (64 or 128), PAGED, RETURN_STATE, and
-// SOLVE_IN_SHARED where the dynamic shared memory holds the packed triangle of D rows.
+// SOLVE_IN_SHARED where the dynamic shared memory holds the packed triangle of D rows, and PROBE where there are no
+// values and the output is the probe that was solved for, in float32.
 // Grid: rows * splits * blocks; call.first_row numbers the first row of a launch.
 
 #include "lla/rows.cuh"
@@ -29,6 +30,17 @@ using Element = half_bits;
 
 __device__ __forceinline__ float to_float(Element x) { return FLOAT ? x : widen<BFLOAT>(x); }
 __device__ __forceinline__ Element to_element(float x) { return FLOAT ? Element(x) : narrow<BFLOAT>(x); }
+
+#if PROBE
+using Output = float;
+#else
+using Output = Element;
+#endif
+
+__device__ __forceinline__ Output* output_of(const lla::Call& call, const lla::Row& row) {
+  return static_cast<Output*>(call.out) + row.batch * call.out_stride[0] + row.position * call.out_stride[1] +
+         row.head * call.out_stride[2];
+}
 
 __device__ __forceinline__ const Element* elements(const void* p) { return static_cast<const Element*>(p); }
 
@@ -205,12 +217,14 @@ __device__ __forceinline__ void solve(Shared& shared, float* triangle, const lla
     if (t < k) shared.right_side[t] -= triangle[at(k, t)] * u;
   }
   __syncthreads();
+#if PROBE
+  for (int k = t; k < D; k += THREADS) output_of(call, row)[k] = -shared.slope[k];
+#else
   float along = 0.0f;
   for (int k = lane; k < D; k += 32) along += shared.kbar[k] * shared.slope[k];
 #pragma unroll
   for (int offset = 16; offset; offset /= 2) along += __shfl_xor_sync(~0u, along, offset);
-  Element* out = static_cast<Element*>(call.out) + row.batch * call.out_stride[0] +
-                 row.position * call.out_stride[1] + row.head * call.out_stride[2];
+  Output* out = output_of(call, row);
   for (int v = warp; v < Dv; v += WARPS) {
     float moment = 0.0f;
     for (int k = lane; k < D; k += 32)
@@ -220,6 +234,7 @@ __device__ __forceinline__ void solve(Shared& shared, float* triangle, const lla
     const float mean = moments.sums[D + v] * inverse_d1;
     if (lane == 0) out[v] = to_element(mean + moment * inverse_d1 - mean * along);
   }
+#endif
 }
 
 #if RETURN_STATE
@@ -272,9 +287,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) lla_kernel(const __grid_co
   __syncthreads();
   if (keys == 0) {
     if (block != 0) return;
-    Element* out = static_cast<Element*>(call.out) + row.batch * call.out_stride[0] +
-                   row.position * call.out_stride[1] + row.head * call.out_stride[2];
-    for (int v = threadIdx.x; v < Dv; v += THREADS) out[v] = to_element(row.valid ? 0.0f : quiet_nan());
+    const float nothing = row.valid ? 0.0f : quiet_nan();
+    for (int i = threadIdx.x; i < (PROBE ? D : Dv); i += THREADS)
+      output_of(call, row)[i] = PROBE ? Output(nothing) : Output(to_element(nothing));
 #if RETURN_STATE
     write_state(shared, call, row, item, nullptr);
 #endif

@@ -104,8 +104,8 @@ def test_random_sequences_agree_with_the_reference(framework, operation, case):
 
 SIZES = [
     dict(head_dim=D, value_dim=Dv, dtype=dtype)
-    for D, Dv in [(1, 1), (8, 8), (17, 33), (33, 20), (64, 64), (80, 80), (128, 128), (128, 64), (64, 128), (192, 128),
-                  (256, 256), (255, 1)]
+    for D, Dv in [(1, 1), (8, 8), (17, 33), (33, 20), (64, 64), (80, 80), (128, 128), (128, 64), (64, 128),
+                  (192, 128), (256, 256), (255, 1)]
     for dtype in GPU_DTYPES
 ]  # fmt: skip
 
@@ -503,8 +503,8 @@ def test_tensors_that_cannot_be_taken_are_refused(cuda_torch):
 
 def test_what_has_no_kernel_yet_says_so(framework):
     case = framework.case(make(capacity=4, length=4))
-    with pytest.raises(plx.BackendUnavailableError, match="lla_probe has no CUDA kernel yet"):
-        plx.lla_probe(case.q, case.k_cache, ridge=0.1)
+    with pytest.raises(plx.BackendUnavailableError, match="local_attention has no CUDA kernel yet"):
+        plx.local_attention(case.q, case.k_cache, case.v_cache, probe=None)
     with pytest.raises(plx.BackendUnavailableError, match=r"^solver is 'cg'; on a GPU only 'cholesky'"):
         plx.lla_attention(case.q, case.k_cache, case.v_cache, ridge=0.1, solver="cg")
 

@@ -112,6 +112,23 @@ def test_lengths_short_and_long(cuda_torch, head_dim, capacity, batch):
     )
 
 
+@settings(max_examples=25)
+@given(case=attention_cases(dtypes=GPU_DTYPES, max_length=20, max_head_dim=40))
+def test_probes_agree_with_the_reference(framework, case):
+    expected = plx.reference.lla_probe(case.q, case.k, ridge=0.5, **case.options)
+    on_gpu = framework.case(case)
+    r = framework.get(plx.lla_probe(on_gpu.q, on_gpu.k, ridge=0.5, **on_gpu.options))
+    assert r.dtype == np.float32
+    hold(r, expected, probe_bound(expected, case.q, case.k, 0.5))
+
+
+def probe_bound(expected, q, k, ridge):
+    """The moments are rounded in float32, which the condition of the system makes larger."""
+    largest = max((np.linalg.norm(x.astype(np.float64), axis=-1).max(initial=0) for x in (q, k)), default=0)
+    condition = 1 + 4 * largest**2 / ridge
+    return 2.0**-20 * condition * (np.linalg.norm(expected, axis=-1) + largest / ridge) + 1e-30
+
+
 CACHES = {
     "random": lambda q, k: (q, k),
     "queries four times larger": lambda q, k: (4 * q, k),
