@@ -19,6 +19,15 @@ class Array:
     shape = property(lambda self: self.data.shape)
     dtype = property(lambda self: self.data.dtype)
 
+    def reshape(self, *shape):
+        return Array(self.data.reshape(*shape), self.device)
+
+    def swapaxes(self, a, b):
+        return Array(self.data.swapaxes(a, b), self.device)
+
+    def __getitem__(self, index):
+        return Array(self.data[index], self.device)
+
     def __dlpack_device__(self):
         return exchange.CUDA, self.device
 
