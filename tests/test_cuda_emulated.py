@@ -58,6 +58,7 @@ CASES = {
         dict(length=3, group=2, capacity=256, page_size=64, window_size=90, cache_seqlens=lengths(249, 31)),
         (9, 0),
     ),
+    "a cluster of blocks": (dict(batch=1, kv_heads=1, capacity=512), (9, 0)),
     "16 rows of one head": (dict(kv_heads=1, group=16, capacity=500, dtype=FLOAT16), (9, 0)),
     "packed sequences": (dict(packed=(5, 1, 20), kv_heads=1, head_dim=40, causal=False), (9, 0)),
     "lanes copy": (dict(capacity=300, length=2, cache_seqlens=lengths(299, 2)), (8, 0)),
@@ -161,6 +162,20 @@ def test_a_solved_probe_gives_what_the_solver_gives(packed):
     o = plx.reference.parallax_attention(case.q, r, k, v, **options)
     expected = plx.reference.lla_attention(case.q, k, v, ridge=0.5, **options)
     np.testing.assert_allclose(o, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("operation", ["parallax", "lla"])
+def test_with_a_split_size_a_sequence_has_the_same_bits_in_any_batch(operation):
+    extra = {"split_size": 512, **({"ridge": 0.1} if operation == "lla" else {})}
+    found = lengths(1500, 0, 700)
+    case = make(batch=3, kv_heads=1, capacity=1500, head_dim=64, cache_seqlens=found)
+    together, other = run(operation, case, (9, 0), orders=(LATE, RANDOM_EARLY), **extra)
+    np.testing.assert_array_equal(together, other)
+    for b in range(3):
+        arrays = (x[b : b + 1] for x in (case.q, case.r, *case.keys_and_values))
+        one = DecodeCase(*arrays, {"cache_seqlens": found[b : b + 1]})
+        (alone,) = run(operation, one, (9, 0), orders=(EARLY,), **extra)
+        np.testing.assert_array_equal(alone[0], together[b])
 
 
 def test_a_page_that_does_not_exist_is_nan_in_every_head():
