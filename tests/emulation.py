@@ -47,7 +47,7 @@ extern "C" const char* launch(void** a, int x, int y, int z, int threads, int sh
 
 
 class EmulationError(RuntimeError):
-    """A launch did not come to its end: a deadlock, or a barrier that is misused."""
+    """A launch did not come to its end: a deadlock, a barrier that is misused, a race in shared memory."""
 
 
 class Kernel:
@@ -111,20 +111,37 @@ def _encode(address, sizes, strides, heads, columns, box) -> np.ndarray:
 
 @functools.cache
 def _kernel(source: str, defines: compiler.Defines) -> Kernel:
-    macros = [f"-D{name}={value}" for name, value in defines]
-    options = ["-std=c++20", "-O2", "-fPIC", "-shared", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE"]
-    sources = _sources()
-    text = _for_host((compiler.FOLDER / source).read_text(encoding="utf-8"))
+    text = (compiler.FOLDER / source).read_text(encoding="utf-8")
     maps = ", *static_cast<const Maps*>(a[1])" if source.startswith("sm90") else ""
-    launch = _LAUNCH.replace("CALL", _CALLS[Path(source).name].format(maps=maps))
-    name = hashlib.sha256(repr((source, defines)).encode()).hexdigest()[:16]
+    return compiled(text, _CALLS[Path(source).name].format(maps=maps), defines)
+
+
+@functools.cache
+def compiled(text: str, call: str, defines: compiler.Defines) -> Kernel:
+    """A kernel of any source. call: the expression that calls it, with arguments from ``a``, a ``void**``."""
+    options = [
+        "-std=c++20", "-O2", "-fPIC", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
+        "-fno-threadsafe-statics",
+    ]  # fmt: skip
+    sources = _sources()
+    name = hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
     file, library = sources / f"{name}.cpp", sources / f"{name}.so"
-    file.write_text(f'#include "cuda.h"\n{text}\n{launch}', encoding="utf-8")
-    command = [COMPILER, *options, *macros, f"-I{sources}", str(file), "-o", str(library)]
-    run = subprocess.run(command, capture_output=True, text=True)
-    if run.returncode:
-        raise EmulationError(f"{source} does not compile for the host:\n{run.stderr[:4000]}")
+    launch = _LAUNCH.replace("CALL", call)
+    file.write_text(f'#include "cuda.h"\n{_for_host(text)}\n{launch}', encoding="utf-8")
+    macros = [f"-D{name}={value}" for name, value in defines]
+    # The accesses of the kernel are told to races.cpp, which is compiled apart.
+    races = sources / "races.o"
+    if not races.exists():
+        _run(*options, str(sources / "races.cpp"), "-c", "-o", str(races))
+    _run(*options, *macros, f"-I{sources}", "-fsanitize=thread", str(file), "-c", "-o", f"{library}.o")
+    _run(f"{library}.o", str(races), "-shared", "-o", str(library))
     return Kernel(library)
+
+
+def _run(*arguments: str) -> None:
+    run = subprocess.run([COMPILER, *arguments], capture_output=True, text=True)
+    if run.returncode:
+        raise EmulationError(f"a kernel does not compile for the host:\n{run.stderr[:4000]}")
 
 
 @functools.cache

@@ -7,12 +7,11 @@ pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.
 
 from budget import budget, solved_budget
 from calls import call
-from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver, emulated, needs_compiler
+from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver, compiled, emulated, needs_compiler
 from stand_in import on_gpu
 from strategies import BFLOAT16, AttentionCase, DecodeCase
 
 import parallax_core as plx
-from parallax_core.cuda_kernels import calls
 
 pytestmark = needs_compiler
 
@@ -187,17 +186,51 @@ def test_a_page_that_does_not_exist_is_nan_in_every_head():
             assert np.isnan(o[1]).all()
 
 
-def test_a_deadlock_is_told():
-    """Half a warp cannot shuffle: the launch ends with a message, not with a hang."""
-    with emulated():
-        arrays = on_gpu(make(capacity=50))
-        o = call(plx, "softmax", arrays)
-        (plan,) = [prepared._plan for prepared in calls._calls.values()]
-        launch, threads = plan._kernel.launch, 32 * plan.shape.warps
-        grid, shared = plan.shape.grid, plan.shape.shared_bytes
-        assert launch(plan._arguments_address, *grid, threads, shared, LATE) == b""
-        assert launch(plan._arguments_address, *grid, threads - 16, shared, LATE).startswith(b"deadlock")
-    assert np.isfinite(o.data.astype(np.float64)).all()
+SWAP = """
+#include "ptx/copy.cuh"
+#include "ptx/shared_memory.cuh"
+__global__ void swap_halves(const float4* from, float4* to, int copied, int waits, int meets) {
+  extern __shared__ float4 shared[];
+  const int i = threadIdx.x;
+  if (copied) {
+    copy_16(shared_address(shared + i), from + i);
+    copy_commit();
+    if (waits) copy_wait<0>();
+  } else {
+    shared[i] = from[i];
+  }
+  if (meets) __syncthreads();
+  if (meets > 1 && i < 32) __syncthreads();
+  to[i] = shared[i ^ 32];
+}
+"""
+
+
+def swapped(order=LATE, copied=0, waits=1, meets=1):
+    """What becomes of the numbers of 64 threads, 4 each, and what the emulator says of it."""
+    options = "".join(f", static_cast<int*>(a[2])[{i}]" for i in range(3))
+    call = f"swap_halves(*static_cast<const float4**>(a[0]), *static_cast<float4**>(a[1]){options})"
+    kernel = compiled(SWAP, call, ())
+    numbers, result = np.arange(256, dtype=FLOAT32), np.zeros(256, FLOAT32)
+    pointers = np.array([numbers.ctypes.data, result.ctypes.data], np.uint64)
+    flags = np.array([copied, waits, meets], np.int32)
+    at = pointers.ctypes.data
+    arguments = np.array([at, at + 8, flags.ctypes.data], np.uint64)
+    failure = kernel.launch(arguments.ctypes.data, 1, 1, 1, 64, 1024, order)
+    return failure, (result.reshape(2, 128)[::-1].ravel() == numbers).all()
+
+
+def test_the_emulator_tells_what_is_wrong_with_a_kernel():
+    for order in ORDERS:
+        assert swapped(order) == (b"", True)
+        assert swapped(order, copied=1) == (b"", True)
+    # Read by one thread what another writes, whether or not the order of both happens to be right.
+    assert all(swapped(order, meets=0)[0].startswith(b"race") for order in ORDERS)
+    # A copy that nothing waits for is there only where it came early.
+    assert not swapped(LATE, copied=1, waits=0)[1]
+    assert swapped(EARLY, copied=1, waits=0)[1]
+    # A barrier that half of the threads never come to.
+    assert swapped(meets=2)[0].startswith(b"deadlock")
 
 
 def run(operation, case, capability, orders=ORDERS, **extra):

@@ -89,7 +89,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     for (int j = warp; j < TILE; j += WARPS) {
       float score = 0.0f;
       const lla::Place place(call, row.batch, tile + min(j, keys - 1));
-      if (!place.valid) shared.bad_page = 1;
+      if (!place.valid) atomicMax(&shared.bad_page, 1);
       const bool seen = j < keys && place.valid;
       const Element* k = elements(call.k) + place.offset(call.k_stride, row.kv_head);
       const Element* v = elements(call.v) + place.offset(call.v_stride, row.kv_head);

@@ -23,6 +23,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "races.h"
+
 #define __device__
 #define __host__
 #define __global__
@@ -90,7 +92,7 @@ struct Wait {
 };
 
 struct Warp {
-  Barrier barrier;
+  Barrier barrier, collective;
   // Two collectives' worth: a lane that writes for the next one meets none that still reads the last.
   alignas(16) unsigned char words[2][LANES][64];
 };
@@ -147,17 +149,23 @@ inline void wait_for(Wait wait) {
   if (!_setjmp(running->context)) longjmp(scheduler, 1);
 }
 
-inline void arrive(Barrier& barrier, int count) {
+inline void count_in(Barrier& barrier, int count) {
   if (++barrier.count == count) barrier.count = 0, barrier.phase++;
+}
+inline void arrive(Barrier& barrier, int count) {
+  const unsigned phase = barrier.phase;
+  races::arrive(&barrier);
+  if (barrier.count + 1 == count) races::complete(&barrier, phase);
+  count_in(barrier, count);
 }
 inline void meet(Barrier& barrier, int count) {
   const unsigned phase = barrier.phase;
   arrive(barrier, count);
   wait_for({&barrier.phase, phase});
+  races::pass(&barrier, phase);
 }
-inline void meet_warp() { meet(warp().barrier, LANES); }
 
-// What every lane of the warp gives, once all have given it.
+// What every lane of the warp gives, once all have given it; memory is not ordered by that.
 template <class T>
 struct Given {
   const unsigned char (*words)[64];
@@ -172,7 +180,10 @@ Given<T> give(const T& x) {
   static_assert(sizeof(T) <= 64);
   auto& words = warp().words[running->collectives++ % 2];
   memcpy(words[lane()], &x, sizeof x);
-  meet_warp();
+  Barrier& barrier = warp().collective;
+  const unsigned phase = barrier.phase;
+  count_in(barrier, LANES);
+  wait_for({&barrier.phase, phase});
   return {words};
 }
 
@@ -182,7 +193,9 @@ inline MemoryBarrier& memory_barrier(Block& of, unsigned address) {
   return barrier;
 }
 inline void settle(MemoryBarrier& barrier) {
-  if (barrier.missing == 0 && barrier.bytes == 0) barrier.missing = barrier.expected, barrier.phase++;
+  if (barrier.missing != 0 || barrier.bytes != 0) return;
+  races::complete(&barrier, barrier.phase);
+  barrier.missing = barrier.expected, barrier.phase++;
 }
 
 // Addresses of shared memory: an offset in the block's own, or beyond WINDOW in that of a block of the cluster.
@@ -194,7 +207,10 @@ inline unsigned char* at(unsigned address) {
 template <class T>
 T& variable(int number) {
   auto& memory = block().variables[number];
-  if (!memory) memory.reset(new (std::align_val_t(16)) unsigned char[sizeof(T)]);
+  if (!memory) {
+    memory.reset(new (std::align_val_t(16)) unsigned char[sizeof(T)]);
+    if (number >= 0) races::watch(memory.get(), sizeof(T), "a variable");
+  }
   return *reinterpret_cast<T*>(memory.get());
 }
 
@@ -207,11 +223,13 @@ inline void enter() {
 // Runs the blocks of one cluster to their end. order: 0 forward, 1 backward, else random.
 inline void run_cluster(int count, int shared_bytes, int order) {
   blocks.clear(), threads.clear(), boxes.clear();
+  races::begin(count * threads_of_a_block);
   for (int b = 0; b < count; b++) {
     Block& block = blocks.emplace_back();
     block.memory.resize(shared_bytes + 1024);
     for (auto& byte : block.memory) byte = random();
     block.shared = block.memory.data() + (-reinterpret_cast<uintptr_t>(block.memory.data()) & 1023);
+    races::watch(block.shared, shared_bytes, "dynamic shared memory");
     block.warps.resize((threads_of_a_block + LANES - 1) / LANES);
     for (int i = 0; i < threads_of_a_block; i++) {
       Thread& thread = threads.emplace_back();
@@ -241,12 +259,14 @@ inline void run_cluster(int count, int shared_bytes, int order) {
       any = true;
       thread.wait = {};
       running = &thread;
+      races::run(thread.block * threads_of_a_block + thread.index);
       if (!_setjmp(scheduler)) {
         if (thread.started) longjmp(thread.context, 1);
         thread.started = true;
         setcontext(&thread.first);
       }
     }
+    if (failure.empty()) failure = races::conflict();
     if (!waits) break;
     if (!boxes.empty() && (!any || !late)) {
       auto arrived = std::move(boxes);
@@ -294,7 +314,7 @@ inline emulator::Index<emulator::block_axis> blockIdx;
 inline emulator::Index<emulator::grid_axis> gridDim;
 
 inline void __syncthreads() { emulator::meet(emulator::block().barriers[emulator::BLOCK_BARRIER], emulator::threads_of_a_block); }
-inline void __syncwarp() { emulator::meet_warp(); }
+inline void __syncwarp() { emulator::meet(emulator::warp().barrier, emulator::LANES); }
 inline void __threadfence() {}
 template <class T>
 T __shfl_sync(unsigned, T x, int from) { return emulator::give(x).of(from); }
@@ -315,13 +335,15 @@ inline unsigned __reduce_max_sync(unsigned, unsigned x) {
   for (int lane = 0; lane < emulator::LANES; lane++) x = max(x, given.of(lane));
   return x;
 }
-inline unsigned atomicAdd(unsigned* p, unsigned x) {
+// Atomic operations race with none; whether plain accesses to the same word are ordered with them is not looked at.
+#define NOT_WATCHED __attribute__((noinline, no_sanitize_thread))
+NOT_WATCHED inline unsigned atomicAdd(unsigned* p, unsigned x) {
   const unsigned before = *p;
   *p += x;
   return before;
 }
-inline unsigned atomicMax(unsigned* p, unsigned x) {
+NOT_WATCHED inline unsigned atomicMax(unsigned* p, unsigned x) {
   const unsigned before = *p;
-  *p = max(before, x);
+  if (x > before) *p = x;
   return before;
 }

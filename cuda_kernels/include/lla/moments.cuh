@@ -75,7 +75,7 @@ class Copies {
         if (place)
           from = place;
         else
-          shared_.bad_page = 1;
+          atomicMax(&shared_.bad_page, 1);
       }
 #else
       const half_bits* from = later(key_of(key));

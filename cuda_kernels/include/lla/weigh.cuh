@@ -53,7 +53,9 @@ __device__ __forceinline__ float agreed_scale(Shared& shared, const Lane& at, fl
   const int bits = shared.largest[at.is_value()];
   // The exponent of the scale; that of its inverse is 254 less it.
   const int power = min(254 + exponent - (bits >> 23), 127 + 100);
-  shared.inverse_scale[at.is_value()] = bits ? __uint_as_float(254 - power << 23) : 1.0f / otherwise;
+  // Others read it after a barrier at least.
+  if (thread_index() < MATRIX_THREADS + 32 && at.sub_key == 0 && at.channel() == 0)
+    shared.inverse_scale[at.is_value()] = bits ? __uint_as_float(254 - power << 23) : 1.0f / otherwise;
   return bits ? __uint_as_float(power << 23) : otherwise;
 }
 
@@ -222,7 +224,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
   for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.staged[w][thread];
   sum *= shared.inverse_scale[thread / D];
   shared.sums.x[thread] = sum;
-  if (!(fabsf(sum) < -minus_infinity())) shared.out_of_range = 1;
+  if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
   if (thread == 0) {
     float sum = 0.0f;
     for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.warp_d1[w];

@@ -8,7 +8,10 @@ inline void cluster_arrive() {
   cluster_phase() = cluster_barrier().phase;
   emulator::arrive(cluster_barrier(), cluster_threads());
 }
-inline void cluster_wait() { emulator::wait_for({&cluster_barrier().phase, cluster_phase()}); }
+inline void cluster_wait() {
+  emulator::wait_for({&cluster_barrier().phase, cluster_phase()});
+  races::pass(&cluster_barrier(), cluster_phase());
+}
 inline unsigned cluster_address(unsigned address, unsigned rank) { return address + (rank + 1) * emulator::WINDOW; }
 inline unsigned cluster_load(unsigned address) { return *reinterpret_cast<unsigned*>(emulator::at(address)); }
 inline float2 cluster_load2(unsigned address) { return *reinterpret_cast<float2*>(emulator::at(address)); }

@@ -31,7 +31,8 @@ void copy_wait() {
 // Runs of 64 half-precision channels of `box` positions, whose 16-byte pieces are swapped by the address's bits 7 to 9.
 inline void box_copy(unsigned to, const TensorMap& map, int channel, int position, int run, int unit, int outer, unsigned barrier) {
   emulator::Block& block = emulator::block();
-  const auto copy = [=, &block, &map] {
+  const auto copy = [=, &block, &map, issued = races::now()] {
+    races::act(issued);
     const int runs = map.columns / 64;
     for (int r = 0; r < runs; r++)
       for (int p = 0; p < map.box; p++)
@@ -43,6 +44,7 @@ inline void box_copy(unsigned to, const TensorMap& map, int channel, int positio
           inside ? memcpy(block.shared + at, from, 16) : memset(block.shared + at, 0, 16);
         }
     emulator::MemoryBarrier& b = block.memory_barriers[barrier];
+    races::arrive_as(issued, &b);
     b.bytes -= map.box * map.columns * 2;
     emulator::settle(b);
   };

@@ -9,10 +9,12 @@ inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive_expect(unsigned barrier, unsigned bytes) {
   emulator::MemoryBarrier& b = emulator::memory_barrier(emulator::block(), barrier);
   b.bytes += bytes, b.missing--;
+  races::arrive(&b);
   emulator::settle(b);
 }
 inline void mbarrier_arrive(unsigned barrier) { mbarrier_arrive_expect(barrier, 0); }
 inline void mbarrier_wait(unsigned barrier, unsigned parity) {
   const emulator::MemoryBarrier& b = emulator::memory_barrier(emulator::block(), barrier);
   emulator::wait_for({&b.phase, parity, 1});
+  races::pass(&b, parity);
 }
