@@ -38,7 +38,7 @@ _LAUNCH = """
 #define CLUSTER 1
 #endif
 extern "C" const char* launch(void** a, int x, int y, int z, int threads, int shared_bytes, int order) {
-  static std::string failure;
+  static auto& failure = *new std::string;
   emulator::kernel = [a] { CALL; };
   failure = emulator::launch({x, y, z}, threads, CLUSTER, shared_bytes, order);
   return failure.c_str();

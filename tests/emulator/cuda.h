@@ -122,17 +122,18 @@ struct Dimensions {
   int x, y, z;
 };
 
-inline std::deque<Thread> threads;
-inline std::deque<Block> blocks;
-inline std::vector<std::function<void()>> boxes;  // copies of the copy engine under way
+// Never destroyed: at the process's end nothing is left that could watch it.
+inline auto& threads = *new std::deque<Thread>;
+inline auto& blocks = *new std::deque<Block>;
+inline auto& boxes = *new std::vector<std::function<void()>>;  // copies of the copy engine under way
 inline Thread* running;
 inline jmp_buf scheduler;
 inline Dimensions grid, first_block;
 inline int threads_of_a_block;
 inline bool late;  // whether what is asynchronous happens as late as it may
 inline std::mt19937 random;
-inline std::string failure;
-inline std::function<void()> kernel;
+inline auto& failure = *new std::string;
+inline auto& kernel = *new std::function<void()>;
 
 inline Block& block() { return blocks[running->block]; }
 inline Warp& warp() { return block().warps[running->index / LANES]; }
@@ -208,7 +209,7 @@ template <class T>
 T& variable(int number) {
   auto& memory = block().variables[number];
   if (!memory) {
-    memory.reset(new (std::align_val_t(16)) unsigned char[sizeof(T)]);
+    memory.reset(new unsigned char[sizeof(T)]);
     if (number >= 0) races::watch(memory.get(), sizeof(T), "a variable");
   }
   return *reinterpret_cast<T*>(memory.get());
@@ -242,7 +243,7 @@ inline void run_cluster(int count, int shared_bytes, int order) {
       makecontext(&thread.first, enter, 0);
     }
   }
-  static std::vector<Thread*> turn;
+  static auto& turn = *new std::vector<Thread*>;
   static bool any, waits;
   static size_t next;
   turn.clear();

@@ -25,10 +25,15 @@ struct Barrier {
   Clock open, done[2];
 };
 
-std::vector<Region> regions;
-std::vector<Clock> clocks;
-std::map<const void*, Barrier> barriers;
-std::string found;
+struct State {
+  std::vector<Region> regions;
+  std::vector<Clock> clocks;
+  std::map<const void*, Barrier> barriers;
+  std::string found;
+};
+
+// Accesses are told before any of this is there, and until the process is gone: it is made once and never destroyed.
+State* state = nullptr;
 int current = 0;
 const Clock* clock_of_current;
 
@@ -38,14 +43,15 @@ void join(Clock& to, const Clock& from) {
 }
 
 void tell(const Region& region, uintptr_t at, const char* what, int other) {
-  if (!found.empty()) return;
+  if (!state->found.empty()) return;
   char text[200];
   snprintf(text, sizeof text, "race: %s, byte %zu: %s by threads %d and %d", region.name.c_str(), size_t(at - region.first), what, other, current);
-  found = text;
+  state->found = text;
 }
 
 void access(uintptr_t address, size_t bytes, bool writes) {
-  for (Region& region : regions) {
+  if (!state) return;
+  for (Region& region : state->regions) {
     if (address < region.first || address >= region.end) continue;
     const Clock& clock = *clock_of_current;
     for (uintptr_t at = address; at < address + bytes; at += 2) {
@@ -77,40 +83,41 @@ void access(uintptr_t address, size_t bytes, bool writes) {
 }  // namespace
 
 void begin(int threads) {
-  regions.clear(), barriers.clear(), found.clear();
-  clocks.assign(threads, Clock(threads));
-  for (int i = 0; i < threads; i++) clocks[i][i] = 1;
+  if (!state) state = new State;
+  state->regions.clear(), state->barriers.clear(), state->found.clear();
+  state->clocks.assign(threads, Clock(threads));
+  for (int i = 0; i < threads; i++) state->clocks[i][i] = 1;
   run(0);
 }
 
 void watch(const void* memory, size_t bytes, const std::string& name) {
-  Region& region = regions.emplace_back();
+  Region& region = state->regions.emplace_back();
   region.first = reinterpret_cast<uintptr_t>(memory), region.end = region.first + bytes, region.name = name;
   region.cells.resize(bytes / 2 + 1);
 }
 
-void run(int thread) { current = thread, clock_of_current = &clocks[thread]; }
+void run(int thread) { current = thread, clock_of_current = &state->clocks[thread]; }
 
 void arrive(const void* barrier) {
-  join(barriers[barrier].open, clocks[current]);
-  clocks[current][current]++;
+  join(state->barriers[barrier].open, state->clocks[current]);
+  state->clocks[current][current]++;
 }
 void complete(const void* barrier, unsigned phase) {
-  Barrier& b = barriers[barrier];
+  Barrier& b = state->barriers[barrier];
   b.done[phase % 2] = std::move(b.open);
   b.open.clear();
 }
-void pass(const void* barrier, unsigned phase) { join(clocks[current], barriers[barrier].done[phase % 2]); }
+void pass(const void* barrier, unsigned phase) { join(state->clocks[current], state->barriers[barrier].done[phase % 2]); }
 
 Moment now() {
-  const Moment moment{current, clocks[current]};
-  clocks[current][current]++;
+  const Moment moment{current, state->clocks[current]};
+  state->clocks[current][current]++;
   return moment;
 }
 void act(const Moment& moment) { current = moment.thread, clock_of_current = &moment.clock; }
-void arrive_as(const Moment& moment, const void* barrier) { join(barriers[barrier].open, moment.clock); }
+void arrive_as(const Moment& moment, const void* barrier) { join(state->barriers[barrier].open, moment.clock); }
 
-std::string conflict() { return found; }
+std::string conflict() { return state->found; }
 
 }  // namespace races
 
