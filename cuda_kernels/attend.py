@@ -37,7 +37,7 @@ class Plan:
     """A prepared call for arrays of one layout at any addresses; launches may come from several threads."""
 
     def __init__(self, problem: Problem, layout: Layout, shape: Shape, kernel: compiler.Kernel):
-        self.shape, self._boxes = shape, shape.boxes
+        self.shape = shape
         self._kernel, self._device, self._function = kernel, layout.device, kernel.function
         self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
         self._partial_bytes, self._counters = 4 * shape.parts * shape.part_floats, shape.counters
@@ -61,7 +61,7 @@ class Plan:
         # The driver copies the arguments before it returns.
         with self._lock:
             PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)
-            if self._boxes:
+            if self.shape.boxes:
                 self._arguments[1] = self._map_address(arrays[2], arrays[3])
             driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)
 

@@ -90,10 +90,9 @@ def lla_attention(
     ValueError for a ridge that is negative, or 0 without ``lstsq``.
     """
     if exchange.on_gpu(q):
-        given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
-        arrays = q, None, k, v, cu_seqlens, None, None, None, None, given
-        return _attend_gpu(
-            "lla_attention", arrays, scale, causal, window_size, return_state, validate, None, number, solver
+        arrays = q, None, k, v, cu_seqlens, None, None, None, None
+        return _solve_gpu(
+            "lla_attention", arrays, ridge, solver, scale, causal, window_size, return_state, validate
         )
     arrays = _arrays("lla_attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens, ridge=ridge)
     described = _describe("lla_attention", arrays, scale, causal, window_size)
@@ -109,11 +108,8 @@ def lla_probe(q, k, *, ridge, solver="cholesky", scale=None, causal=True, window
     handed over in float64, in which :func:`lla_attention` sums; in float32 they differ by its rounding.
     """
     if exchange.on_gpu(q):
-        given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
-        arrays = q, None, k, None, cu_seqlens, None, None, None, None, given
-        return _attend_gpu(
-            "lla_probe", arrays, scale, causal, window_size, False, False, None, number, solver
-        )
+        arrays = q, None, k, None, cu_seqlens, None, None, None, None
+        return _solve_gpu("lla_probe", arrays, ridge, solver, scale, causal, window_size, False, False)
     arrays = _arrays("lla_probe", q=q, k=k, cu_seqlens=cu_seqlens, ridge=ridge)
     described = _describe("lla_probe", arrays, scale, causal, window_size)
     lam = problem.checked_ridge(arrays.get("ridge", ridge), described.row_shape, solver)
@@ -231,10 +227,9 @@ def lla_decode(
     an LLAState.
     """
     if exchange.on_gpu(q):
-        given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
-        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out, given
-        return _attend_gpu(
-            "lla_decode", arrays, scale, True, window_size, return_state, validate, split_size, number, solver
+        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out
+        return _solve_gpu(
+            "lla_decode", arrays, ridge, solver, scale, True, window_size, return_state, validate, split_size
         )
     problem.checked_split_size(split_size)
     arrays = _cache_arrays(
@@ -381,6 +376,17 @@ def _attend_gpu(
         _gpu_calls = calls
     options = _gpu_calls.Options(scale, causal, window_size, split_size, ridge, solver)
     return _gpu_calls.attend(operation, _gpu_calls.Arrays(*arrays), options, return_state, validate)
+
+
+def _solve_gpu(
+    operation, arrays, ridge, solver, scale, causal, window_size, return_state, validate, split_size=None
+):  # fmt: skip
+    """The same with a ridge, which is a number or one more of the arrays."""
+    given, number = (ridge, None) if _is_array(ridge) else (None, ridge)
+    return _attend_gpu(
+        operation, (*arrays, given), scale, causal, window_size, return_state, validate, split_size, number,
+        solver,
+    )  # fmt: skip
 
 
 # The module parallax_core.cuda_kernels.calls, once an array on a GPU was passed: an import statement costs

@@ -5,6 +5,7 @@ A public call on arrays of the stand-in then goes its whole way, to the kernel t
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import functools
 import hashlib
@@ -156,14 +157,9 @@ def _sources() -> Path:
     missing = {p.name for p in (include / "ptx").iterdir()} - {p.name for p in (HERE / "ptx").iterdir()}
     assert not missing, f"no emulation of {missing}"
     shutil.copytree(HERE, folder, dirs_exist_ok=True)
-    _remove_at_exit(folder, os.getpid())
-    return folder
-
-
-def _remove_at_exit(folder: Path, owner: int) -> None:
-    import atexit
-
+    owner = os.getpid()  # of a fork the folder is not
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    return folder
 
 
 def _for_host(text: str) -> str:

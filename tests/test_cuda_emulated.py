@@ -1,15 +1,19 @@
 """Kernels run on the host, thread by thread, in several orders: what a GPU computes, without one."""
 
+import functools
+
 import numpy as np
 import pytest
 
 pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
 
+import cases
 from budget import budget, solved_budget
 from calls import call
+from cases import hold
 from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver, compiled, emulated, needs_compiler
 from stand_in import on_gpu
-from strategies import BFLOAT16, AttentionCase, DecodeCase
+from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
 
@@ -19,31 +23,7 @@ FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
 ORDERS = LATE, EARLY, RANDOM_LATE, RANDOM_EARLY
 
 
-def make(
-    *, batch=2, length=1, kv_heads=2, group=1, head_dim=128, value_dim=None, capacity=200, dtype=BFLOAT16,
-    page_size=None, packed=None, **options,
-):  # fmt: skip
-    """A call of given sizes, on a cache or, with lengths of packed sequences, without one."""
-    random = np.random.default_rng(0)
-    value_dim = head_dim if value_dim is None else value_dim
-
-    def normal(*shape):
-        return random.standard_normal(shape).astype(dtype)
-
-    outer = batch, capacity
-    if packed is not None:
-        batch, length = 1, sum(packed)
-        outer = 1, length
-        options["cu_seqlens"] = np.concatenate(([0], np.cumsum(packed))).astype(np.int32)
-    if page_size is not None:
-        pages = -(-capacity // page_size)
-        outer = batch * pages + 3, page_size
-        table = random.permutation(outer[0])[: batch * pages].reshape(batch, pages)
-        options["page_table"] = table.astype(np.int32)
-    rows = batch, length, kv_heads * group, head_dim
-    kind = DecodeCase if packed is None else AttentionCase
-    k, v = normal(*outer, kv_heads, head_dim), normal(*outer, kv_heads, value_dim)
-    return kind(normal(*rows), normal(*rows), k, v, options)
+make = functools.partial(cases.make, group=1, capacity=200)
 
 
 def lengths(*values):
@@ -243,9 +223,3 @@ def run(operation, case, capability, orders=ORDERS, **extra):
             results.append(o.data.astype(np.float64))
             assert not getattr(workspace, "counters", np.zeros(1)).any()
     return results
-
-
-def hold(result, expected, bound):
-    error = np.linalg.norm(result - expected, axis=-1)
-    worst = np.unravel_index(np.argmax(error - bound), error.shape)
-    assert (error <= bound).all(), f"row {worst}: error {error[worst]}, bound {bound[worst]}"

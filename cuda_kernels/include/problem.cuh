@@ -1,5 +1,5 @@
 #pragma once
-// What a launch computes: the arguments of every attention kernel, and which keys a row of queries sees.
+// What a launch computes: the arguments of every attention kernel.
 
 #include "shape.cuh"
 #include "visible_keys.cuh"

@@ -49,7 +49,7 @@ typedef ElementOf<FLOAT>::type Element;
 constexpr int KEY_COLUMNS = round_up(HEAD_DIM, FLOAT ? 4 : 16);
 constexpr int VALUE_COLUMNS = round_up(VALUE_DIM, FLOAT ? 32 : 16);
 constexpr int HEAD_BYTES = KEY_COLUMNS * int(sizeof(Element));
-constexpr int KEY_BYTES = HEADS * KEY_COLUMNS * int(sizeof(Element));
+constexpr int KEY_BYTES = HEADS * HEAD_BYTES;
 constexpr int VALUE_BYTES = HEADS * VALUE_COLUMNS * int(sizeof(Element));
 constexpr int ROW_BYTES = KEY_BYTES > VALUE_BYTES ? KEY_BYTES : VALUE_BYTES;
 // An odd multiple of 16 bytes between rows: eight rows of a matrix then fall into eight different bank groups.

@@ -1,7 +1,7 @@
 """Tests that need an NVIDIA GPU; everywhere else each is skipped with the backend's own reason.
 
 With ``PARALLAX_EMULATE=1`` in the environment they run without one, the kernels compiled for the host: all
-but those of streams, graphs and the frameworks themselves, in half an hour instead of three minutes.
+but those of streams, graphs and the frameworks themselves, and many times slower.
 """
 
 import os

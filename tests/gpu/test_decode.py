@@ -8,6 +8,7 @@ import oracle
 import pytest
 from budget import budget
 from calls import call
+from cases import hold, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import BFLOAT16, DTYPES, DecodeCase, attention_cases, decode_cases
@@ -17,39 +18,6 @@ import parallax_core as plx
 GPU_DTYPES = DTYPES[1:]
 operations = pytest.mark.parametrize("operation", ["softmax", "parallax"])
 dtypes = pytest.mark.parametrize("dtype", GPU_DTYPES, ids=lambda dtype: dtype.name)
-
-
-def make(
-    *, seed=0, batch=2, length=1, kv_heads=2, group=4, head_dim=128, value_dim=None, capacity=640,
-    dtype=BFLOAT16, page_size=None, probe=None, layout="dense", **options,
-):  # fmt: skip
-    """A decode case of given sizes; pages in random order."""
-    random = np.random.default_rng(seed)
-    value_dim = head_dim if value_dim is None else value_dim
-
-    def normal(*shape, dtype=dtype):
-        if layout == "heads first":
-            outer, positions, heads, size = shape
-            return normal_dense(outer, heads, positions, size, dtype=dtype).swapaxes(1, 2)
-        if layout == "strided":
-            return normal_dense(*shape[:-1], 2 * shape[-1], dtype=dtype)[..., ::2]
-        return normal_dense(*shape, dtype=dtype)
-
-    def normal_dense(*shape, dtype):
-        return random.standard_normal(shape).astype(dtype)
-
-    outer = batch, capacity
-    if page_size is not None:
-        pages = -(-capacity // page_size)
-        outer = batch * pages + 3, page_size
-        table = random.permutation(outer[0])[: batch * pages].reshape(batch, pages)
-        options["page_table"] = table.astype(np.int32)
-        options.setdefault("cache_seqlens", np.full(batch, capacity, np.int32))
-    shape = batch, length, kv_heads * group, head_dim
-    return DecodeCase(
-        normal(*shape), normal(*shape, dtype=dtype if probe is None else probe),
-        normal(*outer, kv_heads, head_dim), normal(*outer, kv_heads, value_dim), options,
-    )  # fmt: skip
 
 
 def check(framework, operation, case, **extra):
@@ -71,15 +39,6 @@ def check(framework, operation, case, **extra):
     np.testing.assert_array_equal(np.isneginf(lse), empty)
     assert (error[~empty] <= bound.lse[~empty]).all()
     return o
-
-
-def hold(result, expected, bound):
-    """Rows whose error's norm is within the bound, and exactly 0 where they see no key."""
-    error = np.linalg.norm(result.astype(np.float64) - expected, axis=-1)
-    worst = np.unravel_index(np.argmax(error - bound), error.shape) if error.size else None
-    assert (error <= bound).all(), f"row {worst}: error {error[worst]}, bound {bound[worst]}"
-    nothing = (expected == 0).all(axis=-1)
-    assert (result[nothing] == 0).all()
 
 
 @operations

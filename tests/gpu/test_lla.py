@@ -5,10 +5,10 @@ import oracle
 import pytest
 from budget import solved_budget
 from calls import call
+from cases import hold, make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import BFLOAT16, DTYPES, attention_cases, decode_cases
-from test_decode import hold, make
 
 import parallax_core as plx
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from calls import call
-from test_decode import make
+from cases import make
 
 import parallax_core as plx
 
