@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,10 +15,6 @@ from . import compiler, heuristics, tensor_map, workspace
 from .heuristics import Shape
 from .layout import Layout
 from .parameters import PACK_POINTERS, PROBLEM, masks_of
-
-MOST_MAPS = 256
-"""Pairs of caches of one plan whose tensor maps are kept."""
-
 
 def plan(problem: Problem, layout: Layout) -> Plan:
     """Choose the kernel of a call that has keys and an output, compile it where it is new, prepare launches.
@@ -46,8 +41,7 @@ class Plan:
         self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
         self._arguments_address = self._arguments.ctypes.data
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
-        self._maps: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
-        self._problem, self._layout = problem, layout
+        self._maps = tensor_map.Maps(problem, layout, shape.heads, shape.box) if shape.boxes else None
 
     def launch(self, stream: int, arrays: Sequence[int], state: Sequence[int]) -> None:
         """Launch on a stream of the current device.
@@ -61,38 +55,9 @@ class Plan:
         # The driver copies the arguments before it returns.
         with self._lock:
             PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)
-            if self.shape.boxes:
-                self._arguments[1] = self._map_address(arrays[2], arrays[3])
+            if self._maps is not None:
+                self._arguments[1] = self._maps.address(arrays[2], arrays[3])
             driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)
-
-    def _map_address(self, k: int, v: int) -> int:
-        key = k, v
-        maps = self._maps.get(key)
-        if maps is None:
-            maps = self._encode(k, v)
-            if len(self._maps) >= MOST_MAPS:
-                self._maps.popitem(last=False)
-            self._maps[key] = maps
-        return maps[1]
-
-    def _encode(self, k: int, v: int) -> tuple[np.ndarray, int]:
-        problem, layout, heads = self._problem, self._layout, self.shape.heads
-        outer, length = (problem.batch, problem.kv_len)
-        if problem.page_size is not None:
-            outer, length = layout.num_pages, problem.page_size
-        maps = np.empty(2 * tensor_map.BYTES, np.uint8)
-        for place, (address, strides, size) in enumerate(
-            ((k, layout.k, problem.head_dim), (v, layout.v, problem.value_dim))
-        ):
-            maps[place * tensor_map.BYTES :][: tensor_map.BYTES] = tensor_map.encode(
-                address,
-                (outer, length, problem.kv_heads // heads),
-                strides,
-                heads,
-                heads * size,
-                self.shape.box,
-            )
-        return maps, maps.ctypes.data
 
 
 def _record(problem: Problem, layout: Layout, shape: Shape) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,18 +13,20 @@ from cupy.cuda import driver
 from parallax_core.errors import BackendUnavailableError
 from parallax_core.problem import BFLOAT16, Problem
 
-from . import compiler, workspace
+from . import compiler, tensor_map, workspace
 from .layout import Layout, Strides
 from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
 
 SM90_THREADS = {64: 256, 128: 512}
-SM90_SHARED_BYTES = {64: 113664, 128: 220160}
+SM90_SHARED_BYTES = {64: 108544, 128: 223232}
 """By head size, the size of the kernel's own structure, which a static assertion compares."""
 _SM90_BLOCKS = {64: 2, 128: 1}
 """How many blocks a multiprocessor runs, by head size."""
 _MOST_SPLITS = 32
-"""Two blocks of a cluster for each of the parts that the kernel merges at a time."""
+_LARGE_CLUSTER = 8
 _SM90_SPLIT_KEYS, _PORTABLE_SPLIT_KEYS = 512, 256
+_SM90_TILE, _SMALLEST_BOX = 64, 16
+"""Keys of a tile of the tuned kernel, and how many of them its copies bring at least."""
 _MOST_PARTIAL_BYTES = 256 << 20
 _ELEMENTS = {np.dtype(np.float32): 0, np.dtype(np.float16): 1, BFLOAT16: 2}
 
@@ -32,7 +35,8 @@ class Shape(NamedTuple):
     """The kernel of a call and how its rows are cut.
 
     splits: thread blocks that share the keys of a row; blocks: all that work on a row; rows: of a launch, all
-    of them unless their partial moments take too much memory; partial_floats: of all rows of a launch.
+    of them unless their partial moments take too much memory; partial_floats: of all rows of a launch. box:
+    keys that the copy engine brings at a time, 0 where it is not used.
     """
 
     source: str
@@ -43,6 +47,7 @@ class Shape(NamedTuple):
     shared_bytes: int
     partial_floats: int
     rows: int
+    box: int = 0
 
 
 def plan(problem: Problem, layout: Layout, ridge: float | Strides, solver: str) -> Plan:
@@ -73,8 +78,9 @@ class Plan:
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape, ridge)
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
-        self._arguments = np.array([self._record.ctypes.data], np.uint64)
+        self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
         self._arguments_address = self._arguments.ctypes.data
+        self._maps = tensor_map.Maps(problem, layout, 1, shape.box, 1) if shape.box else None
 
     def launch(self, stream: int, arrays: Sequence[int], state: Sequence[int]) -> None:
         """Launch on a stream of the current device.
@@ -89,6 +95,8 @@ class Plan:
         # The driver copies the argument before it returns.
         with self._lock:
             PACK_LLA_POINTERS.pack_into(self._bytes, 0, arrays[0], *arrays[2:], *state, partials, counters)
+            if self._maps is not None:
+                self._arguments[1] = self._maps.address(arrays[2], arrays[3])
             for first_row, blocks in self._launches:
                 self._record["first_row"] = first_row
                 driver.launchKernel(
@@ -105,34 +113,40 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         and problem.dtype.itemsize == 2
         and problem.head_dim == problem.value_dim
         and problem.head_dim in SM90_THREADS
-        and layout.aligned
         and not layout.return_state
-        # The kernel counts the elements of 64 keys in 32 bits.
-        and max(abs(layout.k[1]), abs(layout.v[1])) < 1 << 24
+        # The copy engine knows no other memory.
+        and layout.aligned
+        and min(*layout.k, *layout.v) >= 0
+        and (problem.page_size or _SM90_TILE) % _SMALLEST_BOX == 0
     )
     rows = problem.batch * problem.q_len * problem.q_heads
     return (_sm90 if tuned else _portable)(problem, layout, rows)
 
 
 def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
-    """Splits where rows alone leave multiprocessors idle; larger clusters than two strand some of them."""
+    """Splits where rows alone leave multiprocessors idle."""
     D = problem.head_dim
+    at_once = layout.multiprocessors * _SM90_BLOCKS[D]
     if layout.split_size:
         wanted = -(-problem.kv_len // max(layout.split_size, _SM90_SPLIT_KEYS))
     else:
-        at_once = layout.multiprocessors * _SM90_BLOCKS[D]
         wanted = min(at_once // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
-    splits = 1 << max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
-    cluster = min(splits, 2)
+    splits_log2 = max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
+    splits = 1 << splits_log2
+    # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
+    large = not layout.split_size and 2 * rows * splits <= at_once
+    cluster = min(splits, _LARGE_CLUSTER if large else 2)
+    box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
-        HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],
+        BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],
+        **_masks(problem),
     )  # fmt: skip
     clusters = splits // cluster
-    floats = rows * clusters * (2 * D * D + 4 * D + 4) if clusters > 1 else 0
+    floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
     return Shape(
         "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], SM90_SHARED_BYTES[D], floats,
-        rows,
+        rows, box,
     )  # fmt: skip
 
 
@@ -157,12 +171,18 @@ def _portable(problem: Problem, layout: Layout, rows: int) -> Shape:
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, ELEMENT=_ELEMENTS[problem.dtype], BLOCK=block,
         PAGED=int(problem.page_size is not None), RETURN_STATE=int(layout.return_state),
-        SOLVE_IN_SHARED=int(shared), PROBE=int(problem.operation == "lla_probe"),
+        SOLVE_IN_SHARED=int(shared), PROBE=int(problem.operation == "lla_probe"), **_masks(problem),
     )  # fmt: skip
     return Shape(
         "portable/lla.cu", tuple(defines.items()), splits, splits * blocks, 256,
         4 * triangle if shared else 0, at_once * floats, at_once,
     )  # fmt: skip
+
+
+def _masks(problem: Problem) -> dict[str, int]:
+    """What a kernel need not look for."""
+    indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
+    return dict(INDEXED=int(indexed), PACKED=int(problem.cu_seqlens is not None))
 
 
 def _value_dim(problem: Problem) -> int:
@@ -177,7 +197,8 @@ def _record(problem: Problem, layout: Layout, shape: Shape, ridge: float | Strid
         q_stride=layout.q, k_stride=layout.k, v_stride=layout.v or 0, out_stride=layout.out,
         q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads, group_size=problem.group_size,
         head_dim=problem.head_dim, value_dim=_value_dim(problem), page_size=problem.page_size or 0,
-        splits=shape.splits, scale=problem.scale, **masks_of(problem, layout),
+        splits=shape.splits, splits_log2=shape.splits.bit_length() - 1,
+        scale=problem.scale, **masks_of(problem, layout),
     )  # fmt: skip
     fields["ridge_stride" if isinstance(ridge, tuple) else "ridge_value"] = ridge
     for name, value in fields.items():

@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import numpy as np
 from cuda.bindings import driver
+
+from parallax_core.problem import Problem
+
+from .layout import Layout
 
 BYTES = 128
 RUN = 64
 """Half-precision elements of a row that lie together in shared memory: 128 bytes, spread over all banks."""
+
+
+MOST_MAPS = 256
+"""Pairs of caches of one plan whose tensor maps are kept."""
+
+
+class Maps:
+    """Tensor maps of a plan's keys and values, by their addresses; not for several threads at once."""
+
+    def __init__(self, problem: Problem, layout: Layout, heads: int, box: int, runs: int | None = None):
+        """heads: that share a row of the kernel's; box, runs: positions and runs of a copy, all by default."""
+        self._problem, self._layout, self._heads, self._box, self._runs = problem, layout, heads, box, runs
+        self._kept: OrderedDict[tuple[int, int], tuple[np.ndarray, int]] = OrderedDict()
+
+    def address(self, k: int, v: int) -> int:
+        """Where the kernel's argument lies, until another pair of caches is asked for."""
+        key = k, v
+        maps = self._kept.get(key)
+        if maps is None:
+            maps = self._encode(k, v)
+            if len(self._kept) >= MOST_MAPS:
+                self._kept.popitem(last=False)
+            self._kept[key] = maps
+        return maps[1]
+
+    def _encode(self, k: int, v: int) -> tuple[np.ndarray, int]:
+        problem, layout, heads = self._problem, self._layout, self._heads
+        outer, length = (problem.batch, problem.kv_len)
+        if problem.page_size is not None:
+            outer, length = layout.num_pages, problem.page_size
+        sizes = outer, length, problem.kv_heads // heads
+        maps = np.concatenate(
+            [
+                encode(
+                    address, sizes, strides, heads, heads * size, self._box, self._runs or heads * size // RUN
+                )
+                for address, strides, size in (
+                    (k, layout.k, problem.head_dim),
+                    (v, layout.v, problem.value_dim),
+                )
+            ]
+        )
+        return maps, maps.ctypes.data
 
 
 def encode(
@@ -17,12 +66,13 @@ def encode(
     heads: int,
     columns: int,
     box: int,
+    runs: int,
 ) -> np.ndarray:
     """The map of half-precision rows of ``columns`` elements, in runs of 128 bytes.
 
     address: aligned to 16 bytes. sizes: batch rows or pages, positions, units of ``heads`` adjacent heads.
-    strides: in elements, of batch row or page, position and head, multiples of 16 bytes. box: positions of a
-    copy. Returns 128 bytes. Raises RuntimeError where the driver refuses.
+    strides: in elements, of batch row or page, position and head, multiples of 16 bytes. box, runs: positions
+    and runs of a copy. Returns 128 bytes. Raises RuntimeError where the driver refuses.
     """
     outer, length, units = sizes
     # A stride that is never taken may be anything but 0.
@@ -35,7 +85,7 @@ def encode(
         address,
         [u64(n) for n in (RUN, length, columns // RUN, units, outer)],
         [u64(n) for n in (by_position, 2 * RUN, heads * by_head, by_outer)],
-        [u32(n) for n in (RUN, box, columns // RUN, 1, 1)],
+        [u32(n) for n in (RUN, box, runs, 1, 1)],
         [u32(1)] * 5,
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
         driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,

@@ -32,7 +32,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the k
 
 _CALLS = {
     "attend.cu": "attend_kernel(*static_cast<const Problem*>(a[0]){maps})",
-    "lla.cu": "lla_kernel(*static_cast<const lla::Call*>(a[0]))",
+    "lla.cu": "lla_kernel(*static_cast<const lla::Call*>(a[0]){maps})",
 }
 _LAUNCH = """
 #ifndef CLUSTER
@@ -101,12 +101,12 @@ def emulated(capability=(9, 0), multiprocessors=132):
         Driver.order = LATE
 
 
-def _encode(address, sizes, strides, heads, columns, box) -> np.ndarray:
+def _encode(address, sizes, strides, heads, columns, box, runs) -> np.ndarray:
     """What ``emulator/ptx/copy.cuh`` reads of a tensor map."""
     assert address % 16 == 0
     assert all(2 * s % 16 == 0 for s in strides)
     words = np.zeros(tensor_map.BYTES // 8, np.int64)
-    words[:10] = address, *sizes, *strides, heads, columns, box
+    words[:11] = address, *sizes, *strides, heads, columns, box, runs
     return words.view(np.uint8)
 
 

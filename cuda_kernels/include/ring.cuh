@@ -6,14 +6,11 @@
 // together, 16 bytes at a time where ALIGNED, element by element otherwise.
 
 #include "delay.cuh"
+#include "maps.cuh"
 #include "ptx/copy.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/shared_memory.cuh"
 #include "schedule.cuh"
-
-struct Maps {
-  TensorMap k, v;
-};
 
 struct Ring {
   const Maps* maps;

@@ -5,7 +5,8 @@
 // into splits; a thread block takes one block of one split, in fp32. The last one of a row to finish merges the
 // splits, factors the ridge system and writes the output.
 //
-// Compile-time: ELEMENT (0 float32, 1 float16, 2 bfloat16), BLOCK (64 or 128), PAGED, RETURN_STATE, and
+// Compile-time: ELEMENT (0 float32, 1 float16, 2 bfloat16), BLOCK (64 or 128), PAGED, INDEXED and PACKED (whether there
+// are lengths or paddings, and packed sequences), RETURN_STATE,
 // SOLVE_IN_SHARED where the dynamic shared memory holds the packed triangle of D rows, and PROBE where there are no
 // values and the output is the probe that was solved for, in float32.
 // Grid: rows * splits * blocks; call.first_row numbers the first row of a launch.

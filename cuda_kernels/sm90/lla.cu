@@ -6,8 +6,11 @@
 // their moments (merge.cuh). Then all warps of a block solve the row's ridge system (factor.cuh).
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
-// shared memory), PAGED, HALF_IS_FLOAT16, SHARED_BYTES. Grid: rows * splits blocks, splits a multiple of CLUSTER.
+// shared memory), PAGED, BOX (keys of a copy), INDEXED and PACKED (whether there are lengths or paddings, and packed
+// sequences), HALF_IS_FLOAT16, SHARED_BYTES. Grid: rows * splits blocks; splits a power of two and a multiple of
+// CLUSTER.
 
+#include "lla/copies.cuh"
 #include "lla/factor.cuh"
 #include "lla/merge.cuh"
 #include "lla/moments.cuh"
@@ -15,124 +18,130 @@
 #include "lla/weigh.cuh"
 #include "ptx/registers.cuh"
 
-// By one thread, before a pass over the tiles.
-__device__ __forceinline__ void init_pass(Shared& shared) {
-  for (int s = 0; s < X_STAGES; s++) {
-    mbarrier_init(shared_address(&shared.x_full[s]), TRANSFORM_WARPS);
-    mbarrier_init(shared_address(&shared.x_empty[s]), MATRIX_WARPGROUPS);
-  }
-  for (int s = 0; s < SCORE_STAGES; s++) mbarrier_init(shared_address(&shared.scores_full[s]), TRANSFORM_WARPS);
-  fence_mbarrier_init();
-  for (int kind = 0; kind < 2; kind++) shared.inverse_scale[kind] = 1.0f, shared.largest[kind] = 0;
-  shared.out_of_range = shared.bad_page = 0;
-}
-
-__device__ __forceinline__ void end_pass(Shared& shared) {
-  for (int s = 0; s < X_STAGES; s++) {
-    mbarrier_invalidate(shared_address(&shared.x_full[s]));
-    mbarrier_invalidate(shared_address(&shared.x_empty[s]));
-  }
-  for (int s = 0; s < SCORE_STAGES; s++) mbarrier_invalidate(shared_address(&shared.scores_full[s]));
-}
-
 // Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass.
 __device__ __forceinline__ bool again(Shared& shared) {
-  __syncthreads();
+  barrier_sync(ALL, THREADS);
   if (shared.exact || !shared.out_of_range) return false;
-  __syncthreads();
+  barrier_sync(ALL, THREADS);
   const int thread = thread_index();
-  if (thread < 2 * D) shared.sums.origin[thread] = 0.0f;
-  if (thread == 0) {
-    end_pass(shared);
-    init_pass(shared);
-    shared.exact = 1;
+  if (thread < 2 * D) shared.origin[thread] = 0.0f;
+  if (thread < 32) {
+    end_pass(shared, thread);
+    begin_pass(shared, thread);
+    if (thread == 0) shared.exact = 1;
   }
-  __syncthreads();
+  barrier_sync(ALL, THREADS);
   return true;
 }
 
 // KEY_COLUMNS: how many columns of the keys' moments a warpgroup has, those up to its own.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, const lla::Row& row, int begin,
-                                            int tiles) {
+__device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, bool whole, int tiles) {
   using Part = Moments<KEY_COLUMNS>;
   Part moments;
   do {
-    accumulate<KEY_COLUMNS>(shared, call, row, moments, begin, tiles);
-    barrier_sync(MATRIX, MATRIX_THREADS);
-    store_moments<0, Part::KEYS>(shared, moments, shared.inverse_scale[0] * shared.inverse_scale[0]);
+    accumulate<KEY_COLUMNS>(shared, call, moments, tiles);
   } while (again(shared));
+  const float inverse_scale = shared.inverse_scale[0];
+  const float ridge = lla::RowIndex(call, block_index() >> call.splits_log2).ridge(call);
+  store_moments<0, Part::KEYS>(shared, moments, inverse_scale * inverse_scale, whole, ridge);
+  barrier_sync(ALL, THREADS);
   // The factorisation does not wait for these.
-  store_moments<Part::KEYS, Part::ALL>(shared, moments, shared.inverse_scale[0] * shared.inverse_scale[1]);
+  store_moments<Part::KEYS, Part::ALL>(shared, moments, inverse_scale * shared.inverse_scale[1], whole, 0.0f);
+}
+
+__device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
+  do {
+    bring_first(shared, call, maps, tiles);
+    weigh(shared, call, maps, tiles);
+  } while (again(shared));
+  // A thread for every column.
+  const int column = thread_index() - MATRIX_THREADS;
+  const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
+  shared.own.mean[column] = shared.total.mean[column] = mean;
+  barrier_sync(ALL, THREADS);
+}
+
+// The query, and the zeros beside it; by the matrix warps.
+__device__ __forceinline__ void set_query(Shared& shared, const half_bits* query, int thread) {
+  if (thread < RUNS * VECTOR / 16) {
+    uint4 piece = {0, 0, 0, 0};
+    const int run = thread / (VECTOR / 16), in_run = thread % (VECTOR / 16);
+    // Row 0 is not swizzled.
+    if (in_run < 8) {
+      const half_bits* q = query + run * 64 + in_run * 8;
+      piece = {q[0] | unsigned(q[1]) << 16, q[2] | unsigned(q[3]) << 16, q[4] | unsigned(q[5]) << 16, q[6] | unsigned(q[7]) << 16};
+    }
+    reinterpret_cast<uint4*>(shared.query)[thread] = piece;
+  }
+  fence_async_proxy();
 }
 
 extern "C" __global__ void
 #if CLUSTER > 1
 __cluster_dims__(CLUSTER, 1, 1)
 #endif
-__launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR) lla_kernel(const __grid_constant__ lla::Call call) {
+__launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
+    lla_kernel(const __grid_constant__ lla::Call call, const __grid_constant__ Maps maps) {
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
+  if (threadIdx.x == 0) prefetch_map(maps.k), prefetch_map(maps.v);
 
-  const int split = blockIdx.x % call.splits;
-  const lla::Row row(call, blockIdx.x / call.splits);
+  const int split = blockIdx.x & (call.splits - 1);
+  const lla::Row row(call, blockIdx.x >> call.splits_log2);
   // The clusters that take part: a short row is left to fewer.
   const int keys_of_row = row.keys();
-  const int clusters = min(max((keys_of_row + MIN_SPLIT_KEYS * CLUSTER - 1) / (MIN_SPLIT_KEYS * CLUSTER), 1),
-                           call.splits / CLUSTER);
+  constexpr int CLUSTER_KEYS = MIN_SPLIT_KEYS * CLUSTER;
+  const int clusters =
+      min(max((keys_of_row + CLUSTER_KEYS - 1) / CLUSTER_KEYS, 1), max(call.splits / CLUSTER, 1));
   if (split >= clusters * CLUSTER) return;
   if (keys_of_row == 0) {
     if (split == 0 && threadIdx.x < D)
       output_of(call, row)[threadIdx.x] = narrow<BFLOAT>(row.valid ? 0.0f : quiet_nan());
     return;
   }
-  const int parts = clusters * CLUSTER;
-  const int share = (keys_of_row + parts * TILE - 1) / (parts * TILE) * TILE;
-  const int begin = row.first + min(split * share, keys_of_row);
-  const int keys = min(begin + share, row.end) - begin;
-  const int tiles = (keys + TILE - 1) / TILE;
+  // A box begins where its page allows.
+  const int start = PAGED ? row.first / BOX * BOX : row.first, length = row.end - start;
+  int share = (length + CLUSTER * TILE - 1) / (CLUSTER * TILE);
+  if (clusters > 1) share = (share + clusters - 1) / clusters;
+  const int begin = start + split * share * TILE, end = min(begin + share * TILE, row.end);
+  const int tiles = max(0, end - begin + TILE - 1) / TILE;
 
-  if (threadIdx.x < D / 16 * 5) {
-    const half_bits* q = query_of(call, row);
-    const int step = threadIdx.x / 5, lane = threadIdx.x % 5, at = step * 16 + lane * 2;
-    uint4 pairs = {0, 0, 0, 0};
-    if (lane < 4) {
-      pairs.x = q[at] | static_cast<unsigned>(q[at + 1]) << 16;
-      pairs.z = q[at + 8] | static_cast<unsigned>(q[at + 9]) << 16;
-    }
-    shared.query[step][lane] = pairs;
-  }
-  if (threadIdx.x < 2 * D) shared.sums.origin[threadIdx.x] = 0.0f;
+  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  if (threadIdx.x < 32) begin_pass(shared, threadIdx.x);
   if (threadIdx.x == 0) {
-    init_pass(shared);
+    shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
+    shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
-    shared.end = begin + keys;
   }
+  if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   __syncthreads();
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
+  const bool whole = clusters * CLUSTER == 1;
   if (warpgroup < MATRIX_WARPGROUPS) {
-    if constexpr (D == 128) take_registers<160>();
+    // While the first keys are on their way.
+    set_query(shared, query_of(call, row), threadIdx.x);
+    barrier_sync(MATRIX, MATRIX_THREADS);
+    if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();
     if (D == 64 || warpgroup == 0)
-      matrix_role<64>(shared, call, row, begin, tiles);
+      matrix_role<64>(shared, call, whole, tiles);
     else
-      matrix_role<D>(shared, call, row, begin, tiles);
+      matrix_role<D>(shared, call, whole, tiles);
     if constexpr (D == 128) give_registers<128>();
   } else {
-    if constexpr (D == 128) give_registers<96>();
-    do
-      weigh(shared, call, row, begin, keys, tiles);
-    while (again(shared));
+    if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
+    transform_role(shared, call, maps, tiles);
     if constexpr (D == 128) take_registers<128>();
   }
 
-  if (parts > 1) {
-    __syncthreads();
-    if (!merge(shared, call, clusters)) return;
-  }
   // Read anew: kept over the tiles, the row's indices would cost registers.
-  const lla::RowIndex index(call, block_index() / call.splits);
+  const int item = block_index() >> call.splits_log2;
+  const lla::RowIndex index(call, item);
+  if (!whole) {
+    __syncthreads();
+    if (!merge(shared, call, index, item, clusters)) return;
+  }
   solve_slope(shared, call, index);
   write_output(shared, call, index);
 }

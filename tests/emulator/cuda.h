@@ -115,7 +115,7 @@ struct Thread {
   unsigned collectives = 0;
   Wait wait;
   std::vector<std::function<void()>> copies, products;
-  std::deque<std::vector<std::function<void()>>> groups;
+  std::deque<std::vector<std::function<void()>>> groups, product_groups;
 };
 
 struct Dimensions {

@@ -1,130 +1,25 @@
 #pragma once
-// The ridge system of a row, (C_kk + ridge I) u = q - kbar, by a blocked Cholesky factorisation in shared memory.
+// The ridge system of a row, (C_kk + ridge I) u = q - kbar, by a Gauss-Jordan elimination of blocks of 16.
 //
-// The chain of pivots bounds it. Columns are taken 16 at a time, as two panels of 8, by the panel threads, which hold
-// one row of the matrix each: every thread factors a panel's diagonal block by itself, in registers, while it solves
-// its own row, and takes these columns' part from its row of the next 16. So no pivot waits for another thread, and 16
-// columns cost four barriers. The right-hand side is one more row, and 16 rows of the identity give M^T = L^-T of every
-// diagonal block of 16.
+// Step b takes block b out of every other row, those above it too, so that no substitution follows. With M = L^-1 for
+// L L^T = A_bb, Q_i = A_ib M^T, and then A_bb = -I:
+//   A_ij -= Q_i Q_j^T for j > b and all i, but those between b and j, which symmetry gives (A_bj is 0 before),
+//   r_i -= Q_i M r_b for all i (r_b is 0 before).
+// Products with the inverse of A_bb would be fewer, but are wrong where one key outweighs all.
 //
-// The other warps update the rest of the trailing matrix meanwhile, by tensor cores, each number as two of tf32, which
-// is nearly float32; and they fold M into the columns that are done, W = L M, which turns the back substitution into
-// one product a block.
+// The chain of pivots bounds it: one warp does nothing but find M, make the next diagonal block and go on with that.
+// Meanwhile two warps for each column of blocks, which keep it in registers, take the step. Column b + 1 is then done,
+// and goes to shared memory for all; so does the diagonal block b + 2, as the pivots are a step ahead. One warp has the
+// right-hand side. Products are those of tensor cores, each number as two of tf32, which is nearly float32.
+//
+// A row's system is solved once: what is not unrolled here need not be fetched.
 
 #include "ptx/mma.cuh"
 #include "lla/shape.cuh"
 
-constexpr int PANEL = 8;
-constexpr int BLOCK = 2 * PANEL;
+constexpr int BLOCK = 16;
 constexpr int BLOCKS = D / BLOCK;
-// The first transform warps: a row of the matrix each, then the rows beside it.
-constexpr int PANEL_THREADS = D + 32;
-constexpr int UPDATE_WARPS = WARPS - PANEL_THREADS / 32;
-
-// The 8 columns of a panel in one row.
-struct PanelRow {
-  float x[PANEL];
-
-  __device__ __forceinline__ void load(const float* from) {
-    const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-    x[0] = low.x, x[1] = low.y, x[2] = low.z, x[3] = low.w, x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
-  }
-
-  __device__ __forceinline__ void store(float* to) const {
-    *reinterpret_cast<float4*>(to) = {x[0], x[1], x[2], x[3]};
-    *reinterpret_cast<float4*>(to + 4) = {x[4], x[5], x[6], x[7]};
-  }
-
-  // x L^-T for L L^T = the block. Two pivots at a time, for the latency of one: of (a b; b c) the second is
-  // c - b^2 / a, and its inverse does not wait for that of a. The root of a negative one makes all NaN.
-  __device__ __forceinline__ void solve(const float (*block)[PANEL]) {
-    PanelRow d[PANEL];
-#pragma unroll
-    for (int i = 0; i < PANEL; i++) d[i].load(block[i]);
-#pragma unroll
-    for (int k = 0; k < PANEL; k += 2) {
-      const float a = d[k].x[k], b = d[k + 1].x[k];
-      const float determinant = a * d[k + 1].x[k + 1] - b * b;
-      const float inverse_a = reciprocal_fast(a), inverse_c = a * reciprocal_fast(determinant);
-      const float l = b * inverse_a;
-      x[k + 1] -= l * x[k];
-#pragma unroll
-      for (int i = k + 2; i < PANEL; i++) d[i].x[k + 1] -= l * d[i].x[k];
-#pragma unroll
-      for (int j = k + 2; j < PANEL; j++) {
-        const float first = d[j].x[k] * inverse_a, second = d[j].x[k + 1] * inverse_c;
-        x[j] = x[j] - x[k] * first - x[k + 1] * second;
-#pragma unroll
-        for (int i = j; i < PANEL; i++) d[i].x[j] = d[i].x[j] - d[i].x[k] * first - d[i].x[k + 1] * second;
-      }
-      x[k] *= square_root_fast(inverse_a);
-      x[k + 1] *= square_root_fast(inverse_c);
-    }
-  }
-};
-
-// row -= l times the transpose of 8 rows of solved columns.
-__device__ __forceinline__ void subtract(PanelRow& row, const PanelRow& l, const float* rows) {
-#pragma unroll
-  for (int j = 0; j < PANEL; j++) {
-    PanelRow other;
-    other.load(rows + j * MOMENT_PITCH);
-#pragma unroll
-    for (int k = 0; k < PANEL; k++) row.x[j] -= l.x[k] * other.x[k];
-  }
-}
-
-// Factors the matrix; thread: of PANEL_THREADS.
-__device__ __forceinline__ void solve_panels(Shared& shared, int thread) {
-  // Beside the matrix: the identity, of which a block's 16 rows begin anew with each, and the right-hand side.
-  const int beside = thread - D;
-  const bool is_identity = beside >= 0 && beside < BLOCK, is_row = beside <= BLOCK;
-  float* row = beside < 0 ? shared.moments[thread] : is_identity ? shared.inverse[0][beside] : shared.right_side;
-  PanelRow low, high;  // of the 16 columns at hand
-  if (is_row) {
-    low.load(row);
-    high.load(row + PANEL);
-  }
-  if (thread < PANEL) low.store(shared.diagonal[0][thread]);
-  barrier_sync(FACTORED, PANEL_THREADS);
-  for (int b = 0; b < BLOCKS; b++) {
-    const int top = b * BLOCK, next = top + BLOCK;
-    // The last blocks below the diagonal have been read.
-    if (b + 1 == BLOCKS) barrier_arrive(SOLVED, THREADS);
-    if (is_row && thread >= top) {
-      low.solve(shared.diagonal[0]);
-      low.store(row + top);
-    }
-    barrier_sync(FACTORED, PANEL_THREADS);
-    const bool in_high = is_row && thread >= top + PANEL;
-    if (in_high) {
-      subtract(high, low, &shared.moments[top + PANEL][top]);
-      if (thread < next) high.store(shared.diagonal[1][thread - top - PANEL]);
-    }
-    barrier_sync(FACTORED, PANEL_THREADS);
-    if (in_high) {
-      high.solve(shared.diagonal[1]);
-      high.store(row + top + PANEL);
-    }
-    if (b + 1 == BLOCKS) break;
-    barrier_sync(SOLVED, THREADS);
-    if (is_identity) {
-      row = shared.inverse[b + 1][beside] - next;
-      low.load(row + next);
-      high.load(row + next + PANEL);
-    } else if (is_row && thread >= next) {
-      const PanelRow first = low, second = high;
-      low.load(row + next);
-      high.load(row + next + PANEL);
-      subtract(low, first, &shared.moments[next][top]);
-      subtract(low, second, &shared.moments[next][top + PANEL]);
-      if (thread < next + PANEL) low.store(shared.diagonal[0][thread - next]);
-      subtract(high, first, &shared.moments[next + PANEL][top]);
-      subtract(high, second, &shared.moments[next + PANEL][top + PANEL]);
-    }
-    barrier_sync(FACTORED, PANEL_THREADS);
-  }
-}
+static_assert(WARPS == 2 * BLOCKS, "two warps a column but the first, one for the pivots and one for the right side");
 
 // A block of 16 x 16 over a warp, as the tensor cores have an accumulator: rows g and g + 8 (g = lane / 4); columns
 // 2 t, 2 t + 1, 8 + 2 t and 9 + 2 t (t = lane % 4). As an operand, columns 2 t and 2 t + 1 stand for t and t + 4 of
@@ -157,23 +52,86 @@ struct Tile {
         *reinterpret_cast<float2*>(block + h * 8 * pitch + s * 8) = {x[h][2 * s], x[h][2 * s + 1]};
   }
 
-  // x = high + low: the nearest that tf32 holds, and the rest, of which the tensor cores keep as many bits again.
-  __device__ __forceinline__ void split(Tile& high, Tile& low) const {
+  __device__ __forceinline__ void subtract(const Tile& other) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 4; e++) x[h][e] -= other.x[h][e];
+  }
+
+  // Becomes L^-1 for L L^T = the tile, in place. Two pivots at a time, for the latency of one: of (a b; b c) the
+  // second is c - b^2 / a, and its inverse does not wait for that of a. The root of a negative one makes all NaN.
+  __device__ __forceinline__ void factor() {
+    const int lane = thread_index() % 32, g = lane / 4, t = lane % 4;
+    float inverse_pivots[2] = {};  // of this lane's rows
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      float(&pivots)[4] = x[half];
+#pragma unroll 1
+      for (int quad = 0; quad < 4; quad++) {
+        const int first = 2 * quad, second = first + 1;
+        const float a = __shfl_sync(~0u, pivots[2 * half], first * 4 + quad);
+        const float c = __shfl_sync(~0u, pivots[2 * half + 1], second * 4 + quad);
+        const float b = __shfl_sync(~0u, pivots[2 * half + 1], first * 4 + quad);
+        const float inverse_a = reciprocal_fast(a), inverse_determinant = reciprocal_fast(a * c - b * b);
+        float l[2][2], rows[2][4];
+#pragma unroll
+        for (int h = half; h < 2; h++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) l[h][e] = __shfl_sync(~0u, x[h][2 * half + e], lane / 4 * 4 + quad);
+#pragma unroll
+        for (int r = 0; r < 2; r++)
+#pragma unroll
+          for (int e = 0; e < 4; e++) rows[r][e] = __shfl_sync(~0u, pivots[e], (first + r) * 4 + t);
+        const float ratio = b * inverse_a;
+        if (g == first) inverse_pivots[half] = inverse_a;
+        if (g == second) inverse_pivots[half] = a * inverse_determinant;
+#pragma unroll
+        for (int e = 0; e < 4; e++) rows[1][e] -= ratio * rows[0][e];
+#pragma unroll
+        for (int h = half; h < 2; h++) {
+          const bool below_first = h > half || g > first, below_second = h > half || g > second;
+          const float upper = below_first ? l[h][0] * inverse_a : 0.0f;
+          const float lower = (l[h][1] - ratio * l[h][0]) * (below_second ? a : 0.0f) * inverse_determinant;
+#pragma unroll
+          for (int e = 0; e < 4; e++) x[h][e] = x[h][e] - upper * rows[0][e] - lower * rows[1][e];
+          // The pivots' columns are done with; what an identity beside the tile would have become goes there.
+          if (t == quad) x[h][2 * half] = lower * ratio - upper, x[h][2 * half + 1] = -lower;
+        }
+      }
+    }
+    x[0][2] = x[0][3] = 0.0f;
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const float root = square_root_fast(inverse_pivots[h]);
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const bool diagonal = g + 8 * h == t * 2 + e % 2 + e / 2 * 8;
+        x[h][e] = diagonal ? root : x[h][e] * root;
+      }
+    }
+  }
+};
+
+// A tile as high + low: the nearest that tf32 holds, and the rest, of which the tensor cores keep as many bits again.
+struct Operand {
+  Tile high, low;
+
+  __device__ __forceinline__ explicit Operand(const Tile& tile) {
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
       for (int e = 0; e < 4; e++) {
-        high.x[h][e] = __uint_as_float((__float_as_uint(x[h][e]) + 0x1000u) & 0xffffe000u);
-        low.x[h][e] = x[h][e] - high.x[h][e];
+        const float x = tile.x[h][e];
+        high.x[h][e] = __uint_as_float((__float_as_uint(x) + 0x1000u) & 0xffffe000u);
+        low.x[h][e] = x - high.x[h][e];
       }
   }
 };
 
 // A B^T; the products of two low parts, 2^-24 of the whole, are left out.
-__device__ __forceinline__ Tile multiply(const Tile& a, const Tile& b) {
-  Tile a_high, a_low, b_high, b_low, large = {}, first = {}, second = {};
-  a.split(a_high, a_low);
-  b.split(b_high, b_low);
+__device__ __forceinline__ Tile multiply(const Operand& a, const Operand& b) {
+  Tile large = {}, first = {}, second = {};
   auto add = [](Tile& c, const Tile& a, const Tile& b, int column, int step) {
     multiply_add_tf32(c.x[0][2 * column], c.x[0][2 * column + 1], c.x[1][2 * column], c.x[1][2 * column + 1],
                       a.x[0][2 * step], a.x[1][2 * step], a.x[0][2 * step + 1], a.x[1][2 * step + 1],
@@ -183,9 +141,9 @@ __device__ __forceinline__ Tile multiply(const Tile& a, const Tile& b) {
   for (int step = 0; step < 2; step++)
 #pragma unroll
     for (int column = 0; column < 2; column++) {
-      add(large, a_high, b_high, column, step);
-      add(first, a_high, b_low, column, step);
-      add(second, a_low, b_high, column, step);
+      add(large, a.high, b.high, column, step);
+      add(first, a.high, b.low, column, step);
+      add(second, a.low, b.high, column, step);
     }
 #pragma unroll
   for (int h = 0; h < 2; h++)
@@ -194,142 +152,189 @@ __device__ __forceinline__ Tile multiply(const Tile& a, const Tile& b) {
   return large;
 }
 
-// What the other warps do; warp: of UPDATE_WARPS.
-__device__ __forceinline__ void update_rest(Shared& shared, int warp) {
-  auto block_at = [&](int i, int j) { return &shared.moments[i * BLOCK][j * BLOCK]; };
+__device__ __forceinline__ float* block_at(Shared& shared, int i, int j) {
+  return &shared.moments[i * BLOCK][j * BLOCK];
+}
+
+// Factors the diagonal blocks, one after the other; by one warp.
+__device__ __forceinline__ void factor_diagonal(Shared& shared) {
+  const int lane = thread_index() % 32;
+  Tile m = {};
+#pragma unroll 1
   for (int b = 0; b < BLOCKS; b++) {
+    Tile next, minus_identity;
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        minus_identity.x[h][e] = lane / 4 + 8 * h == lane % 4 * 2 + e % 2 + e / 2 * 8 ? -1.0f : 0.0f;
+    if (b > 0) {
+      const Operand right(m);
+      barrier_sync(SOLVED, THREADS);
+      Tile q;
+      q.load(block_at(shared, b, b - 1), MOMENT_PITCH);
+      next.load(block_at(shared, b, b), MOMENT_PITCH);
+      q = multiply(Operand(q), right);
+      q.store(block_at(shared, b, b - 1), MOMENT_PITCH);
+      barrier_arrive(PANELLED, THREADS);
+      const Operand both(q);
+      next.subtract(multiply(both, both));
+    } else {
+      next.load(block_at(shared, b, b), MOMENT_PITCH);
+    }
+    minus_identity.store(block_at(shared, b, b), MOMENT_PITCH);
+    m = next;
+    m.factor();
+    m.store(shared.inverse[b % 2][0], INVERSE_PITCH);
+  }
+}
+
+// The steps in every other block of a column but the first; by one warp, `other` of those that do.
+__device__ __forceinline__ void eliminate(Shared& shared, int other, int column, int parity) {
+  Tile tiles[BLOCKS / 2];
+#pragma unroll
+  for (int n = 0; n < BLOCKS / 2; n++) {
+    const int i = 2 * n + parity;
+    tiles[n] = {};
+    if (i >= column) tiles[n].load(block_at(shared, i, column), MOMENT_PITCH);
+  }
+#pragma unroll 1
+  for (int b = 0; b + 1 < BLOCKS; b++) {
     barrier_sync(SOLVED, THREADS);
-    if (warp == UPDATE_WARPS - 1) {
-      // The right-hand side beyond the next 16 columns.
-      const float* y = shared.right_side + b * BLOCK;
-      for (int r = (b + 2) * BLOCK + thread_index() % 32; r < D; r += 32) {
-        const float* l = &shared.moments[r][b * BLOCK];
-        float sums[4] = {};
-#pragma unroll
-        for (int k = 0; k < BLOCK; k++) sums[k % 4] += l[k] * y[k];
-        shared.right_side[r] -= (sums[0] + sums[1]) + (sums[2] + sums[3]);
-      }
+    // Q of the next row is made with the pivots.
+    if (other < BLOCKS && other != b + 1) {
+      float* at = block_at(shared, other, b);
+      Tile a, m;
+      a.load(at, MOMENT_PITCH);
+      m.load(shared.inverse[b % 2][0], INVERSE_PITCH);
+      multiply(Operand(a), Operand(m)).store(at, MOMENT_PITCH);
     }
-    // Blocks i >= j >= b + 2: the panel threads see to the next 16 columns.
-    int i = b + 2, j = b + 2 + warp;
-    while (true) {
-      for (; j > i; i++) j -= i - b - 1;
-      if (i >= BLOCKS) break;
-      Tile a, left, right;
-      a.load(block_at(i, j), MOMENT_PITCH);
-      left.load(block_at(i, b), MOMENT_PITCH);
-      right.load(block_at(j, b), MOMENT_PITCH);
-      const Tile product = multiply(left, right);
+    barrier_sync(PANELLED, THREADS);
+    if (b >= column) continue;
+    Tile right;
+    right.load(block_at(shared, column, b), MOMENT_PITCH);
+    const Operand q(right);
 #pragma unroll
-      for (int h = 0; h < 2; h++)
-#pragma unroll
-        for (int e = 0; e < 4; e++) a.x[h][e] -= product.x[h][e];
-      a.store(block_at(i, j), MOMENT_PITCH);
-      j += UPDATE_WARPS;
-    }
-    // Nobody reads the column before this one any more.
-    if (b == 0) continue;
-    for (int i = b + (UPDATE_WARPS - 1 - warp); i < BLOCKS; i += UPDATE_WARPS) {
-      Tile l, m;
-      l.load(block_at(i, b - 1), MOMENT_PITCH);
-      m.load(shared.inverse[b - 1][0], INVERSE_PITCH);
-      const Tile w = multiply(l, m);
-      __syncwarp();
-      w.store(block_at(i, b - 1), MOMENT_PITCH);
+    for (int n = 0; n < BLOCKS / 2; n++) {
+      const int i = 2 * n + parity;
+      // The next diagonal block is with the pivots.
+      if (i > b && (i < column || i == b + 1)) continue;
+      Tile left;
+      left.load(block_at(shared, i, b), MOMENT_PITCH);
+      tiles[n].subtract(multiply(Operand(left), q));
+      if (column == b + 1 || (column == b + 2 && i == column))
+        tiles[n].store(block_at(shared, i, column), MOMENT_PITCH);
     }
   }
 }
 
-// The matrix of the system, in place of the moments of the keys (what lies above the diagonal blocks counts for
-// nothing), its right-hand side, and the identity; by the transform warps.
-__device__ __forceinline__ void centre_keys(Shared& shared, const lla::Call& call, const lla::RowIndex& row,
-                                            int thread) {
-  const float inverse_d1 = 1.0f / shared.sums.d1;
-  const float ridge = row.ridge(call);
-  constexpr int QUADS = D / 4;
-  const int column = thread % QUADS * 4;
-  const float4 means = *reinterpret_cast<const float4*>(&shared.sums.x[column]);
-#pragma unroll 4
-  for (int r = thread / QUADS; r < D; r += TRANSFORM_THREADS / QUADS) {
-    float4* at = reinterpret_cast<float4*>(&shared.moments[r][column]);
-    const float mean = shared.sums.x[r] * inverse_d1;
-    float4 a = *at;
-    a.x = (a.x - mean * means.x) * inverse_d1 + (r == column ? ridge : 0.0f);
-    a.y = (a.y - mean * means.y) * inverse_d1 + (r == column + 1 ? ridge : 0.0f);
-    a.z = (a.z - mean * means.z) * inverse_d1 + (r == column + 2 ? ridge : 0.0f);
-    a.w = (a.w - mean * means.w) * inverse_d1 + (r == column + 3 ? ridge : 0.0f);
-    *at = a;
+// M r_b of step b, a row a lane of each half of the warp.
+__device__ __forceinline__ float solve_block(const Shared& shared, int b) {
+  const int lane = thread_index() % 32, half = lane / BLOCK * 8;
+  const float* m = &shared.inverse[b % 2][lane % BLOCK][half];
+  const float* r = &shared.slope[b * BLOCK + half];
+  float sums[2] = {};
+#pragma unroll
+  for (int k = 0; k < 8; k++) sums[k % 2] += m[k] * r[k];
+  const float sum = sums[0] + sums[1];
+  return sum + __shfl_xor_sync(~0u, sum, BLOCK);
+}
+
+// The steps in the right-hand side; by one warp.
+__device__ __forceinline__ void solve_right_side(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
+  const int lane = thread_index() % 32;
+#pragma unroll
+  for (int channel = lane; channel < D; channel += 32) {
+    const float q = widen<BFLOAT>(query_of(call, row)[channel]);
+    shared.slope[channel] = q - shared.total.mean[channel];
   }
+#pragma unroll 1
+  for (int b = 0; b + 1 < BLOCKS; b++) {
+    barrier_sync(SOLVED, THREADS);
+    const float solved = solve_block(shared, b);
+    float y[BLOCK];
+#pragma unroll
+    for (int k = 0; k < BLOCK; k++) y[k] = __shfl_sync(~0u, solved, k);
+    barrier_sync(PANELLED, THREADS);
+#pragma unroll 1
+    for (int channel = lane; channel < D; channel += 32) {
+      const float* q = &shared.moments[channel][b * BLOCK];
+      float sums[4] = {};
+#pragma unroll
+      for (int k = 0; k < BLOCK; k++) sums[k % 4] += q[k] * y[k];
+      const float r = channel / BLOCK == b ? 0.0f : shared.slope[channel];
+      shared.slope[channel] = r - ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    }
+  }
+}
+
+// All but the last step in the right-hand side, by all threads of a block that has its row's moments and means. Ends in
+// no barrier. The first of those within orders the moments of the values, which need not be complete before.
+__device__ __forceinline__ void solve_slope(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
+  // A multiprocessor's scheduler has every fourth warp: that of the pivots is left nearly to them, with the right-hand
+  // side and, of eight columns, the one that is done first.
+  const int warp = __shfl_sync(~0u, thread_index() / 32, 0);
+  const int quad = warp / 4, scheduler = warp % 4;
+  if (warp == WARPS - 1) {
+    factor_diagonal(shared);
+  } else if (warp == WARPS - 5) {
+    solve_right_side(shared, call, row);
+  } else {
+    const bool first = scheduler == 3;
+    const int other = first ? WARPS - 4 + quad : quad * 3 + scheduler;
+    const int column = first ? 1 : BLOCKS / 4 + other / 2, parity = first ? quad : other % 2;
+    eliminate(shared, other, column, parity);
+  }
+}
+
+// o = vbar + C_vk u; after solve_slope.
+__device__ __forceinline__ void write_output(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
+  // A warp has eight rows of the moments, a lane of it four neighbouring channels of all or of every other.
+  constexpr int LANES = D / 4, APART = 32 / LANES, ROWS = 8 / APART;
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
+  const int first = warp * 8, channel = lane % LANES * 4;
+  float4 moments[ROWS];
+#pragma unroll
+  for (int k = 0; k < ROWS; k++)
+    moments[k] = *reinterpret_cast<const float4*>(&shared.moments[first + k * APART + lane / LANES][D + channel]);
+  __syncthreads();
+
+  // The last step, where no row is below: A M^T M r, and nobody made Q = A M^T. Each warp takes it in its own rows.
+  constexpr int LAST = BLOCKS - 1;
+  const int half = lane / BLOCK * 8, quad = lane % 4, own = first + lane / 4;
+  const float y = solve_block(shared, LAST);
+  float sums[2] = {};
+#pragma unroll
+  for (int k = 0; k < 8; k++)
+    sums[k % 2] += shared.inverse[LAST % 2][half + k][lane % BLOCK] * __shfl_sync(~0u, y, half + k);
+  float solved = sums[0] + sums[1];
+  solved += __shfl_xor_sync(~0u, solved, BLOCK);
+  float product = 0.0f;
+#pragma unroll
+  for (int k = 0; k < 4; k++)
+    product += shared.moments[own][LAST * BLOCK + quad * 4 + k] * __shfl_sync(~0u, solved, quad * 4 + k);
+  product += __shfl_xor_sync(~0u, product, 1);
+  product += __shfl_xor_sync(~0u, product, 2);
+  const float slope = (own / BLOCK == LAST ? 0.0f : shared.slope[own]) - product;
+
+  float4 sum = {0, 0, 0, 0};
+#pragma unroll
+  for (int k = 0; k < ROWS; k++) {
+    const float u = __shfl_sync(~0u, slope, (k * APART + lane / LANES) * 4);
+    sum.x += moments[k].x * u, sum.y += moments[k].y * u, sum.z += moments[k].z * u, sum.w += moments[k].w * u;
+  }
+  if constexpr (APART == 2) {
+    sum.x += __shfl_xor_sync(~0u, sum.x, LANES), sum.y += __shfl_xor_sync(~0u, sum.y, LANES);
+    sum.z += __shfl_xor_sync(~0u, sum.z, LANES), sum.w += __shfl_xor_sync(~0u, sum.w, LANES);
+  }
+  if (lane < LANES) *reinterpret_cast<float4*>(&shared.output[warp][channel]) = sum;
+  __syncthreads();
   if (thread < D) {
-    float* identity = shared.inverse[thread / BLOCK][thread % BLOCK];
-#pragma unroll
-    for (int c = 0; c < BLOCK; c++) identity[c] = c == thread % BLOCK ? 1.0f : 0.0f;
-    const float q = widen<BFLOAT>(query_of(call, row)[thread]);
-    shared.right_side[thread] = q - shared.sums.origin[thread] - shared.sums.x[thread] * inverse_d1;
-  }
-}
-
-// The slope u from y = L^-1 (q - kbar), from the last block up: u_p = M_p^T y_p - sum over i > p of W_ip^T u_i. By the
-// first D threads.
-__device__ __forceinline__ void substitute_back(Shared& shared, int thread) {
-  const int block = thread / BLOCK;
-  float u = 0.0f;
-#pragma unroll
-  for (int k = 0; k < BLOCK; k++)
-    u += shared.inverse[block][thread % BLOCK][k] * shared.right_side[block * BLOCK + k];
-  for (int p = BLOCKS - 1; p >= 0; p--) {
-    if (block == p) shared.slope[thread] = u;
-    float w[BLOCK];
-#pragma unroll
-    for (int r = 0; r < BLOCK; r++) w[r] = shared.moments[p * BLOCK + r][thread];
-    barrier_sync(SUBSTITUTED, D);
-    if (block >= p) continue;
-    PanelRow slopes[2];
-    slopes[0].load(&shared.slope[p * BLOCK]);
-    slopes[1].load(&shared.slope[p * BLOCK + PANEL]);
     float sums[4] = {};
 #pragma unroll
-    for (int r = 0; r < BLOCK; r++) sums[r % 4] += w[r] * slopes[r / PANEL].x[r % PANEL];
-    u -= (sums[0] + sums[1]) + (sums[2] + sums[3]);
-  }
-}
-
-// u, by all threads of a block that has its row's moments and sums.
-__device__ __forceinline__ void solve_slope(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
-  const int thread = thread_index() - MATRIX_THREADS;
-  if (thread >= 0) {
-    centre_keys(shared, call, row, thread);
-    barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  }
-  if (thread >= 0 && thread < PANEL_THREADS)
-    solve_panels(shared, thread);
-  else
-    update_rest(shared, (thread < 0 ? thread + MATRIX_THREADS : thread + MATRIX_THREADS - PANEL_THREADS) / 32);
-  __syncthreads();
-  if (thread + MATRIX_THREADS < D) substitute_back(shared, thread + MATRIX_THREADS);
-  __syncthreads();
-}
-
-// o = vbar + C_vk u.
-__device__ __forceinline__ void write_output(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
-  constexpr int PARTS = THREADS / D;
-  const int thread = thread_index(), part = thread / D, channel = thread % D;
-  const int first = part * (D / PARTS);
-  float moments[2] = {}, along = 0.0f;
-#pragma unroll
-  for (int k = 0; k < D / PARTS; k++) {
-    moments[k % 2] += shared.moments[first + k][D + channel] * shared.slope[first + k];
-    along += shared.sums.x[first + k] * shared.slope[first + k];
-  }
-  const float inverse_d1 = 1.0f / shared.sums.d1;
-  const float mean = shared.sums.x[D + channel] * inverse_d1;
-  shared.output[part][channel] = (moments[0] + moments[1] - mean * along) * inverse_d1;
-  __syncthreads();
-  if (thread < D) {
-    float o = shared.sums.origin[D + channel] + mean;
-#pragma unroll
-    for (int i = 0; i < PARTS; i++) o += shared.output[i][channel];
+    for (int w = 0; w < WARPS; w++) sums[w % 4] += shared.output[w][thread];
+    float o = shared.total.mean[D + thread] + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
     if (!(row.ridge(call) > 0.0f)) o = quiet_nan();
-    output_of(call, row)[channel] = narrow<BFLOAT>(o);
+    output_of(call, row)[thread] = narrow<BFLOAT>(o);
   }
 }

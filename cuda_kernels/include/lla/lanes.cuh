@@ -23,31 +23,13 @@ struct Lane {
   __device__ __forceinline__ int column() const { return chunk * 8; }
   __device__ __forceinline__ int channel() const { return chunk % (CHUNKS / 2) * 8; }
 
-  __device__ __forceinline__ unsigned raw(Shared& shared, int warp) const {
-    return shared_address(shared.raw[warp]) + ((is_value() ? WARP_KEYS : 0) + 4 * sub_key) * RAW_PITCH + channel() * 2;
-  }
-
-  __device__ __forceinline__ unsigned x(Shared& shared, int warp) const {
-    return shared_address(shared.x) + chunk / 8 * X_BLOCK + (warp * WARP_KEYS + 4 * sub_key) * 128 +
+  // In a slot, of the lane's first key; at() has the others.
+  __device__ __forceinline__ unsigned place(int warp) const {
+    return place_of_run(is_value(), channel() / 64) * RUN + (warp * WARP_KEYS + 4 * sub_key) * 128 +
            ((chunk ^ 4 * sub_key) % 8 << 4);
   }
 };
 
-// Where a lane's 16 bytes of keys lie.
-struct Cache {
-  const lla::Call& call;
-  const half_bits* first;
-  const long long* stride;
-  int batch;
-
-  __device__ __forceinline__ Cache(const lla::Call& call, const lla::Row& row, const Lane& lane)
-      : call(call), stride(lane.is_value() ? call.v_stride : call.k_stride), batch(row.batch) {
-    first = static_cast<const half_bits*>(lane.is_value() ? call.v : call.k) + row.kv_head * stride[2] + lane.channel();
-  }
-
-  // Null for a key on a page outside the cache.
-  __device__ __forceinline__ const half_bits* of_key(int key) const {
-    const lla::Place place(call, batch, key);
-    return place.valid ? first + place.outer * stride[0] + place.inner * stride[1] : nullptr;
-  }
-};
+__device__ __forceinline__ unsigned at_key(unsigned first, int key) {
+  return (first ^ key_of(key) % 8 << 4) + key_of(key) * 128;
+}

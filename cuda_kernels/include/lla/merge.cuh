@@ -2,15 +2,19 @@
 // Merging the moments of the blocks that share a row: through distributed shared memory within a cluster, through
 // global memory between clusters, of which the last to finish adds up all. Either way every block of a cluster adds
 // up its own slice.
+//
+// Moments about their own means add up to those of all keys with (their mean - that of all) times its transpose, by
+// their weight: so parts differ by a vector each.
 
-#include "ptx/cluster.cuh"
 #include "lla/shape.cuh"
+#include "ptx/cluster.cuh"
 
 constexpr int SLICE_ROWS = D / CLUSTER;
 constexpr int QUADS = 2 * D / 4;
+constexpr int SLICE_QUADS = SLICE_ROWS * QUADS;
 // Loads of a thread at once: what is far away is waited for, not moved.
-constexpr int MERGED_AT_ONCE = 4;
-static_assert(SLICE_ROWS * QUADS % (MERGED_AT_ONCE * THREADS) == 0);
+constexpr int MERGED_AT_ONCE = SLICE_QUADS / THREADS < 4 ? SLICE_QUADS / THREADS : 4;
+static_assert(SLICE_QUADS % (MERGED_AT_ONCE * THREADS) == 0 && THREADS % QUADS == 0);
 
 // By all threads of the cluster, or of a block that is its own.
 __device__ __forceinline__ void cluster_sync() {
@@ -27,99 +31,109 @@ __device__ __forceinline__ float* moments_at(Shared& shared, int rank, int e) {
   return &shared.moments[rank * SLICE_ROWS + e / QUADS][e % QUADS * 4];
 }
 
-// The moments of four neighbouring columns, moved to the common origin; shared.parts holds shifts for origins.
-__device__ __forceinline__ void add_part(float4& sum, float4 moments, float factor, const Sums& part, int row,
-                                         int quad) {
-  const float s = part.x[row], shift = part.origin[row], d1 = part.d1;
-  const float4 t = reinterpret_cast<const float4*>(part.x)[quad];
-  const float4 shifts = reinterpret_cast<const float4*>(part.origin)[quad];
-  sum.x += factor * (moments.x + s * shifts.x + shift * (t.x + d1 * shifts.x));
-  sum.y += factor * (moments.y + s * shifts.y + shift * (t.y + d1 * shifts.y));
-  sum.z += factor * (moments.z + s * shifts.z + shift * (t.z + d1 * shifts.z));
-  sum.w += factor * (moments.w + s * shifts.w + shift * (t.w + d1 * shifts.w));
-}
-
-// Turns the origins of `count` parts into shifts from that of the part of the largest score, and gives the sums of
-// all of them to shared.sums. Every thread returns the common maximum.
+// The sums of `count` parts to shared.total; in the parts, the root of the weight times the distance from the common
+// mean takes the place of the mean. Every thread returns the common maximum.
 __device__ __forceinline__ float merge_sums(Shared& shared, int count, int thread) {
   __syncthreads();
   float m = minus_infinity();
-  int largest = 0;
-  for (int c = 0; c < count; c++)
-    if (shared.parts[c].m > m) m = shared.parts[c].m, largest = c;
+  for (int c = 0; c < count; c++) m = fmaxf(m, shared.parts[c].m);
+  float d1 = 0.0f;
+  for (int c = 0; c < count; c++) d1 += rescaling(shared.parts[c].m, m) * shared.parts[c].d1;
   if (thread < 2 * D) {
-    const float origin = shared.parts[largest].origin[thread];
-    float x = 0.0f;
+    float sum = 0.0f;
+    for (int c = 0; c < count; c++)
+      sum += rescaling(shared.parts[c].m, m) * shared.parts[c].d1 * shared.parts[c].mean[thread];
+    const float mean = sum / d1;
     for (int c = 0; c < count; c++) {
-      Sums& part = shared.parts[c];
-      const float shift = part.origin[thread] - origin;
-      part.origin[thread] = shift;
-      x += rescaling(part.m, m) * (part.x[thread] + part.d1 * shift);
+      const float weight = rescaling(shared.parts[c].m, m) * shared.parts[c].d1;
+      shared.parts[c].mean[thread] = sqrtf(weight) * (shared.parts[c].mean[thread] - mean);
     }
-    shared.sums.x[thread] = x;
-    shared.sums.origin[thread] = origin;
+    shared.total.mean[thread] = mean;
   }
-  if (thread == 0) {
-    float d1 = 0.0f;
-    for (int c = 0; c < count; c++) d1 += rescaling(shared.parts[c].m, m) * shared.parts[c].d1;
-    shared.sums.d1 = d1;
-    shared.sums.m = m;
-  }
+  if (thread == 0) shared.total.d1 = d1, shared.total.m = m;
   __syncthreads();
   return m;
 }
 
-// Adds up this row's parts, one slice of the moments a block of the cluster, into the moments and sums of the
-// cluster's first block; true there once they are the whole row's.
-__device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, int clusters) {
+__device__ __forceinline__ void add_part(float4& sum, float4 moments, float factor, float distance, float4 distances) {
+  sum.x += factor * moments.x + distance * distances.x;
+  sum.y += factor * moments.y + distance * distances.y;
+  sum.z += factor * moments.z + distance * distances.z;
+  sum.w += factor * moments.w + distance * distances.w;
+}
+
+// Quads of the slice, of parts whose sums are in shared.parts, to `give`; load(c, e): quad e of part c.
+template <int UNROLLED, class Load, class Give>
+__device__ __forceinline__ void add_slices(Shared& shared, int count, int rank, float m, Load load, Give give) {
   const int thread = thread_index();
-  const int rank = CLUSTER == 1 ? 0 : blockIdx.x % CLUSTER;
+#pragma unroll 1
+  for (int first = thread; first < SLICE_QUADS; first += MERGED_AT_ONCE * THREADS) {
+    float4 sums[MERGED_AT_ONCE] = {};
+#pragma unroll UNROLLED
+    for (int c = 0; c < count; c++) {
+      float4 part[MERGED_AT_ONCE];
+#pragma unroll
+      for (int i = 0; i < MERGED_AT_ONCE; i++) part[i] = load(c, first + i * THREADS);
+      const float factor = rescaling(shared.parts[c].m, m);
+      const float4 distances = reinterpret_cast<const float4*>(shared.parts[c].mean)[thread % QUADS];
+#pragma unroll
+      for (int i = 0; i < MERGED_AT_ONCE; i++) {
+        const int row = rank * SLICE_ROWS + (first + i * THREADS) / QUADS;
+        add_part(sums[i], part[i], factor, shared.parts[c].mean[row], distances);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < MERGED_AT_ONCE; i++) give(first + i * THREADS, sums[i]);
+  }
+}
+
+// Adds up this row's parts, one slice of the moments a block of the cluster, into the moments of the cluster's first
+// block, of the whole row and with the ridge; true there once they are.
+__device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, const lla::RowIndex& row, int item,
+                                      int clusters) {
+  const int thread = thread_index();
+  const int rank = CLUSTER == 1 ? 0 : cluster_rank();
+  // To the first block, in place of what only this one reads there.
+  const auto give_whole = [&](int e, float4 sum) {
+    const float inverse_d1 = 1.0f / shared.total.d1;
+    sum.x *= inverse_d1, sum.y *= inverse_d1, sum.z *= inverse_d1, sum.w *= inverse_d1;
+    const int r = rank * SLICE_ROWS + e / QUADS, column = e % QUADS * 4;
+    if (r / 4 * 4 == column) {
+      const float ridge = row.ridge(call);
+      sum.x += r == column ? ridge : 0.0f, sum.y += r == column + 1 ? ridge : 0.0f;
+      sum.z += r == column + 2 ? ridge : 0.0f, sum.w += r == column + 3 ? ridge : 0.0f;
+    }
+    const unsigned at = shared_address(moments_at(shared, rank, e));
+    cluster_store4(CLUSTER > 1 ? cluster_address(at, 0) : at, sum);
+  };
   if constexpr (CLUSTER > 1) {
     cluster_sync();
-    for (int e = thread; e < CLUSTER * SUMS_FLOATS; e += THREADS) {
-      const unsigned at = shared_address(reinterpret_cast<float*>(&shared.sums) + e % SUMS_FLOATS);
-      reinterpret_cast<unsigned*>(shared.parts)[e] = cluster_load(cluster_address(at, e / SUMS_FLOATS));
+    for (int e = thread; e < CLUSTER * SUMS_FLOATS / 4; e += THREADS) {
+      const unsigned at = shared_address(reinterpret_cast<float4*>(&shared.own) + e % (SUMS_FLOATS / 4));
+      reinterpret_cast<float4*>(shared.parts)[e] = cluster_load4(cluster_address(at, e / (SUMS_FLOATS / 4)));
     }
-    // All have read the blocks' sums before those are replaced by the cluster's.
-    cluster_sync();
     const float m = merge_sums(shared, CLUSTER, thread);
-    float factor[CLUSTER];
-#pragma unroll
-    for (int c = 0; c < CLUSTER; c++) factor[c] = rescaling(shared.parts[c].m, m);
-    for (int first = thread; first < SLICE_ROWS * QUADS; first += MERGED_AT_ONCE * THREADS) {
-      float4 part[MERGED_AT_ONCE][CLUSTER];
-#pragma unroll
-      for (int i = 0; i < MERGED_AT_ONCE; i++) {
-        const unsigned at = shared_address(moments_at(shared, rank, first + i * THREADS));
-#pragma unroll
-        for (int c = 0; c < CLUSTER; c++) part[i][c] = cluster_load4(cluster_address(at, c));
-      }
-#pragma unroll
-      for (int i = 0; i < MERGED_AT_ONCE; i++) {
-        const int e = first + i * THREADS, r = rank * SLICE_ROWS + e / QUADS;
-        float4 sum = {0, 0, 0, 0};
-#pragma unroll
-        for (int c = 0; c < CLUSTER; c++) add_part(sum, part[i][c], factor[c], shared.parts[c], r, e % QUADS);
-        float* at = moments_at(shared, rank, e);
-        if (clusters == 1)
-          cluster_store4(cluster_address(shared_address(at), 0), sum);
-        else
-          *reinterpret_cast<float4*>(at) = sum;
-      }
+    const auto load = [&](int c, int e) {
+      return cluster_load4(cluster_address(shared_address(moments_at(shared, rank, e)), c));
+    };
+    if (clusters == 1) {
+      add_slices<CLUSTER>(shared, CLUSTER, rank, m, load, give_whole);
+      // No block leaves before the others have read what it has.
+      cluster_sync();
+      return rank == 0;
     }
-    // A block leaves, or replaces its slice, only when no other reads its memory any more.
-    cluster_sync();
+    add_slices<CLUSTER>(shared, CLUSTER, rank, m, load, [&](int e, float4 sum) {
+      *reinterpret_cast<float4*>(moments_at(shared, rank, e)) = sum;
+    });
   }
-  if (clusters == 1) return rank == 0;
 
-  const int item = blockIdx.x / call.splits, cluster = blockIdx.x / CLUSTER % (call.splits / CLUSTER);
   float* parts = call.partials + static_cast<long long>(item) * (call.splits / CLUSTER) * PARTIAL_FLOATS;
-  float* mine = parts + static_cast<long long>(cluster) * PARTIAL_FLOATS;
-  for (int e = thread; e < SLICE_ROWS * QUADS; e += THREADS)
-    reinterpret_cast<float4*>(mine)[rank * SLICE_ROWS * QUADS + e] =
-        *reinterpret_cast<const float4*>(moments_at(shared, rank, e));
+  float* mine = parts + static_cast<long long>(block_index() % call.splits / CLUSTER) * PARTIAL_FLOATS;
+  const Sums& sums = CLUSTER > 1 ? shared.total : shared.own;
+  for (int e = thread; e < SLICE_QUADS; e += THREADS)
+    reinterpret_cast<float4*>(mine)[rank * SLICE_QUADS + e] = *reinterpret_cast<const float4*>(moments_at(shared, rank, e));
   if (rank == 0 && thread < SUMS_FLOATS / 4)
-    reinterpret_cast<float4*>(mine + 2 * D * D)[thread] = reinterpret_cast<const float4*>(&shared.sums)[thread];
+    reinterpret_cast<float4*>(mine + 2 * D * D)[thread] = reinterpret_cast<const float4*>(&sums)[thread];
   __threadfence();
   cluster_sync();
   if (rank == 0 && thread == 0) {
@@ -138,29 +152,11 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, int
           reinterpret_cast<const float4*>(parts + e / (SUMS_FLOATS / 4) * PARTIAL_FLOATS + 2 * D * D) +
           e % (SUMS_FLOATS / 4));
     const float m = merge_sums(shared, clusters, thread);
-    for (int first = thread; first < SLICE_ROWS * QUADS; first += MERGED_AT_ONCE * THREADS) {
-      float4 sums[MERGED_AT_ONCE] = {};
-#pragma unroll 2
-      for (int c = 0; c < clusters; c++) {
-        const float4* from = reinterpret_cast<const float4*>(parts + c * PARTIAL_FLOATS) + rank * SLICE_ROWS * QUADS;
-        float4 part[MERGED_AT_ONCE];
-#pragma unroll
-        for (int i = 0; i < MERGED_AT_ONCE; i++) part[i] = __ldcg(from + first + i * THREADS);
-        const float factor = rescaling(shared.parts[c].m, m);
-#pragma unroll
-        for (int i = 0; i < MERGED_AT_ONCE; i++) {
-          const int e = first + i * THREADS;
-          add_part(sums[i], part[i], factor, shared.parts[c], rank * SLICE_ROWS + e / QUADS, e % QUADS);
-        }
-      }
-#pragma unroll
-      for (int i = 0; i < MERGED_AT_ONCE; i++) {
-        const unsigned at = shared_address(moments_at(shared, rank, first + i * THREADS));
-        cluster_store4(CLUSTER > 1 ? cluster_address(at, 0) : at, sums[i]);
-      }
-    }
+    const auto load = [&](int c, int e) {
+      return __ldcg(reinterpret_cast<const float4*>(parts + c * PARTIAL_FLOATS) + rank * SLICE_QUADS + e);
+    };
+    add_slices<2>(shared, clusters, rank, m, load, give_whole);
   }
   cluster_sync();
   return last && rank == 0;
 }
-

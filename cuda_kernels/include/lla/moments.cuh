@@ -1,12 +1,10 @@
 #pragma once
-// The matrix warps: copies of the keys and their scores, and the moments X_k^T [X_k X_v] in their registers.
+// The matrix warps: scores of the keys, and in registers the moments X_k^T [X_k X_v].
 
 #include "lla/lanes.cuh"
-#include "ptx/copy.cuh"
-#include "ptx/mbarrier.cuh"
-#include "ptx/mma.cuh"
-#include "ptx/wgmma.cuh"
 #include "lla/shape.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/wgmma.cuh"
 
 // Row and column of accumulator 4 j are those of a 16 x 8 product: `upper`, 8 j + 2 (thread % 4).
 __device__ __forceinline__ int upper_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
@@ -16,16 +14,20 @@ template <int KEY_COLUMNS>
 struct Moments {
   static constexpr int KEYS = KEY_COLUMNS / 2, ALL = KEYS + D / 2;
   float c[ALL];
+  // The first warpgroup, whose moments are fewer, sees to the scores too.
+  static constexpr bool IS_FIRST = KEY_COLUMNS == 64;
 
   // The column of X that accumulator e, a multiple of 4, has in this thread.
   __device__ __forceinline__ static int column(int e, int thread) {
-    return (e < KEYS ? 2 * e : D + 2 * (e - KEYS)) + thread % 4 * 2;
+    // The last run of the keys comes first.
+    const int of_keys = KEY_COLUMNS > 64 ? 2 * e ^ 64 : 2 * e;
+    return (e < KEYS ? of_keys : D + 2 * (e - KEYS)) + thread % 4 * 2;
   }
 };
 
 // Moments about the origin before its last shift become moments about the new one.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void move_moments(const Shared& shared, Moments<KEY_COLUMNS>& moments, float rescale) {
+__device__ __forceinline__ void move_moments(Shared& shared, Moments<KEY_COLUMNS>& moments, float rescale) {
   auto& c = moments.c;
   const int thread = thread_index(), upper = upper_row(thread);
   const float d1 = shared.moved_d1;
@@ -44,177 +46,126 @@ __device__ __forceinline__ void move_moments(const Shared& shared, Moments<KEY_C
   }
 }
 
-// A matrix warp copies and scores the keys of the transform warp of its number, while the tensor cores work.
-class Copies {
- public:
-  __device__ __forceinline__ Copies(Shared& shared, const lla::Call& call, const lla::Row& row, int begin, int thread)
-      : shared_(shared), lane_(thread % 32), cache_(call, row, lane_) {
-    const int warp = thread / 32;
-    to_ = lane_.raw(shared, warp);
-    key_ = begin + warp * WARP_KEYS;
-#if !PAGED
-    from_ = cache_.of_key(key_ + 4 * lane_.sub_key);
-    stride_bytes_ = static_cast<int>(2 * cache_.stride[1]);
-#endif
-  }
-
-  // Issues the copies of a tile, one after the other, as one group of this thread.
-  __device__ __forceinline__ void issue(int tile) {
-    const unsigned to = to_ + tile % SLOTS * RAW_SLOT;
-    const int left = this->left();
-    // All look-ups of pages at once take more registers than there are.
-    constexpr int AT_ONCE = PAGED ? 2 : LANE_KEYS;
-#pragma unroll AT_ONCE
-    for (int key = 0; key < LANE_KEYS; key++) {
-      bool present = key_of(key) + 4 * lane_.sub_key < left;
-#if PAGED
-      const half_bits* from = cache_.first;
-      if (present) {
-        const half_bits* place = cache_.of_key(key_ + key_of(key) + 4 * lane_.sub_key);
-        present = place != nullptr;
-        if (place)
-          from = place;
-        else
-          atomicMax(&shared_.bad_page, 1);
-      }
-#else
-      const half_bits* from = later(key_of(key));
-#endif
-      copy_16_or_zeros(to + key_of(key) * RAW_PITCH, from, present);
-    }
-    copy_commit();
-    key_ += TILE;
-#if !PAGED
-    from_ = later(TILE);
-#endif
-  }
-
-  // How many keys the warp has left after those of the tiles issued; below 0 past the end.
-  __device__ __forceinline__ int left() const { return shared_.end - key_; }
-
- private:
-  // Or the compiler would keep all multiples of the stride over the loop.
-  __device__ __forceinline__ const half_bits* later(int keys) const { return advanced(from_, stride_bytes_, keys); }
-
-  Shared& shared_;
-  Lane lane_;
-  Cache cache_;
-  const half_bits* from_;
-  int stride_bytes_;  // the launcher sees to it that 64 keys lie within 2^31 bytes
-  unsigned to_;
-  int key_;
-};
-
-// Scores of a tile whose copies have arrived; `present`: how many of the warp's keys are.
-__device__ __forceinline__ void score(Shared& shared, int tile, int present, float scale_log2) {
-  const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
-  const int slot = tile % SLOTS, stage = tile % SCORE_STAGES;
-  // Lanes 0 to 3 hold row 0 of the left operand, the query; the other rows are zero.
-  const uint4* query = &shared.query[0][min(lane, 4)];
-  // Two chains of products are sooner done than one, where there are registers for them.
-  constexpr int CHAINS = PAGED && D == 128 ? 1 : 2;
-  float sums[WARP_KEYS / 8][CHAINS][4] = {};
-  const unsigned at = shared_address(shared.raw[warp][slot]) + lane % 8 * RAW_PITCH + lane / 8 * 16;
+// The products of a tile's keys with the query, once they are there; by the first warpgroup.
+__device__ __forceinline__ void multiply_query(Shared& shared, int tile, float (&scores)[4]) {
+  const int slot = tile % SLOTS;
+  delay();
+  mbarrier_wait(shared_address(&shared.raw_full[slot]), tile / SLOTS & 1);
+  const unsigned long long keys = channels_innermost(shared_address(shared.ring)) + descriptor_step(slot * SLOT);
+  const unsigned long long query = channels_innermost(shared_address(shared.query));
+  wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < D / 32; step++) {
-    const uint4 low = query[2 * step * 5], high = query[(2 * step + 1) * 5];
-    const unsigned a[2][4] = {{low.x, low.y, low.z, low.w}, {high.x, high.y, high.z, high.w}};
-#pragma unroll
-    for (int eight = 0; eight < WARP_KEYS / 8; eight++) {
-      unsigned k[4];
-      load_matrices(k, at + eight * 8 * RAW_PITCH + step * 64);
-      auto &first = sums[eight][0], &second = sums[eight][CHAINS - 1];
-      multiply_add<BFLOAT>(first[0], first[1], first[2], first[3], a[0], k[0], k[1]);
-      multiply_add<BFLOAT>(second[0], second[1], second[2], second[3], a[1], k[2], k[3]);
-    }
+  for (int step = 0; step < D / 16; step++) {
+    const unsigned in_row = step % 4 * 32;
+    wgmma_scores<BFLOAT>(scores, keys + descriptor_step(place_of_run(false, step / 4) * RUN + in_row),
+                         query + descriptor_step(step / 4 * VECTOR + in_row), step > 0);
   }
-  // Lanes 0 to 3 have the scores of keys 2 lane and 2 lane + 1 of every eight.
+  wgmma_commit();
+}
+
+// Makes those known to the transform warps, with the largest of each warp's.
+__device__ __forceinline__ void give_scores(Shared& shared, int tile, const float (&scores)[4], float scale_log2) {
+  const int thread = thread_index(), warp = thread / 32, lane = thread % 32, stage = tile % SCORE_STAGES;
   float m = minus_infinity();
+  // Column 0 of the products.
+  if (lane % 4 == 0) {
 #pragma unroll
-  for (int eight = 0; eight < WARP_KEYS / 8; eight++) {
-    const int key = eight * 8 + lane * 2;
-    float2 s = {sums[eight][0][0], sums[eight][0][1]};
-    if (CHAINS == 2) s.x += sums[eight][1][0], s.y += sums[eight][1][1];
-    s.x *= scale_log2, s.y *= scale_log2;
-    if (key >= present) s.x = minus_infinity();
-    if (key + 1 >= present) s.y = minus_infinity();
-    if (lane < 4) {
-      *reinterpret_cast<float2*>(&shared.scores[stage][warp * WARP_KEYS + key]) = s;
-      m = fmaxf(m, fmaxf(s.x, s.y));
+    for (int h = 0; h < 2; h++) {
+      const int in_tile = upper_row(thread) + 8 * h, key = shared.begin + tile * TILE + in_tile;
+      const float s = key < shared.first || key >= shared.end ? minus_infinity() : scale_log2 * scores[2 * h];
+      shared.scores[stage][in_tile] = s;
+      m = fmaxf(m, s);
     }
   }
-  m = fmaxf(m, __shfl_xor_sync(~0u, m, 1));
-  m = fmaxf(m, __shfl_xor_sync(~0u, m, 2));
+#pragma unroll
+  for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, mask));
   if (lane == 0) shared.maxima[stage][warp] = m;
   __syncwarp();
   if (lane == 0) mbarrier_arrive(shared_address(&shared.scores_full[stage]));
 }
 
-// Accumulators FIRST to LAST of the moments, to shared memory.
+// Accumulators FIRST to LAST of the moments, about the means, to shared memory; of a whole row divided by its weight,
+// and with the ridge.
 template <int FIRST, int LAST, int KEY_COLUMNS>
-__device__ __forceinline__ void store_moments(Shared& shared, const Moments<KEY_COLUMNS>& moments, float factor) {
+__device__ __forceinline__ void store_moments(Shared& shared, const Moments<KEY_COLUMNS>& moments, float factor,
+                                              bool whole, float ridge) {
   const int thread = thread_index(), upper = upper_row(thread);
   const auto& c = moments.c;
+  const float inverse_d1 = inverse_weight(shared.own.d1), whole_factor = whole ? inverse_d1 : 1.0f;
+  const float mean[2] = {shared.sums[upper] * inverse_d1, shared.sums[upper + 8] * inverse_d1};
 #pragma unroll
   for (int e = FIRST; e < LAST; e += 4) {
     const int column = moments.column(e, thread);
-    *reinterpret_cast<float2*>(&shared.moments[upper][column]) = {factor * c[e], factor * c[e + 1]};
-    *reinterpret_cast<float2*>(&shared.moments[upper + 8][column]) = {factor * c[e + 2], factor * c[e + 3]};
+    const float2 sums = *reinterpret_cast<const float2*>(&shared.sums[column]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int row = upper + 8 * h;
+      float2 centred = {whole_factor * (factor * c[e + 2 * h] - mean[h] * sums.x),
+                        whole_factor * (factor * c[e + 2 * h + 1] - mean[h] * sums.y)};
+      if (whole && row == column) centred.x += ridge;
+      if (whole && row == column + 1) centred.y += ridge;
+      *reinterpret_cast<float2*>(&shared.moments[row][column]) = centred;
+    }
   }
 }
 
 // One pass over the tiles: a warpgroup accumulates the moments of its 64 key channels with the first KEY_COLUMNS, up
 // to its own (the rest is symmetric), and with all value channels.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, const lla::Row& row,
-                                           Moments<KEY_COLUMNS>& moments, int begin, int tiles) {
+__device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, Moments<KEY_COLUMNS>& moments, int tiles) {
   auto& c = moments.c;
-  const int thread = thread_index();
+  constexpr bool IS_FIRST = Moments<KEY_COLUMNS>::IS_FIRST;
   const float scale_log2 = call.scale * 1.4426950408889634f;
 #pragma unroll
   for (int e = 0; e < moments.ALL; e++) c[e] = 0.0f;
-  const unsigned long long x = keys_outermost(shared_address(shared.x), X_BLOCK);
-  Copies copies(shared, call, row, begin, thread);
+  const unsigned long long x = keys_outermost(shared_address(shared.ring), RUN);
+  float scores[4] = {};
+  if constexpr (IS_FIRST) {
 #pragma unroll 1
-  for (int tile = 0; tile < SLOTS; tile++) copies.issue(tile);
-  static_assert(SCORES_AHEAD == 2);
-  copy_wait<SLOTS - 1>();
-  __syncwarp();
-  score(shared, 0, copies.left() + SLOTS * TILE, scale_log2);
-  copy_wait<SLOTS - 2>();
-  __syncwarp();
-  if (tiles > 1) score(shared, 1, copies.left() + (SLOTS - 1) * TILE, scale_log2);
+    for (int tile = 0; tile < min(SCORES_AHEAD, tiles); tile++) {
+      multiply_query(shared, tile, scores);
+      wgmma_wait<0>();
+      give_scores(shared, tile, scores, scale_log2);
+    }
+  }
+  int slot = 0;
+  unsigned parity = 0;
   for (int tile = 0; tile < tiles; tile++) {
-    const int stage = tile % X_STAGES;
-    mbarrier_wait(shared_address(&shared.x_full[stage]), tile / X_STAGES & 1);
-    const float rescale = shared.rescale[stage];
-    if (rescale != 1.0f) move_moments(shared, moments, rescale);
+    delay();
+    mbarrier_wait(shared_address(&shared.x_full[slot]), parity);
+    if (tile > 0) {
+      const float rescale = shared.rescale[slot];
+      if (rescale != 1.0f) move_moments(shared, moments, rescale);
+    }
+    // At the end of this tile's X, for nothing: products on a condition would not overlap.
+    const int ahead = tile + SCORES_AHEAD;
+    if constexpr (IS_FIRST) multiply_query(shared, ahead < tiles ? ahead : tile, scores);
     wgmma_fence();
-    const unsigned long long keys_at = x + descriptor_step(stage * X_STAGE);
-    // Of this warpgroup's channels.
-    const unsigned long long left_at = keys_at + descriptor_step((KEY_COLUMNS / 64 - 1) * X_BLOCK);
+    // From the keys of this warpgroup's channels on.
+    const unsigned long long left_at = x + descriptor_step(slot * SLOT + place_of_run(false, KEY_COLUMNS / 64 - 1) * RUN);
 #pragma unroll
     for (int step = 0; step < TILE / 16; step++) {
-      const unsigned at = descriptor_step(step * 16 * 128);
-      // All columns of 128 channels in one instruction do not compile: its accumulators and operands must fit the
-      // registers a thread has before setmaxnreg.
-      if constexpr (D == 128 && KEY_COLUMNS == 64)
-        wgmma_m64n64(c, left_at + at, keys_at + at);
-      else
-        wgmma_m64n128(c, left_at + at, keys_at + at);
-      if constexpr (D == 128)
-        wgmma_m64n128(c + moments.KEYS, left_at + at, keys_at + at + descriptor_step(2 * X_BLOCK));
+      const unsigned at = descriptor_step(16 * step * 128);
+      if constexpr (D == 64) {
+        wgmma_m64n128(c, left_at + at, left_at + at);
+      } else if constexpr (IS_FIRST) {
+        wgmma_m64n192(c, left_at + at, left_at + at);
+      } else {
+        // All columns in one instruction do not compile: its accumulators and operands must fit the registers that a
+        // thread has before setmaxnreg.
+        wgmma_m64n128(c, left_at + at, left_at + at);
+        wgmma_m64n128(c + moments.KEYS, left_at + at, left_at + at + descriptor_step(RUNS * RUN));
+      }
     }
     wgmma_commit();
-    // The tile's keys have all been read.
-    copies.issue(tile + SLOTS);
-    copy_wait<SLOTS - SCORES_AHEAD>();
-    __syncwarp();
-    if (tile + SCORES_AHEAD < tiles)
-      score(shared, tile + SCORES_AHEAD, copies.left() + (SLOTS + 1 - SCORES_AHEAD) * TILE, scale_log2);
+    // The scores are there before the moments.
+    if constexpr (IS_FIRST) {
+      wgmma_wait<1>();
+      if (ahead < tiles) give_scores(shared, ahead, scores, scale_log2);
+    }
     // The products of the other warpgroup (D = 128) or block (D = 64) fill the pause until the next tile.
-    wgmma_wait_all();
-    if (thread % 128 == 0) mbarrier_arrive(shared_address(&shared.x_empty[stage]));
+    wgmma_wait<0>();
+    if (thread_index() % 128 == 0) mbarrier_arrive(shared_address(&shared.x_empty[slot]));
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
-  copy_wait<0>();
 }

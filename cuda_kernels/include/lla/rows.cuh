@@ -7,7 +7,7 @@ namespace lla {
 
 // Mirrored field by field by parameters.py. Strides are in elements: batch or page, position, head.
 struct Call {
-  static constexpr bool indexed = true, packed = true;
+  static constexpr bool indexed = INDEXED, packed = PACKED;
   const void *q, *k, *v, *cu_seqlens, *cache_seqlens, *cache_leftpad, *page_table;
   void* out;
   const float* ridge;
@@ -22,7 +22,7 @@ struct Call {
   int q_len, kv_len, q_heads, group_size, head_dim, value_dim;
   int sequences, num_pages, page_size, window, causal;  // window: 0 for none
   int cu_seqlens_wide, cache_seqlens_wide, cache_leftpad_wide, page_table_wide;
-  int splits, first_row;
+  int splits, splits_log2, first_row;  // splits_log2: where they are a power of two
   float ridge_value;  // where ridge is null
   float scale;
 };
@@ -32,10 +32,13 @@ static_assert(sizeof(Call) == CALL_BYTES, "parameters.py describes another struc
 struct RowIndex {
   int batch, position, head;
 
-  __device__ __forceinline__ RowIndex(const Call& call, int item)
-      : batch(item / call.q_heads / call.q_len),
-        position(item / call.q_heads % call.q_len),
-        head(item % call.q_heads) {}
+  __device__ __forceinline__ RowIndex(const Call& call, unsigned item) {
+    const unsigned query = item / unsigned(call.q_heads);
+    head = item - query * call.q_heads;
+    batch = query, position = 0;
+    // A division costs as much as a hundred other instructions.
+    if (call.q_len > 1) batch = query / unsigned(call.q_len), position = query - batch * call.q_len;
+  }
 
   __device__ __forceinline__ float ridge(const Call& call) const {
     if (!call.ridge) return call.ridge_value;
@@ -49,7 +52,7 @@ struct Row : RowIndex {
   bool valid;      // lengths in range; a row of an invalid length is NaN and sees nothing
 
   __device__ __forceinline__ Row(const Call& call, int item) : RowIndex(call, item) {
-    kv_head = head / call.group_size;
+    kv_head = call.group_size > 1 ? unsigned(head) / unsigned(call.group_size) : head;
     const Range seen = keys_of_row(call, batch, position);
     valid = seen.valid();
     first = seen.first, end = max(seen.end, seen.first);

@@ -1,6 +1,7 @@
 #pragma once
 // Sizes of the tuned kernel of local linear attention, its shared memory and its barriers.
 
+#include "delay.cuh"
 #include "lla/rows.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/numbers.cuh"
@@ -18,95 +19,105 @@ constexpr int TRANSFORM_THREADS = 32 * TRANSFORM_WARPS;
 constexpr int THREADS = MATRIX_THREADS + TRANSFORM_THREADS;
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_MULTIPROCESSOR = D == 64 ? 2 : 1;
-
-constexpr int TILE = 64;
-// A multiple of 8, the width of a score product and the period of the swizzle.
-constexpr int WARP_KEYS = TILE / TRANSFORM_WARPS;
-static_assert(TRANSFORM_THREADS == 2 * D, "a transform thread for every column of the sums");
-static_assert(MATRIX_THREADS == TRANSFORM_THREADS, "a matrix warp scores the keys of one transform warp");
+constexpr int MATRIX_REGISTERS = 160;  // of a thread, of 256 for a matrix thread and a transform thread
 // Below this many keys a block, merging costs more than it saves.
 constexpr int MIN_SPLIT_KEYS = 512;
 
-constexpr int X_STAGES = 2;
-constexpr int X_BLOCK = TILE * 128;  // bytes: 64 channels of every key of a tile
-constexpr int X_STAGE = 2 * D / 64 * X_BLOCK;
+constexpr int TILE = 64;
+constexpr int WARP_KEYS = TILE / TRANSFORM_WARPS;
+static_assert(TRANSFORM_THREADS == 2 * D, "a transform thread for every column of the sums");
+constexpr int MATRIX_WARPS = MATRIX_THREADS / 32;
 
-constexpr int SLOTS = 4;
-// 16 bytes beyond a row, or the eight rows of ldmatrix would fall on the same banks.
-constexpr int RAW_PITCH = 2 * D + 16;
-constexpr int RAW_SLOT = 2 * WARP_KEYS * RAW_PITCH;
+// A slot of the ring holds a tile in runs of 64 channels, in them a row of 128 bytes for every key, whose pieces of 16
+// are swapped by the key's number: the runs of the keys, the last one first, then those of the values. X takes the place
+// of what it is made from. Both are operands of the matrix units as they lie; a warpgroup's keys and all values adjoin.
+constexpr int SLOTS = 6;
+constexpr int RUNS = D / 64;       // of keys, or of values
+constexpr int RUN = TILE * 128;    // all in bytes
+constexpr int SLOT = 2 * RUNS * RUN;
+constexpr int VECTOR = 8 * 128;    // a vector as row 0 of an operand; the other seven rows are zero
+constexpr int BOXES = TILE / BOX;  // of a run
+static_assert(BOX % 8 == 0 && TILE % BOX == 0 && SLOTS * BOXES <= 32, "a lane brings a box");
+
+// Where run `run` of the keys, or of the values, lies in a slot, and what columns of X those at `place` are.
+__device__ __forceinline__ constexpr int place_of_run(bool is_value, int run) { return is_value ? RUNS + run : RUNS - 1 - run; }
+__device__ __forceinline__ constexpr int column_of_place(int place) { return place < RUNS ? (RUNS - 1 - place) * 64 : place * 64; }
 
 // A weight may grow to 2^8 before the moments are rescaled.
 constexpr float LAZY_LOG2 = 8.0f;
 // Scores run two tiles ahead of the weights, so that nothing waits for the slowest warp's maximum.
 constexpr int SCORES_AHEAD = 2;
 constexpr int SCORE_STAGES = 4;
+static_assert(SLOTS > SCORES_AHEAD + 2, "a tile is brought two tiles after its slot was used last");
 
 // In floats. Pairs of adjacent columns of 8 rows, as the tensor cores have them, fall on different banks.
 constexpr int MOMENT_PITCH = 2 * D + 8;
 constexpr int INVERSE_PITCH = 24;
+constexpr int OPERAND_PITCH = 48;
 
-// What a block knows of its keys beside their moments, in the order of a partial.
+// What is known of some keys beside their centred moments, in the order of a partial.
 struct Sums {
-  float x[2 * D];       // sum w (k - k0), sum w (v - v0)
-  float origin[2 * D];  // k0, v0
+  float mean[2 * D];  // of keys and values
   float d1, m, unused[2];
 };
 constexpr int SUMS_FLOATS = sizeof(Sums) / 4;
 constexpr int PARTIAL_FLOATS = 2 * D * D + SUMS_FLOATS;
 constexpr int MAX_PARTS = 16;  // that are merged at a time
+static_assert(CLUSTER <= MAX_PARTS);
 
 struct Shared {
   union {
+    alignas(1024) unsigned char ring[SLOTS][SLOT];
     struct {
-      alignas(1024) unsigned char x[X_STAGES][X_STAGE];
-      alignas(16) unsigned char raw[TRANSFORM_WARPS][SLOTS][RAW_SLOT];
-    };
-    struct {
-      alignas(16) float moments[D][MOMENT_PITCH];  // [X_k^T X_k, X_k^T X_v]
+      // Centred: sums of w (k - kbar) (k - kbar | v - vbar); of a whole row their means, and the ridge on the diagonal.
+      alignas(16) float moments[D][MOMENT_PITCH];
       union {
         Sums parts[MAX_PARTS];
-        struct {
-          alignas(16) float inverse[D / 16][16][INVERSE_PITCH];  // M^T
-          alignas(16) float diagonal[2][8][8];                   // of the two panels at hand
+        struct {  // the last two steps' M, it and the step's Q as operands
+          alignas(16) float inverse[2][16][INVERSE_PITCH];
+          alignas(16) float inverse_operand[2][16][OPERAND_PITCH];
+          alignas(16) float panel[D / 16][16][OPERAND_PITCH];
         };
       };
     };
   };
+  alignas(1024) unsigned char query[RUNS][VECTOR];
   union {
-    alignas(16) float staged[TRANSFORM_WARPS][2 * D];
-    float output[THREADS / D][D];
+    alignas(16) float staged[2][TRANSFORM_WARPS][2 * D];
+    alignas(16) float output[WARPS][D];
   };
-  // What moves the moments to a new origin: the sums before it, and how far it is.
+  // Sums of the rounded w (k - k0) and w (v - v0): before the last shift of the origin, scaled as X, and at the end.
   alignas(16) float moved_sums[2 * D];
   alignas(16) float shift[2 * D];
+  alignas(16) float origin[2 * D];
+  alignas(16) float sums[2 * D];
   float moved_d1;
-  // The query as row 0 of a score product's left operand, what lanes 0 to 3 hold; that of all others is zero.
-  alignas(16) uint4 query[D / 16][5];
-  alignas(16) float right_side[D];
-  alignas(16) float slope[D];
-  alignas(16) Sums sums;
+  alignas(16) float slope[D];  // the right-hand side, before the last step
+  alignas(16) Sums own;    // of the block's keys
+  alignas(16) Sums total;  // of all that were merged
   alignas(16) float scores[SCORE_STAGES][TILE];
-  alignas(16) float maxima[SCORE_STAGES][TRANSFORM_WARPS];
-  float warp_d1[TRANSFORM_WARPS];
-  float rescale[X_STAGES];
+  alignas(16) float maxima[SCORE_STAGES][4];
+  float warp_d1[2][TRANSFORM_WARPS];
+  float rescale[SLOTS];
   // Of keys and of values: one over what X is scaled by, a power of two, and the largest that decides it, as bits.
   float inverse_scale[2];
   unsigned largest[2];
-  int end;                // of the block's keys
+  int begin, first, end;  // of the first tile, and of the block's keys
+  int batch, kv_head;
   unsigned out_of_range;  // X was, in this pass
   unsigned exact;         // the scale is that of the largest number of all
   unsigned is_last;
   unsigned bad_page;
-  alignas(8) unsigned long long x_full[X_STAGES];
-  unsigned long long x_empty[X_STAGES];
+  alignas(8) unsigned long long raw_full[SLOTS];
+  unsigned long long x_full[SLOTS];
+  unsigned long long x_empty[SLOTS];
   unsigned long long scores_full[SCORE_STAGES];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));
 
 // Hardware barriers; 0 is the block's.
-enum : int { MATRIX = 1, TRANSFORM = 2, FACTORED = 3, SOLVED = 4, SUBSTITUTED = 5 };
+enum : int { MATRIX = 1, TRANSFORM = 2, SOLVED = 3, PANELLED = 4, ALL = 5 };
 
 __device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
   return static_cast<const half_bits*>(call.q) + row.batch * call.q_stride[0] + row.position * call.q_stride[1] +
@@ -122,3 +133,6 @@ __device__ __forceinline__ half_bits* output_of(const lla::Call& call, const lla
 __device__ __forceinline__ float rescaling(float m, float to) {
   return to == minus_infinity() ? 1.0f : exp2_fast(m - to);
 }
+
+// Of weights that may all be 0.
+__device__ __forceinline__ float inverse_weight(float d1) { return d1 == 0.0f ? 0.0f : 1.0f / d1; }

@@ -1,6 +1,7 @@
 #pragma once
-// The transform warps: X = sqrt(p) (k - k0 | v - v0) of every tile, rounded once to float16, and the sums of weighted
-// keys and values. Those are taken of the same rounded X, so that rounding cancels in the covariances.
+// The transform warps: X = sqrt(p) (k - k0 | v - v0) of every tile, rounded once to float16, in place of the tile, and
+// the sums of weighted keys and values. Those are taken of the same rounded X, so that rounding cancels in the
+// covariances.
 //
 // The origin is the weighted mean of what was seen when the maximum last grew. It must be near the final mean: the
 // tensor cores truncate when they accumulate, and far from the mean that bias is larger than the covariances.
@@ -9,22 +10,14 @@
 // the first tile's largest number. Where a later one is more than 128 times that, the sums come out infinite, and the
 // block takes its keys again with the largest of all.
 
+#include "lla/copies.cuh"
 #include "lla/lanes.cuh"
-#include "ptx/mbarrier.cuh"
 #include "lla/shape.cuh"
+#include "ptx/mbarrier.cuh"
 
 // Adds what the lanes of a chunk have of their keys.
 __device__ __forceinline__ float of_all_keys(float x) {
   return SUB_KEYS == 1 ? x : x + __shfl_xor_sync(~0u, x, 2);
-}
-
-// To lie in shared memory, the sums of all keys of a warp.
-__device__ __forceinline__ void stage(float (&to)[2 * D], const Lane& at, const float (&sums)[8]) {
-#pragma unroll
-  for (int e = 0; e < 8; e++) {
-    const float sum = of_all_keys(sums[e]);
-    if (at.sub_key == 0) to[at.column() + e] = sum;
-  }
 }
 
 __device__ __forceinline__ float largest_of(uint4 raw) {
@@ -40,195 +33,235 @@ __device__ __forceinline__ float largest_of(uint4 raw) {
   return largest;
 }
 
-// The power of two that scales the largest number of all lanes to between 2^exponent and twice that, or `otherwise`
-// if that is 0. By all transform warps.
-__device__ __forceinline__ float agreed_scale(Shared& shared, const Lane& at, float largest, int exponent,
-                                              float otherwise) {
+// To lie in shared memory, the sums of all keys of a warp.
+__device__ __forceinline__ void stage(float (&to)[2 * D], const Lane& at, const float (&sums)[8]) {
+#pragma unroll
+  for (int e = 0; e < 8; e++) {
+    const float sum = of_all_keys(sums[e]);
+    if (at.sub_key == 0) to[at.column() + e] = sum;
+  }
+}
+
+// Makes the largest number of a warp's lanes known, of keys and of values.
+__device__ __forceinline__ void note_largest(Shared& shared, const Lane& at, float largest) {
 #pragma unroll
   for (int kind = 0; kind < 2; kind++) {
     const unsigned of_warp = __reduce_max_sync(~0u, at.is_value() == kind ? __float_as_uint(largest) : 0);
     if (thread_index() % 32 == 0) atomicMax(&shared.largest[kind], of_warp);
   }
-  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  const int bits = shared.largest[at.is_value()];
+}
+
+// The power of two that scales the largest number of all warps to between 2^exponent and twice that, or `otherwise` if
+// that is 0; after a barrier.
+__device__ __forceinline__ float agreed_scale(Shared& shared, int kind, int exponent, float otherwise) {
+  const int bits = shared.largest[kind];
   // The exponent of the scale; that of its inverse is 254 less it.
   const int power = min(254 + exponent - (bits >> 23), 127 + 100);
   // Others read it after a barrier at least.
-  if (thread_index() < MATRIX_THREADS + 32 && at.sub_key == 0 && at.channel() == 0)
-    shared.inverse_scale[at.is_value()] = bits ? __uint_as_float(254 - power << 23) : 1.0f / otherwise;
+  if (thread_index() - MATRIX_THREADS == kind * D) shared.inverse_scale[kind] = bits ? __uint_as_float(254 - power << 23) : 1.0f / otherwise;
   return bits ? __uint_as_float(power << 23) : otherwise;
 }
 
 // Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps; the sums,
-// relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2.
-__device__ __forceinline__ void recentre(Shared& shared, const Lane& at, unsigned from, const float (&roots)[LANE_KEYS],
-                                         float rescale, float scale, float (&sums)[8], float (&origin)[8], float& d1) {
-  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
-  stage(shared.staged[warp], at, sums);
-  const float warp_d1 = of_all_keys(d1);
-  if (lane == 0) shared.warp_d1[warp] = warp_d1;
-  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  float before = 0.0f, d1_before = 0.0f;
+// relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2. The first time,
+// unless the scale of X is there, it is chosen too.
+__device__ __forceinline__ void recentre(Shared& shared, unsigned from, const float (&roots)[LANE_KEYS], float rescale,
+                                         bool choose, float& scale, float (&sums)[8], float (&origin)[8], float& d1) {
+  float tile_sums[8] = {}, tile_d1 = 0.0f;
 #pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) {
-    before += shared.staged[w][thread];
-    d1_before += shared.warp_d1[w];
-  }
-  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  {
-    float tile_sums[8] = {}, tile_d1 = 0.0f;
+  for (int key = 0; key < LANE_KEYS; key++) {
+    const float weight = roots[key] * roots[key];
+    const uint4 raw = shared_load4(at_key(from, key));
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int key = 0; key < LANE_KEYS; key++) {
-      const float weight = roots[key] * roots[key];
-      const uint4 raw = shared_load4(from + key_of(key) * RAW_PITCH);
-      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float2 x = widen_pair<BFLOAT>(words[e]);
-        tile_sums[2 * e] += weight * (x.x - origin[2 * e]);
-        tile_sums[2 * e + 1] += weight * (x.y - origin[2 * e + 1]);
-      }
-      tile_d1 += weight;
+    for (int e = 0; e < 4; e++) {
+      const float2 x = widen_pair<BFLOAT>(words[e]);
+      tile_sums[2 * e] += weight * (x.x - origin[2 * e]);
+      tile_sums[2 * e + 1] += weight * (x.y - origin[2 * e + 1]);
     }
-#pragma unroll
-    for (int e = 0; e < 8; e++) tile_sums[e] *= scale;
-    stage(shared.staged[warp], at, tile_sums);
-    tile_d1 = of_all_keys(tile_d1);
-    if (lane == 0) shared.warp_d1[warp] = tile_d1;
+    tile_d1 += weight;
   }
+  float largest = 0.0f;
+  if (choose) {
+#pragma unroll 1
+    for (int key = 0; key < LANE_KEYS; key++) largest = fmaxf(largest, largest_of(shared_load4(at_key(from, key))));
+  }
+  // Anew: what is used here alone costs registers elsewhere.
+  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32, kind = thread / D;
+  const Lane at(lane);
+  // The sums before this tile, and those of the tile, in units of keys and values.
+  stage(shared.staged[0][warp], at, sums);
+  stage(shared.staged[1][warp], at, tile_sums);
+  const float d1_of_warp = of_all_keys(d1);
+  tile_d1 = of_all_keys(tile_d1);
+  if (lane == 0) shared.warp_d1[0][warp] = d1_of_warp, shared.warp_d1[1][warp] = tile_d1;
+  if (choose) note_largest(shared, at, largest);
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  float sum = rescale * before, weight = rescale * d1_before;
+  float before = 0.0f, sum = 0.0f, d1_before = 0.0f, d1_now = 0.0f;
 #pragma unroll
   for (int w = 0; w < TRANSFORM_WARPS; w++) {
-    sum += shared.staged[w][thread];
-    weight += shared.warp_d1[w];
+    before += shared.staged[0][w][thread];
+    sum += shared.staged[1][w][thread];
+    d1_before += shared.warp_d1[0][w];
+    d1_now += shared.warp_d1[1][w];
   }
-  const float shift = sum / weight;
+  // Zeros alone say nothing of the scale, and make what follows NaN.
+  const float column_scale = choose ? agreed_scale(shared, kind, 3, 0.0f) : 1.0f / shared.inverse_scale[kind];
+  if (choose) scale = agreed_scale(shared, at.is_value(), 3, 0.0f);
+  const float weight = rescale * d1_before + d1_now;
+  const float shift = (rescale * before + column_scale * sum) / weight;
   shared.shift[thread] = shift;
   shared.moved_sums[thread] = before;
-  shared.sums.origin[thread] += shift * shared.inverse_scale[thread / D];
+  shared.origin[thread] += shift / column_scale;
   if (thread == 0) shared.moved_d1 = d1_before;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int column = at.column() + e;
-    origin[e] = shared.sums.origin[column];
+    origin[e] = shared.origin[column];
     // The lanes of a chunk have sums of other keys; each moves by its own.
     sums[e] = rescale * (sums[e] - d1 * shared.shift[column]);
   }
   d1 *= rescale;
 }
 
-// One pass over the tiles. Leaves the sums, about their origin, in shared.sums.
-__device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, const lla::Row& row, int begin, int keys,
-                                      int tiles) {
+// The largest number of the block's keys and values.
+__device__ __forceinline__ float largest_of_all(const Shared& shared, const lla::Call& call, const Lane& at, int warp) {
+  const long long(&stride)[3] = at.is_value() ? call.v_stride : call.k_stride;
+  const half_bits* first = static_cast<const half_bits*>(at.is_value() ? call.v : call.k) + at.channel();
+  float largest = 0.0f;
+#pragma unroll 1
+  for (int key = shared.first + warp * SUB_KEYS + at.sub_key; key < shared.end; key += TRANSFORM_WARPS * SUB_KEYS) {
+    const lla::Place place(call, shared.batch, key);
+    if (!place.valid) continue;
+    const half_bits* from = first + place.offset(stride, shared.kv_head);
+    largest = fmaxf(largest, largest_of(__ldg(reinterpret_cast<const uint4*>(from))));
+  }
+  return largest;
+}
+
+// The sums of all warps, at the end.
+__device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8], float d1, float m) {
+  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
+  stage(shared.staged[0][warp], Lane(lane), sums);
+  d1 = of_all_keys(d1);
+  if (lane == 0) shared.warp_d1[0][warp] = d1;
+  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.staged[0][w][thread];
+  sum *= shared.inverse_scale[thread / D];
+  shared.sums[thread] = sum;
+  if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
+  if (thread == 0) {
+    float sum = 0.0f;
+    for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.warp_d1[0][w];
+    shared.own.d1 = shared.bad_page ? quiet_nan() : sum;
+    shared.own.m = m;
+  }
+}
+
+// One pass over the tiles. Leaves the sums about the origin in shared.sums, their weight and the maximum in shared.own.
+__device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
   const Lane at(lane);
-  const unsigned raw_chunk = at.raw(shared, warp), x_chunk = at.x(shared, warp);
+  const unsigned ring = shared_address(shared.ring) + at.place(warp);
+  const int first_key = warp * WARP_KEYS + 4 * at.sub_key;  // of the lane, in a tile
 
   float scale = 1.0f;
   const bool exact = shared.exact;
   if (exact) {
-    const Cache cache(call, row, at);
-    float largest = 0.0f;
-#pragma unroll 1
-    for (int key = begin + warp * SUB_KEYS + at.sub_key; key < begin + keys; key += TRANSFORM_WARPS * SUB_KEYS) {
-      const half_bits* from = cache.of_key(key);
-      if (from) largest = fmaxf(largest, largest_of(__ldg(reinterpret_cast<const uint4*>(from))));
-    }
+    note_largest(shared, at, largest_of_all(shared, call, at, warp));
+    barrier_sync(TRANSFORM, TRANSFORM_THREADS);
     // A weight's root is at most 16, and a number at most twice the largest from the origin.
-    scale = agreed_scale(shared, at, largest, 9, 1.0f);
+    agreed_scale(shared, thread / D, 9, 1.0f);
+    scale = agreed_scale(shared, at.is_value(), 9, 1.0f);
+    barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   }
 
-  float origin[8] = {};
+  // Gives X of a tile to the matrix warps, and brings the next tile for which there is room.
+  const auto finish = [&](int tile) {
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[tile % SLOTS]));
+    // Anew, or what depends on the warp would be kept over the loop.
+    const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
+    if (warp >= COPYING_WARPS) return;
+    // All are done with the tile two before, or nearly so.
+    const int free = tile - 2, next = free + SLOTS;
+    if (free >= 0 && next < tiles) {
+      mbarrier_wait(shared_address(&shared.x_empty[next % SLOTS]), free / SLOTS & 1);
+      if (lane < BOXES) bring(shared, call, maps, warp, next, lane);
+      __syncwarp();
+    }
+  };
+
+  float origin[8] = {}, sums[8] = {};
   float m = minus_infinity(), d1 = 0.0f;
-  float sums[8] = {};
+  int slot = 0, before = SLOTS - 1;
+  unsigned parity = 0;  // of the slot's use, and of the use of the slot before
   for (int tile = 0; tile < tiles; tile++) {
-    const int stage = tile % X_STAGES, score_stage = tile % SCORE_STAGES;
-    mbarrier_wait(shared_address(&shared.scores_full[score_stage]), tile / SCORE_STAGES & 1);
+    const int stage = tile % SCORE_STAGES;
+    delay();
+    // The scores were taken of keys that are there.
+    mbarrier_wait(shared_address(&shared.scores_full[stage]), tile / SCORE_STAGES & 1);
     float roots[LANE_KEYS];
 #pragma unroll
     for (int four = 0; four < LANE_KEYS; four += 4) {
-      const float4 s = *reinterpret_cast<const float4*>(
-          &shared.scores[score_stage][warp * WARP_KEYS + 4 * at.sub_key + key_of(four)]);
+      const float4 s = *reinterpret_cast<const float4*>(&shared.scores[stage][first_key + key_of(four)]);
       roots[four] = s.x, roots[four + 1] = s.y, roots[four + 2] = s.z, roots[four + 3] = s.w;
     }
-    float tile_max = minus_infinity();
-#pragma unroll
-    for (int w = 0; w < TRANSFORM_WARPS; w += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(&shared.maxima[score_stage][w]);
-      tile_max = fmaxf(tile_max, fmaxf(fmaxf(four.x, four.y), fmaxf(four.z, four.w)));
+    const float4 maxima = *reinterpret_cast<const float4*>(shared.maxima[stage]);
+    const float tile_max = fmaxf(fmaxf(maxima.x, maxima.y), fmaxf(maxima.z, maxima.w));
+    unsigned x = ring + slot * SLOT;
+    const int first_of_tile = shared.begin + tile * TILE;
+    if (first_of_tile < shared.first || first_of_tile + TILE > shared.end) {
+      // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
+#pragma unroll 1
+      for (int i = 0; i < LANE_KEYS; i++) {
+        const int key = first_of_tile + first_key + key_of(i);
+        if (key < shared.first || key >= shared.end) shared_store4(at_key(x, i), {0, 0, 0, 0});
+      }
     }
-    const unsigned from = raw_chunk + tile % SLOTS * RAW_SLOT;
-    const bool grown = tile_max > m + LAZY_LOG2;
+    const bool grown = tile_max > m + LAZY_LOG2, choose = grown && m == minus_infinity() && !exact;
     const float rescale = grown ? exp2_fast(m - tile_max) : 1.0f;
-    if (grown && m == minus_infinity() && !exact) {
-      float largest = 0.0f;
-#pragma unroll
-      for (int key = 0; key < LANE_KEYS; key++)
-        largest = fmaxf(largest, largest_of(shared_load4(from + key_of(key) * RAW_PITCH)));
-      // Zeros alone say nothing of the scale, and make what follows NaN.
-      scale = agreed_scale(shared, at, largest, 3, 0.0f);
-    }
     if (grown) m = tile_max;
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
 #pragma unroll
     for (int key = 0; key < LANE_KEYS; key++) roots[key] = exp2_fast(0.5f * roots[key] - half_shift);
     if (grown) {
       // The moments follow this shift when this tile reaches them, so all before it must have.
-      if (tile > 0)
-        mbarrier_wait(shared_address(&shared.x_empty[(tile - 1) % X_STAGES]), (tile - 1) / X_STAGES & 1);
-      recentre(shared, at, from, roots, rescale, scale, sums, origin, d1);
+      if (tile > 0) mbarrier_wait(shared_address(&shared.x_empty[before]), slot == 0 ? parity ^ 1 : parity);
+      recentre(shared, x, roots, rescale, choose, scale, sums, origin, d1);
     }
 #pragma unroll
     for (int key = 0; key < LANE_KEYS; key++) d1 += roots[key] * roots[key];
 
-    if (tile >= X_STAGES) mbarrier_wait(shared_address(&shared.x_empty[stage]), (tile / X_STAGES - 1) & 1);
-    unsigned to = x_chunk + stage * X_STAGE;
     // Or the addresses of all keys would be kept over the loop.
-    make_opaque(to);
+    make_opaque(x);
+    // All loads before the stores: the compiler may not move a load across a store.
+    uint4 raws[LANE_KEYS];
 #pragma unroll
-    for (int first = 0; first < LANE_KEYS; first += 4) {
-      // Loads of four keys before their stores: the compiler may not move a load across a store.
-      uint4 raws[4];
+    for (int i = 0; i < LANE_KEYS; i++) raws[i] = shared_load4(at_key(x, i));
 #pragma unroll
-      for (int i = 0; i < 4; i++) raws[i] = shared_load4(from + key_of(first + i) * RAW_PITCH);
+    for (int i = 0; i < LANE_KEYS; i++) {
+      const float root = roots[i], factor = root * scale;
+      const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
+      unsigned rounded[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float root = roots[first + i], factor = root * scale;
-        const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
-        unsigned rounded[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float2 x = widen_pair<BFLOAT>(words[e]);
-          rounded[e] = narrow_pair<false>((x.x - origin[2 * e]) * factor, (x.y - origin[2 * e + 1]) * factor);
-          const float2 weighted = widen_pair<false>(rounded[e]);
-          sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
-        }
-        const int key = key_of(first + i);
-        shared_store4((to ^ key % 8 << 4) + key * 128, {rounded[0], rounded[1], rounded[2], rounded[3]});
+      for (int e = 0; e < 4; e++) {
+        const float2 raw = widen_pair<BFLOAT>(words[e]);
+        rounded[e] = narrow_pair<false>((raw.x - origin[2 * e]) * factor, (raw.y - origin[2 * e + 1]) * factor);
+        const float2 weighted = widen_pair<false>(rounded[e]);
+        sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
       }
+      shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
     }
-    if (thread == 0) shared.rescale[stage] = rescale;
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[stage]));
+    if (thread == 0) shared.rescale[slot] = rescale;
+    finish(tile);
+    before = slot;
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
 
-  stage(shared.staged[warp], at, sums);
-  d1 = of_all_keys(d1);
-  if (lane == 0) shared.warp_d1[warp] = d1;
-  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  float sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.staged[w][thread];
-  sum *= shared.inverse_scale[thread / D];
-  shared.sums.x[thread] = sum;
-  if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
-  if (thread == 0) {
-    float sum = 0.0f;
-    for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.warp_d1[w];
-    shared.sums.d1 = shared.bad_page ? quiet_nan() : sum;
-    shared.sums.m = m;
-  }
+  leave_sums(shared, sums, d1, m);
 }

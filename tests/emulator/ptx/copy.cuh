@@ -3,8 +3,8 @@
 struct alignas(64) TensorMap {
   unsigned long long address;
   long long sizes[3], strides[3];  // batch rows or pages, positions, units; of batch row or page, position and head
-  long long heads, columns, box;
-  char unused[128 - 10 * 8];
+  long long heads, columns, box, runs;
+  char unused[128 - 11 * 8];
 };
 
 inline void copy_or_clear(unsigned to, const void* from, bool present) {
@@ -33,8 +33,7 @@ inline void box_copy(unsigned to, const TensorMap& map, int channel, int positio
   emulator::Block& block = emulator::block();
   const auto copy = [=, &block, &map, issued = races::now()] {
     races::act(issued);
-    const int runs = map.columns / 64;
-    for (int r = 0; r < runs; r++)
+    for (int r = 0; r < map.runs; r++)
       for (int p = 0; p < map.box; p++)
         for (int piece = 0; piece < 8; piece++) {
           const unsigned row = to + (r * map.box + p) * 128, at = row + ((piece ^ row / 128 % 8) * 16);
@@ -45,7 +44,7 @@ inline void box_copy(unsigned to, const TensorMap& map, int channel, int positio
         }
     emulator::MemoryBarrier& b = block.memory_barriers[barrier];
     races::arrive_as(issued, &b);
-    b.bytes -= map.box * map.columns * 2;
+    b.bytes -= map.box * map.runs * 128;
     emulator::settle(b);
   };
   emulator::boxes.push_back(copy);

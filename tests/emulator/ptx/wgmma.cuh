@@ -2,10 +2,15 @@
 #include "ptx/numbers.cuh"
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() {}
-inline void wgmma_wait_all() {
-  for (auto& product : emulator::running->products) product();
+inline void wgmma_commit() {
+  emulator::running->product_groups.push_back(std::move(emulator::running->products));
   emulator::running->products.clear();
+}
+template <int PENDING>
+void wgmma_wait() {
+  auto& groups = emulator::running->product_groups;
+  for (; int(groups.size()) > PENDING; groups.pop_front())
+    for (auto& product : groups.front()) product();
   // Products are the whole warpgroup's: none goes on before all have read their operands.
   emulator::meet(emulator::block().barriers[100 + emulator::running->index / 128], 128);
 }
@@ -24,14 +29,24 @@ inline float operand_at(const unsigned char* shared, unsigned long long descript
   return widen<false>(x);
 }
 
-inline void wgmma(float* c, unsigned long long a, unsigned long long b, int columns) {
-  const unsigned char* shared = emulator::block().shared;
+// Of rows whose channels are summed over; a descriptor may begin some pieces after a row's start.
+inline half_bits along_row(const unsigned char* shared, unsigned long long descriptor, int row, int channel) {
+  const unsigned at = ((descriptor & 0x3fff) << 4) + row * 128 + channel * 2;
+  half_bits x;
+  memcpy(&x, shared + (at ^ at / 128 % 8 * 16), 2);
+  return x;
+}
+inline unsigned long long channels_innermost(unsigned address) { return (address & 0x3ffff) >> 4; }
+
+// term(row, column, k): of the sum over 16 k.
+template <class Term>
+void wgmma(float* c, int columns, bool add, Term term) {
   const int thread = emulator::running->index % 128, lane = thread % 32, first = thread / 32 * 16 + lane / 4;
   const auto product = [=] {
     for (int i = 0; i < columns / 2; i++) {
       const int row = first + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-      double sum = c[i];
-      for (int k = 0; k < 16; k++) sum += double(operand_at(shared, a, k, row)) * operand_at(shared, b, k, column);
+      double sum = add ? c[i] : 0;
+      for (int k = 0; k < 16; k++) sum += term(row, column, k);
       c[i] = float(sum);
     }
   };
@@ -40,5 +55,18 @@ inline void wgmma(float* c, unsigned long long a, unsigned long long b, int colu
   else
     product();
 }
-inline void wgmma_m64n128(float* c, unsigned long long a, unsigned long long b) { wgmma(c, a, b, 128); }
-inline void wgmma_m64n64(float* c, unsigned long long a, unsigned long long b) { wgmma(c, a, b, 64); }
+inline void wgmma_of_keys(float* c, unsigned long long a, unsigned long long b, int columns) {
+  const unsigned char* shared = emulator::block().shared;
+  wgmma(c, columns, true, [=](int row, int column, int k) {
+    return double(operand_at(shared, a, k, row)) * operand_at(shared, b, k, column);
+  });
+}
+inline void wgmma_m64n128(float* c, unsigned long long a, unsigned long long b) { wgmma_of_keys(c, a, b, 128); }
+inline void wgmma_m64n192(float* c, unsigned long long a, unsigned long long b) { wgmma_of_keys(c, a, b, 192); }
+template <bool BFLOAT>
+void wgmma_scores(float (&c)[4], unsigned long long a, unsigned long long b, bool add) {
+  const unsigned char* shared = emulator::block().shared;
+  wgmma(c, 8, add, [=](int row, int column, int k) {
+    return double(widen<BFLOAT>(along_row(shared, a, row, k))) * widen<BFLOAT>(along_row(shared, b, column, k));
+  });
+}
