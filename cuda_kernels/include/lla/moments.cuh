@@ -27,17 +27,18 @@ struct Moments {
 
 // Moments about the origin before its last shift become moments about the new one.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void move_moments(Shared& shared, Moments<KEY_COLUMNS>& moments, float rescale) {
+__device__ __forceinline__ void move_moments(Shared& shared, Moments<KEY_COLUMNS>& moments, int move, float rescale) {
   auto& c = moments.c;
   const int thread = thread_index(), upper = upper_row(thread);
-  const float d1 = shared.moved_d1;
-  const float sum[2] = {shared.moved_sums[upper], shared.moved_sums[upper + 8]};
-  const float shift[2] = {shared.shift[upper], shared.shift[upper + 8]};
+  const auto& moved = shared.moved[move];
+  const float d1 = moved.d1;
+  const float sum[2] = {moved.sums[upper], moved.sums[upper + 8]};
+  const float shift[2] = {moved.shift[upper], moved.shift[upper + 8]};
 #pragma unroll
   for (int e = 0; e < moments.ALL; e += 4) {
     const int column = moments.column(e, thread);
-    const float2 sums = *reinterpret_cast<const float2*>(&shared.moved_sums[column]);
-    const float2 shifts = *reinterpret_cast<const float2*>(&shared.shift[column]);
+    const float2 sums = *reinterpret_cast<const float2*>(&moved.sums[column]);
+    const float2 shifts = *reinterpret_cast<const float2*>(&moved.shift[column]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       c[e + 2 * h] = rescale * (c[e + 2 * h] - sum[h] * shifts.x - shift[h] * (sums.x - d1 * shifts.x));
@@ -128,14 +129,19 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
       give_scores(shared, tile, scores, scale_log2);
     }
   }
-  int slot = 0;
+  int slot = 0, move = 0;
   unsigned parity = 0;
+#pragma unroll 1
   for (int tile = 0; tile < tiles; tile++) {
     delay();
     mbarrier_wait(shared_address(&shared.x_full[slot]), parity);
-    if (tile > 0) {
-      const float rescale = shared.rescale[slot];
-      if (rescale != 1.0f) move_moments(shared, moments, rescale);
+    const float rescale = shared.rescale[slot];
+    if (rescale != 1.0f) {
+      if (tile > 0) {
+        wgmma_wait<0>();
+        move_moments(shared, moments, move, rescale);
+      }
+      move ^= 1;
     }
     // At the end of this tile's X, for nothing: products on a condition would not overlap.
     const int ahead = tile + SCORES_AHEAD;
@@ -158,14 +164,11 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
       }
     }
     wgmma_commit();
-    // The scores are there before the moments.
-    if constexpr (IS_FIRST) {
-      wgmma_wait<1>();
-      if (ahead < tiles) give_scores(shared, ahead, scores, scale_log2);
-    }
-    // The products of the other warpgroup (D = 128) or block (D = 64) fill the pause until the next tile.
-    wgmma_wait<0>();
-    if (thread_index() % 128 == 0) mbarrier_arrive(shared_address(&shared.x_empty[slot]));
+    // The moments of this tile go on into the next.
+    wgmma_wait<1>();
+    if (tile > 0 && thread_index() % 128 == 0) mbarrier_arrive(shared_address(&shared.x_empty[slot == 0 ? SLOTS - 1 : slot - 1]));
+    if (IS_FIRST && ahead < tiles) give_scores(shared, ahead, scores, scale_log2);
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
+  wgmma_wait<0>();
 }

@@ -86,12 +86,15 @@ struct Shared {
     alignas(16) float staged[2][TRANSFORM_WARPS][2 * D];
     alignas(16) float output[WARPS][D];
   };
-  // Sums of the rounded w (k - k0) and w (v - v0): before the last shift of the origin, scaled as X, and at the end.
-  alignas(16) float moved_sums[2 * D];
-  alignas(16) float shift[2 * D];
+  // The last two shifts of the origin, in turn, with the sums of the rounded w (k - k0) and w (v - v0) before each,
+  // scaled as X, and their weight.
+  struct {
+    alignas(16) float sums[2 * D];
+    alignas(16) float shift[2 * D];
+    float d1;
+  } moved[2];
   alignas(16) float origin[2 * D];
   alignas(16) float sums[2 * D];
-  float moved_d1;
   alignas(16) float slope[D];  // the right-hand side, before the last step
   alignas(16) Sums own;    // of the block's keys
   alignas(16) Sums total;  // of all that were merged

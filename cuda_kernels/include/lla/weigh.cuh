@@ -66,7 +66,7 @@ __device__ __forceinline__ float agreed_scale(Shared& shared, int kind, int expo
 // relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2. The first time,
 // unless the scale of X is there, it is chosen too.
 __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const float (&roots)[LANE_KEYS], float rescale,
-                                         bool choose, float& scale, float (&sums)[8], float (&origin)[8], float& d1) {
+                                         int move, bool choose, float& scale, float (&sums)[8], float (&origin)[8], float& d1) {
   float tile_sums[8] = {}, tile_d1 = 0.0f;
 #pragma unroll
   for (int key = 0; key < LANE_KEYS; key++) {
@@ -110,17 +110,18 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   if (choose) scale = agreed_scale(shared, at.is_value(), 3, 0.0f);
   const float weight = rescale * d1_before + d1_now;
   const float shift = (rescale * before + column_scale * sum) / weight;
-  shared.shift[thread] = shift;
-  shared.moved_sums[thread] = before;
+  auto& moved = shared.moved[move];
+  moved.shift[thread] = shift;
+  moved.sums[thread] = before;
   shared.origin[thread] += shift / column_scale;
-  if (thread == 0) shared.moved_d1 = d1_before;
+  if (thread == 0) moved.d1 = d1_before;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int column = at.column() + e;
     origin[e] = shared.origin[column];
     // The lanes of a chunk have sums of other keys; each moves by its own.
-    sums[e] = rescale * (sums[e] - d1 * shared.shift[column]);
+    sums[e] = rescale * (sums[e] - d1 * moved.shift[column]);
   }
   d1 *= rescale;
 }
@@ -198,8 +199,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
 
   float origin[8] = {}, sums[8] = {};
   float m = minus_infinity(), d1 = 0.0f;
-  int slot = 0, before = SLOTS - 1;
-  unsigned parity = 0;  // of the slot's use, and of the use of the slot before
+  int slot = 0, move = 0;
   for (int tile = 0; tile < tiles; tile++) {
     const int stage = tile % SCORE_STAGES;
     delay();
@@ -230,9 +230,11 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
 #pragma unroll
     for (int key = 0; key < LANE_KEYS; key++) roots[key] = exp2_fast(0.5f * roots[key] - half_shift);
     if (grown) {
-      // The moments follow this shift when this tile reaches them, so all before it must have.
-      if (tile > 0) mbarrier_wait(shared_address(&shared.x_empty[before]), slot == 0 ? parity ^ 1 : parity);
-      recentre(shared, x, roots, rescale, choose, scale, sums, origin, d1);
+      // The moments follow a shift when its tile reaches them. The last but one, in whose place this comes, was of a tile
+      // two before at least.
+      if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
+      recentre(shared, x, roots, rescale, move, choose, scale, sums, origin, d1);
+      move ^= 1;
     }
 #pragma unroll
     for (int key = 0; key < LANE_KEYS; key++) d1 += roots[key] * roots[key];
@@ -259,8 +261,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
     }
     if (thread == 0) shared.rescale[slot] = rescale;
     finish(tile);
-    before = slot;
-    if (++slot == SLOTS) slot = 0, parity ^= 1;
+    if (++slot == SLOTS) slot = 0;
   }
 
   leave_sums(shared, sums, d1, m);
