@@ -11,7 +11,7 @@ import numpy as np
 
 from parallax_core.problem import BFLOAT16, Problem
 
-from .layout import Layout
+from .layout import Layout, has_tensor_maps
 from .parameters import PROBLEM
 
 STEP = 16
@@ -176,11 +176,9 @@ def _adjacent_heads(problem: Problem, layout: Layout) -> int:
 
 def _takes_boxes(problem: Problem, layout: Layout, heads: int) -> bool:
     """Whether the copy engine can bring rows of at least 256 bytes; shorter ones go faster without it."""
-    if layout.capability < (9, 0) or problem.dtype.itemsize != 2 or not layout.aligned:
+    if layout.capability < (9, 0) or problem.dtype.itemsize != 2 or not has_tensor_maps(problem, layout):
         return False
     if any(heads * size % 64 or heads * size < 128 for size in (problem.head_dim, problem.value_dim)):
-        return False
-    if any(stride < 0 for stride in (*layout.k, *layout.v)):
         return False
     return problem.page_size is None or problem.page_size % STEP == 0
 

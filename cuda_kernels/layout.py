@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from parallax_core.problem import Problem
+
 Strides = tuple[int, int, int]
 
 
@@ -31,3 +33,20 @@ class Layout(NamedTuple):
     return_state: bool
     split_size: int | None
     num_pages: int | None
+
+
+def has_tensor_maps(problem: Problem, layout: Layout) -> bool:
+    """Whether keys and values can be described to the copy engine of sm_90.
+
+    It takes aligned arrays alone, and no stride that is negative, or that is 0 along an axis of several
+    places, as of a cache that is broadcast over a batch or over heads.
+    """
+    outer, length = problem.batch, problem.kv_len
+    if problem.page_size is not None:
+        outer, length = layout.num_pages, problem.page_size
+    sizes = outer, length, problem.kv_heads
+    return layout.aligned and all(
+        stride > 0 or (stride == 0 and size <= 1)
+        for strides in (layout.k, layout.v)
+        for size, stride in zip(sizes, strides)
+    )

@@ -14,7 +14,7 @@ from parallax_core.errors import BackendUnavailableError
 from parallax_core.problem import BFLOAT16, Problem
 
 from . import compiler, tensor_map, workspace
-from .layout import Layout, Strides
+from .layout import Layout, Strides, has_tensor_maps
 from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
 
 SM90_THREADS = {64: 256, 128: 512}
@@ -114,9 +114,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         and problem.head_dim == problem.value_dim
         and problem.head_dim in SM90_THREADS
         and not layout.return_state
-        # The copy engine knows no other memory.
-        and layout.aligned
-        and min(*layout.k, *layout.v) >= 0
+        and has_tensor_maps(problem, layout)
         and (problem.page_size or _SM90_TILE) % _SMALLEST_BOX == 0
     )
     rows = problem.batch * problem.q_len * problem.q_heads

@@ -75,7 +75,7 @@ def encode(
     and runs of a copy. Returns 128 bytes. Raises RuntimeError where the driver refuses.
     """
     outer, length, units = sizes
-    # A stride that is never taken may be anything but 0.
+    # Along an axis of one place a stride is never taken, and may be anything but 0.
     by_outer, by_position, by_head = (2 * s or 2 * RUN for s in strides)
     u64, u32 = driver.cuuint64_t, driver.cuuint32_t
     error, found = driver.cuTensorMapEncodeTiled(

@@ -61,6 +61,9 @@ def test_attention_in_every_order_of_its_threads(operation, name):
 SOLVED = {
     "heads of 128": (dict(kv_heads=1, capacity=300), (9, 0)),
     "heads of 64, split": (dict(batch=1, kv_heads=1, capacity=2300, head_dim=64), (9, 0)),
+    "pages of 16, a window": (
+        dict(kv_heads=1, capacity=192, page_size=16, window_size=100, cache_seqlens=lengths(190, 37)), (9, 0)
+    ),
     "heads of 64, pages, tokens": (
         dict(head_dim=64, length=2, capacity=192, page_size=64, cache_seqlens=lengths(190, 3)), (9, 0)
     ),
@@ -155,6 +158,18 @@ def test_with_a_split_size_a_sequence_has_the_same_bits_in_any_batch(operation):
         one = DecodeCase(*arrays, {"cache_seqlens": found[b : b + 1]})
         (alone,) = run(operation, one, (9, 0), orders=(EARLY,), **extra)
         np.testing.assert_array_equal(alone[0], together[b])
+
+
+@pytest.mark.parametrize("operation", ["parallax", "lla"])
+@pytest.mark.parametrize("axis", [0, 2])
+def test_a_cache_may_be_broadcast_over_sequences_or_heads(operation, axis):
+    case = make(capacity=130, kv_heads=2)
+    arrays = [np.broadcast_to(x.take([0], axis), x.shape) for x in case.keys_and_values]
+    case = case.with_keys_and_values(*arrays)
+    extra = {"ridge": 0.1} if operation == "lla" else {}
+    expected = call(plx.reference, operation, case, **extra)
+    for o in run(operation, case, (9, 0), orders=(LATE,), **extra):
+        np.testing.assert_allclose(o, expected, atol=2.0**-6, rtol=2.0**-6)
 
 
 def test_a_page_that_does_not_exist_is_nan_in_every_head():

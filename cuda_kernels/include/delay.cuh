@@ -1,5 +1,6 @@
 #pragma once
-// Waits of random length where a warp's copies and its reading meet, to shake out races; compiled in by STRESS alone.
+// Waits of random length where copies, and what warps give each other, are waited for, to shake out races; compiled in
+// by STRESS alone.
 
 __device__ __forceinline__ void delay() {
 #ifdef STRESS

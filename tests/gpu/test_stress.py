@@ -1,4 +1,4 @@
-"""Races, shaken out by waits of random length where a warp's copies and its reading meet."""
+"""Races, shaken out by waits of random length where copies, and what the warps give each other, are waited for."""
 
 import numpy as np
 import pytest
@@ -32,10 +32,12 @@ def delayed(monkeypatch):
     calls.forget()
 
 
+@pytest.mark.parametrize("operation", ["parallax", "lla"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_waits_change_no_bit(writable, case, request):
+def test_waits_change_no_bit(writable, case, operation, request):
     arrays = writable.case(make(**case))
-    expected = writable.get(call(plx, "parallax", arrays))
+    extra = {"ridge": 0.1} if operation == "lla" else {}
+    expected = writable.get(call(plx, operation, arrays, **extra))
     request.getfixturevalue("delayed")
     for _ in range(20):
-        np.testing.assert_array_equal(writable.get(call(plx, "parallax", arrays)), expected)
+        np.testing.assert_array_equal(writable.get(call(plx, operation, arrays, **extra)), expected)

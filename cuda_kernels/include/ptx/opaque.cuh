@@ -18,11 +18,3 @@ __device__ __forceinline__ int block_index() {
 }
 
 __device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
-
-// from + stride * count, both 32 bits wide.
-template <class T>
-__device__ __forceinline__ const T* advanced(const T* from, int stride_bytes, int count) {
-  const T* at;
-  asm volatile("mad.wide.s32 %0, %1, %2, %3;" : "=l"(at) : "r"(stride_bytes), "r"(count), "l"(from));
-  return at;
-}

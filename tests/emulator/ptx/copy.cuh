@@ -7,16 +7,14 @@ struct alignas(64) TensorMap {
   char unused[128 - 11 * 8];
 };
 
-inline void copy_or_clear(unsigned to, const void* from, bool present) {
+inline void copy_16(unsigned to, const void* from) {
   unsigned char* there = emulator::at(to);
-  const auto copy = [=] { present ? memcpy(there, from, 16) : memset(there, 0, 16); };
+  const auto copy = [=] { memcpy(there, from, 16); };
   if (emulator::late)
     emulator::running->copies.push_back(copy);
   else
     copy();
 }
-inline void copy_16(unsigned to, const void* from) { copy_or_clear(to, from, true); }
-inline void copy_16_or_zeros(unsigned to, const void* from, bool present) { copy_or_clear(to, from, present); }
 inline void copy_commit() {
   emulator::running->groups.push_back(std::move(emulator::running->copies));
   emulator::running->copies.clear();

@@ -1,0 +1,70 @@
+"""Which kernel of local linear attention a call gets, and how its rows are cut."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("cupy", reason="the launcher imports CuPy; pip install '.[gpu-compile]'")
+
+from test_cuda_heuristics import call_of
+
+from parallax_core.cuda_kernels import heuristics, lla
+
+
+def shape_of(layout=None, **call):
+    problem, found = call_of(**{"operation": "lla_decode", "probe_dtype": None} | call)
+    return lla.choose(problem, found._replace(**layout or {}))
+
+
+@pytest.mark.parametrize(
+    "call, splits, cluster",
+    [
+        (dict(batch=32, kv_len=4096), 1, 1),
+        (dict(kv_len=300), 1, 1),
+        # A full GPU has no room for large clusters.
+        (dict(kv_len=16384), 16, 2),
+        (dict(batch=4, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4, 2),
+        (dict(q_heads=1, kv_heads=1, kv_len=131072), 32, 8),
+        (dict(kv_len=4096), 8, 8),
+        # Nor does the bits' place in a batch decide.
+        (dict(kv_len=4096, split_size=1024), 4, 2),
+    ],
+)
+def test_rows_are_cut_where_they_leave_the_gpu_idle(call, splits, cluster):
+    shape = shape_of(**call)
+    assert shape.source == "sm90/lla.cu"
+    assert (shape.splits, dict(shape.defines)["CLUSTER"]) == (splits, cluster)
+
+
+@pytest.mark.parametrize("page_size, box", [(None, 64), (16, 16), (48, 16), (32, 32), (64, 64), (256, 64)])
+def test_copies_do_not_cross_pages(page_size, box):
+    shape = shape_of(lengths=page_size is not None, page_size=page_size, kv_len=768)
+    assert shape.source == "sm90/lla.cu"
+    assert shape.box == dict(shape.defines)["BOX"] == box
+
+
+@pytest.mark.parametrize(
+    "call, layout",
+    [
+        (dict(lengths=True, page_size=20), {}),
+        (dict(head_dim=80), {}),
+        (dict(value_dim=64), {}),
+        (dict(dtype=np.dtype(np.float32)), {}),
+        (dict(aligned=False), {}),
+        (dict(return_state=True), {}),
+        (dict(capability=(8, 0)), {}),
+        (dict(capability=(10, 0)), {}),
+        (dict(), dict(k=(512 * 1024, -1024, 128))),
+        (dict(), dict(v=(512 * 1024, 1024, 0))),
+        (dict(batch=2), dict(k=(0, 1024, 128))),
+    ],
+)
+def test_everything_else_takes_the_portable_kernel(call, layout):
+    shape = shape_of(layout, **call)
+    assert (shape.source, shape.box) == ("portable/lla.cu", 0)
+
+
+@pytest.mark.parametrize("k", [(512 * 1024, 1024, 0), (0, 1024, 128), (512 * 1024, -1024, 128)])
+def test_broadcast_and_reversed_caches_are_not_described_to_the_copy_engine(k):
+    problem, layout = call_of(batch=2)
+    assert heuristics.choose(problem, layout).boxes
+    assert not heuristics.choose(problem, layout._replace(k=k)).boxes
