@@ -29,11 +29,14 @@ class Options(NamedTuple):
     rotation: int
     host_cost: bool
     fa3: str | None
+    peers: tuple[str, ...] = tuple(peer.name for peer in decode_peers.PEERS)
 
     @classmethod
     def of(cls, config: DecodeConfig, device: Literal["gpu", "cpu"]) -> Options:
         """The options of a study. device: where it is measured."""
-        return cls(device, config.rounds, config.seconds, config.rotation << 20, config.host_cost, config.fa3)
+        rotation = config.rotation << 20
+        peers = tuple(config.peers)
+        return cls(device, config.rounds, config.seconds, rotation, config.host_cost, config.fa3, peers)
 
 
 def measure(point: DecodePoint, options: Options) -> dict[str, object]:
@@ -77,7 +80,7 @@ def _measured(point: DecodePoint, arrays: Framework, options: Options) -> dict[s
         measured[name] = {"error": error, "host_us": None if seconds is None else 1e6 * seconds}
 
     enter("", point.operation, _own_call(point, problem))
-    peers = decode_peers.peers_of(point, arrays.on_gpu)
+    peers = [peer for peer in decode_peers.peers_of(point, arrays.on_gpu) if peer.name in options.peers]
     for peer in peers:
         try:
             enter(peer.name, peer.computes, peer.bind(problem, options.fa3))

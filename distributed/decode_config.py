@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -13,6 +13,7 @@ from .decode_point import Cache, DecodePoint, Dtype, Operation, PageSize, Shape,
 from .study_file import Section
 
 DEFAULT = "decode.yaml"
+PeerName = Literal["fa2", "fa3", "fla", "sdpa"]
 
 
 def _checked(shape: Shape) -> Shape:
@@ -36,8 +37,8 @@ class DecodeConfig(Section):
 
     seed: of every random number. rounds: turns of every competitor, fewer where they would take longer than
     ``seconds``. rotation: MiB that a cold cache is rotated through. host_cost: also time, on a GPU and with
-    warm caches, the call from Python to the launch. fa3: path of vLLM's FlashAttention-3 library. gpu, cpu:
-    the grids of the two devices.
+    warm caches, the call from Python to the launch. peers: the libraries that are timed beside, of those that
+    the device has. fa3: path of vLLM's FlashAttention-3 library. gpu, cpu: the grids of the two devices.
     """
 
     seed: int = Field(default=0, ge=0)
@@ -45,6 +46,7 @@ class DecodeConfig(Section):
     seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     rotation: int = Field(default=512, ge=1)
     host_cost: bool = True
+    peers: list[PeerName] = Field(default_factory=lambda: list(get_args(PeerName)))
     fa3: str | None = None
     gpu: list[Grid] = Field(default_factory=list)
     cpu: list[Grid] = Field(default_factory=list)

@@ -36,6 +36,15 @@ class Engine(StrEnum):
     local = "local"
 
 
+class Peer(StrEnum):
+    """A library that the decode study times beside parallax-core."""
+
+    fa2 = "fa2"
+    fa3 = "fa3"
+    fla = "fla"
+    sdpa = "sdpa"
+
+
 class Device(StrEnum):
     """What a study of speed measures."""
 
@@ -170,6 +179,10 @@ def study_decode(
         Path | None,
         typer.Option(metavar="FILE", help="vLLM's FlashAttention-3 library, _vllm_fa3_C.abi3.so."),
     ] = None,
+    peer: Annotated[
+        list[Peer] | None,
+        typer.Option(help="A library to time beside; again for another.  [default: as the configuration says]"),
+    ] = None,
     host_cost: Annotated[
         bool | None,
         typer.Option(
@@ -192,6 +205,8 @@ def study_decode(
 
     - with FlashAttention-3: `parallax-core study decode --fa3 vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so`
 
+    - beside two libraries alone: `parallax-core study decode --peer fa2 --peer fla`
+
     - the GPUs of a cluster: `parallax-core study decode --engine ray --device gpu`
     """
     _check_engine(engine, workers)
@@ -209,7 +224,10 @@ def study_decode(
     from parallax_core.distributed.study import run_decode
 
     library = None if fa3 is None else str(fa3.expanduser().absolute())
-    settings = _read_config(load_decode_config, config, seed=seed, fa3=library, host_cost=host_cost)
+    names = [one.value for one in peer] if peer else None
+    settings = _read_config(
+        load_decode_config, config, seed=seed, fa3=library, host_cost=host_cost, peers=names
+    )
     with _input("--config", ValueError):
         decode_points(settings, where)
 

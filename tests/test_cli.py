@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import save_file
 
 from parallax_core.cli import main
@@ -104,6 +105,10 @@ def test_the_decode_study_prints_its_rows_and_the_path_of_its_report(run, tmp_pa
     written = tmp_path / "o" / "config.yaml"
     assert "seed: 3" in written.read_text()
     assert run(*command, "--config", written)[0] == 0
+    status, out, _ = run(*command, "--config", grid, "--peer", "fa2")
+    assert status == 0
+    assert out.count("1×4/2×64×16") == 4
+    assert yaml.safe_load(written.read_text())["peers"] == ["fa2"]
 
 
 @pytest.mark.parametrize(
@@ -114,6 +119,7 @@ def test_the_decode_study_prints_its_rows_and_the_path_of_its_report(run, tmp_pa
         (["--device", "tpu"], "'--device'"),
         (["--device", "cpu", "--fa3", "x.so"], "--fa3: expected with a GPU, got x.so"),
         (["--device", "cpu", "--host-cost"], "--host-cost: expected with a GPU"),
+        (["--peer", "fa4"], "'--peer'"),
         (["--config", "absent.yaml"], "--config absent.yaml: no file"),
         (["--device", "cpu", "--output", f"{__file__}/x"], "--output: .* is a file"),
     ],

@@ -117,6 +117,16 @@ def test_a_peer_that_fails_is_part_of_the_row_and_the_others_stay(monkeypatch):
     assert [peer["name"] for peer in measure(point("softmax"), QUICK)["peers"]] == ["sdpa"]
 
 
+def test_only_the_peers_that_are_asked_for_are_timed():
+    assert measure(point(), QUICK._replace(peers=("fa2",)))["peers"] == []
+    assert [peer["name"] for peer in measure(point(), QUICK._replace(peers=("sdpa",)))["peers"]] == ["sdpa"]
+    every = [peer.name for peer in decode_peers.PEERS]
+    assert load_decode_config().peers == DecodeConfig().peers == every
+    assert Options.of(DecodeConfig(peers=["fla"]), "gpu").peers == ("fla",)
+    with pytest.raises(ConfigError, match="peers"):
+        parse(DecodeConfig, "peers: [fa4]")
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda_kernels.availability() is not None, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("page_size", [None, 16])
