@@ -16,6 +16,7 @@ from .heuristics import Shape
 from .layout import Layout
 from .parameters import PACK_POINTERS, PROBLEM, masks_of
 
+
 def plan(problem: Problem, layout: Layout) -> Plan:
     """Choose the kernel of a call that has keys and an output, compile it where it is new, prepare launches.
 

@@ -24,7 +24,7 @@ class Maps:
     """Tensor maps of a plan's keys and values, by their addresses; not for several threads at once."""
 
     def __init__(self, problem: Problem, layout: Layout, heads: int, box: int, runs: int | None = None):
-        """heads: that share a row of the kernel's; box, runs: positions and runs of a copy, all by default."""
+        """heads: that share a row; box, runs: positions and runs of a copy, all runs by default."""
         self._problem, self._layout, self._heads, self._box, self._runs = problem, layout, heads, box, runs
         self._kept: OrderedDict[tuple[int, int], tuple[np.ndarray, int]] = OrderedDict()
 

@@ -181,7 +181,9 @@ def study_decode(
     ] = None,
     peer: Annotated[
         list[Peer] | None,
-        typer.Option(help="A library to time beside; again for another.  [default: as the configuration says]"),
+        typer.Option(
+            help="A library to time beside; again for another.  [default: as the configuration says]"
+        ),
     ] = None,
     host_cost: Annotated[
         bool | None,

@@ -1,7 +1,7 @@
-"""Print, as Markdown, the errors on a GPU of decoding in bfloat16, against float64 of the same rounded inputs.
+"""Print, as Markdown, errors of decoding on a GPU in bfloat16 against float64 of the same rounded inputs.
 
-Each cell is the error of all outputs together and that of the worst row, relative to their size. The first table has
-Parallax, and fla-core's where it is installed; the second LLA at a ridge of 0.1. Needs PyTorch.
+Each cell is the error of all outputs together and that of the worst row, relative to their size. The first
+table has Parallax, and fla-core's where it is installed; the second LLA at a ridge of 0.1. Needs PyTorch.
 
 python tests/benchmarks/gpu_error_table.py
 """

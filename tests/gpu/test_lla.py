@@ -150,8 +150,9 @@ CACHES = {
 def test_every_row_is_within_a_hundredth_of_the_reference(cuda_torch, cache, head_dim, batch):
     """In bfloat16 at a ridge of 0.1, where the reference takes the same rounded inputs.
 
-    Not so a key 30 times larger than the others in a row that is not split: the tensor cores truncate what they
-    accumulate, and its square leaves the 2000 that follow it three digits less. It is held to three hundredths.
+    Not so a key 30 times larger than the others in a row that is not split: the tensor cores truncate what
+    they accumulate, and its square leaves the 2000 that follow it three digits less. It is held to three
+    hundredths.
     """
     limit = 3e-2 if (cache, batch) == ("one outlying key", 40) else 1e-2
     case = make(

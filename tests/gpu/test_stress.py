@@ -1,4 +1,4 @@
-"""Races, shaken out by waits of random length where copies, and what the warps give each other, are waited for."""
+"""Races, shaken out by waits of random length for copies and for what warps give each other."""
 
 import numpy as np
 import pytest
