@@ -36,13 +36,14 @@ void multiply_fragments(float& c0, float& c1, float& c2, float& c3, const float 
   float* c[4] = {&c0, &c1, &c2, &c3};
   for (int e = 0; e < 4; e++) {
     const int row = g + e / 2 * 8, column = 2 * t + e % 2;
-    double sum = *c[e];
+    double terms[K + 1];
+    terms[K] = *c[e];
     for (int k = 0; k < K; k++) {
       const int lane = k % (K / 2) / PER, register_ = k / (K / 2);
       const Operands left = given.of(row % 8 * 4 + lane), right = given.of(column * 4 + lane);
-      sum += double(left.a[(row / 8 + 2 * register_) * PER + k % PER]) * right.b[register_ * PER + k % PER];
+      terms[k] = double(left.a[(row / 8 + 2 * register_) * PER + k % PER]) * right.b[register_ * PER + k % PER];
     }
-    *c[e] = float(sum);
+    *c[e] = truncated_sum(terms);
   }
 }
 

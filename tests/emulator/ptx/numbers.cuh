@@ -23,3 +23,24 @@ inline float reciprocal_fast(float x) { return 1 / x; }
 inline float square_root_fast(float x) { return sqrtf(x); }
 inline float minus_infinity() { return __uint_as_float(0xff800000u); }
 inline float quiet_nan() { return __uint_as_float(0x7fc00000u); }
+
+// A sum as the tensor cores of Hopper take it: numbers are aligned with the largest of them, two bits beyond those of a
+// float are kept and the rest cut off, and so are at last the bits that a float lacks (Fasi, Higham, Mikaitis and
+// Pranesh, "Numerical behavior of NVIDIA tensor cores", and its sequels).
+template <int N>
+float truncated_sum(const double (&terms)[N]) {
+  double largest = 0, sum = 0;
+  for (double x : terms) {
+    sum += x;
+    largest = std::max(largest, std::fabs(x));
+  }
+  if (!(std::fabs(sum) < 1e38) || largest == 0) return float(sum);
+  int exponent;
+  std::frexp(largest, &exponent);
+  const double unit = std::ldexp(1.0, exponent - 26), inverse = std::ldexp(1.0, 26 - exponent);
+  long long units = 0;
+  for (double x : terms) units += static_cast<long long>(x * inverse);
+  sum = units * unit;
+  const float rounded = float(sum);
+  return std::fabs(rounded) > std::fabs(sum) ? std::nextafterf(rounded, 0.0f) : rounded;
+}

@@ -45,9 +45,10 @@ void wgmma(float* c, int columns, bool add, Term term) {
   const auto product = [=] {
     for (int i = 0; i < columns / 2; i++) {
       const int row = first + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-      double sum = add ? c[i] : 0;
-      for (int k = 0; k < 16; k++) sum += term(row, column, k);
-      c[i] = float(sum);
+      double terms[17];
+      terms[16] = add ? c[i] : 0;
+      for (int k = 0; k < 16; k++) terms[k] = term(row, column, k);
+      c[i] = truncated_sum(terms);
     }
   };
   if (emulator::late)
