@@ -35,16 +35,20 @@ class Layout(NamedTuple):
     num_pages: int | None
 
 
+def extents(problem: Problem, layout: Layout) -> tuple[int, int, int]:
+    """Places along the first three axes of keys and values: batch rows or pages, positions, heads."""
+    if problem.page_size is None:
+        return problem.batch, problem.kv_len, problem.kv_heads
+    return layout.num_pages, problem.page_size, problem.kv_heads
+
+
 def has_tensor_maps(problem: Problem, layout: Layout) -> bool:
     """Whether keys and values can be described to the copy engine of sm_90.
 
     It takes aligned arrays alone, and no stride that is negative, or that is 0 along an axis of several
     places, as of a cache that is broadcast over a batch or over heads.
     """
-    outer, length = problem.batch, problem.kv_len
-    if problem.page_size is not None:
-        outer, length = layout.num_pages, problem.page_size
-    sizes = outer, length, problem.kv_heads
+    sizes = extents(problem, layout)
     return layout.aligned and all(
         stride > 0 or (stride == 0 and size <= 1)
         for strides in (layout.k, layout.v)

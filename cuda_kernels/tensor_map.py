@@ -9,13 +9,11 @@ from cuda.bindings import driver
 
 from parallax_core.problem import Problem
 
-from .layout import Layout
+from .layout import Layout, extents
 
 BYTES = 128
 RUN = 64
 """Half-precision elements of a row that lie together in shared memory: 128 bytes, spread over all banks."""
-
-
 MOST_MAPS = 256
 """Pairs of caches of one plan whose tensor maps are kept."""
 
@@ -41,10 +39,8 @@ class Maps:
 
     def _encode(self, k: int, v: int) -> tuple[np.ndarray, int]:
         problem, layout, heads = self._problem, self._layout, self._heads
-        outer, length = (problem.batch, problem.kv_len)
-        if problem.page_size is not None:
-            outer, length = layout.num_pages, problem.page_size
-        sizes = outer, length, problem.kv_heads // heads
+        outer, length, kv_heads = extents(problem, layout)
+        sizes = outer, length, kv_heads // heads
         maps = np.concatenate(
             [
                 encode(

@@ -14,6 +14,7 @@ from .decode_arrays import DecodeProblem, Framework, build, framework
 from .decode_config import DecodeConfig
 from .decode_point import DecodePoint
 from .decode_timing import in_turns, timer
+from .peer_name import PeerName
 from .point import PointError
 
 # Keys and values that the float64 reference looks at, at most, but at least one head: 256 MiB of it.
@@ -29,7 +30,7 @@ class Options(NamedTuple):
     rotation: int
     host_cost: bool
     fa3: str | None
-    peers: tuple[str, ...] = tuple(peer.name for peer in decode_peers.PEERS)
+    peers: tuple[str, ...] = tuple(PeerName)
 
     @classmethod
     def of(cls, config: DecodeConfig, device: Literal["gpu", "cpu"]) -> Options:

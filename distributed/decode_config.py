@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
 from . import study_file
 from .decode_point import Cache, DecodePoint, Dtype, Operation, PageSize, Shape, check_heads
+from .peer_name import PeerName
 from .study_file import Section
 
 DEFAULT = "decode.yaml"
-PeerName = Literal["fa2", "fa3", "fla", "sdpa"]
 
 
 def _checked(shape: Shape) -> Shape:
@@ -46,7 +46,7 @@ class DecodeConfig(Section):
     seconds: float = Field(default=2.0, gt=0, allow_inf_nan=False)
     rotation: int = Field(default=512, ge=1)
     host_cost: bool = True
-    peers: list[PeerName] = Field(default_factory=lambda: list(get_args(PeerName)))
+    peers: list[PeerName] = Field(default=list(PeerName))
     fa3: str | None = None
     gpu: list[Grid] = Field(default_factory=list)
     cpu: list[Grid] = Field(default_factory=list)

@@ -21,6 +21,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from parallax_core.distributed.peer_name import PeerName
+
 UsageError = typer.BadParameter.__base__
 Abort = typer.Abort
 
@@ -34,15 +36,6 @@ class Engine(StrEnum):
 
     ray = "ray"
     local = "local"
-
-
-class Peer(StrEnum):
-    """A library that the decode study times beside parallax-core."""
-
-    fa2 = "fa2"
-    fa3 = "fa3"
-    fla = "fla"
-    sdpa = "sdpa"
 
 
 class Device(StrEnum):
@@ -180,7 +173,7 @@ def study_decode(
         typer.Option(metavar="FILE", help="vLLM's FlashAttention-3 library, _vllm_fa3_C.abi3.so."),
     ] = None,
     peer: Annotated[
-        list[Peer] | None,
+        list[PeerName] | None,
         typer.Option(
             help="A library to time beside; again for another.  [default: as the configuration says]"
         ),
@@ -226,9 +219,8 @@ def study_decode(
     from parallax_core.distributed.study import run_decode
 
     library = None if fa3 is None else str(fa3.expanduser().absolute())
-    names = [one.value for one in peer] if peer else None
     settings = _read_config(
-        load_decode_config, config, seed=seed, fa3=library, host_cost=host_cost, peers=names
+        load_decode_config, config, seed=seed, fa3=library, host_cost=host_cost, peers=peer or None
     )
     with _input("--config", ValueError):
         decode_points(settings, where)

@@ -39,8 +39,7 @@ using Output = Element;
 #endif
 
 __device__ __forceinline__ Output* output_of(const lla::Call& call, const lla::Row& row) {
-  return static_cast<Output*>(call.out) + row.batch * call.out_stride[0] + row.position * call.out_stride[1] +
-         row.head * call.out_stride[2];
+  return static_cast<Output*>(call.out) + row.offset(call.out_stride);
 }
 
 __device__ __forceinline__ const Element* elements(const void* p) { return static_cast<const Element*>(p); }
@@ -281,8 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) lla_kernel(const __grid_co
   const int splits = min(max((keys + MIN_SPLIT_KEYS - 1) / MIN_SPLIT_KEYS, 1), call.splits);
   if (split >= splits) return;
 
-  const Element* q = elements(call.q) + row.batch * call.q_stride[0] + row.position * call.q_stride[1] +
-                     row.head * call.q_stride[2];
+  const Element* q = elements(call.q) + row.offset(call.q_stride);
   if (threadIdx.x == 0) shared.bad_page = 0;
   for (int i = threadIdx.x; i < D; i += THREADS) shared.query[i] = to_float(q[i]);
   __syncthreads();

@@ -106,6 +106,33 @@ struct Block {
   std::deque<Warp> warps;
 };
 
+inline bool late;  // whether what is asynchronous happens as late as it may
+
+// A thread's asynchronous work of one kind, which takes effect at once or when its group is waited for.
+class Deferred {
+ public:
+  template <class Action>
+  void add(Action action) {
+    if (late)
+      open_.push_back(action);
+    else
+      action();
+  }
+  void commit() {
+    groups_.push_back(std::move(open_));
+    open_.clear();
+  }
+  // Until all groups but the last `pending` are done.
+  void wait(int pending) {
+    for (; int(groups_.size()) > pending; groups_.pop_front())
+      for (auto& action : groups_.front()) action();
+  }
+
+ private:
+  std::vector<std::function<void()>> open_;
+  std::deque<std::vector<std::function<void()>>> groups_;
+};
+
 struct Thread {
   ucontext_t first;
   jmp_buf context;
@@ -114,8 +141,7 @@ struct Thread {
   int block = 0, index = 0;
   unsigned collectives = 0;
   Wait wait;
-  std::vector<std::function<void()>> copies, products;
-  std::deque<std::vector<std::function<void()>>> groups, product_groups;
+  Deferred copies, products;
 };
 
 struct Dimensions {
@@ -130,7 +156,6 @@ inline Thread* running;
 inline jmp_buf scheduler;
 inline Dimensions grid, first_block;
 inline int threads_of_a_block;
-inline bool late;  // whether what is asynchronous happens as late as it may
 inline std::mt19937 random;
 inline auto& failure = *new std::string;
 inline auto& kernel = *new std::function<void()>;

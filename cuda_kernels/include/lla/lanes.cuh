@@ -23,7 +23,7 @@ struct Lane {
   __device__ __forceinline__ int column() const { return chunk * 8; }
   __device__ __forceinline__ int channel() const { return chunk % (CHUNKS / 2) * 8; }
 
-  // In a slot, of the lane's first key; at() has the others.
+  // In a slot, of the lane's first key; at_key has the others.
   __device__ __forceinline__ unsigned place(int warp) const {
     return place_of_run(is_value(), channel() / 64) * RUN + (warp * WARP_KEYS + 4 * sub_key) * 128 +
            ((chunk ^ 4 * sub_key) % 8 << 4);

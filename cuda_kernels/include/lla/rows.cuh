@@ -40,9 +40,14 @@ struct RowIndex {
     if (call.q_len > 1) batch = query / unsigned(call.q_len), position = query - batch * call.q_len;
   }
 
+  // Of the row's first element.
+  __device__ __forceinline__ long long offset(const long long (&stride)[3]) const {
+    return batch * stride[0] + position * stride[1] + head * stride[2];
+  }
+
   __device__ __forceinline__ float ridge(const Call& call) const {
     if (!call.ridge) return call.ridge_value;
-    return call.ridge[batch * call.ridge_stride[0] + position * call.ridge_stride[1] + head * call.ridge_stride[2]];
+    return call.ridge[offset(call.ridge_stride)];
   }
 };
 

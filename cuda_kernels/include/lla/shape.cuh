@@ -26,7 +26,6 @@ constexpr int MIN_SPLIT_KEYS = 512;
 constexpr int TILE = 64;
 constexpr int WARP_KEYS = TILE / TRANSFORM_WARPS;
 static_assert(TRANSFORM_THREADS == 2 * D, "a transform thread for every column of the sums");
-constexpr int MATRIX_WARPS = MATRIX_THREADS / 32;
 
 // A slot of the ring holds a tile in runs of 64 channels, in them a row of 128 bytes for every key, whose pieces of 16
 // are swapped by the key's number: the runs of the keys, the last one first, then those of the values. X takes the place
@@ -123,13 +122,11 @@ static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * 
 enum : int { MATRIX = 1, TRANSFORM = 2, SOLVED = 3, PANELLED = 4, ALL = 5 };
 
 __device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
-  return static_cast<const half_bits*>(call.q) + row.batch * call.q_stride[0] + row.position * call.q_stride[1] +
-         row.head * call.q_stride[2];
+  return static_cast<const half_bits*>(call.q) + row.offset(call.q_stride);
 }
 
 __device__ __forceinline__ half_bits* output_of(const lla::Call& call, const lla::RowIndex& row) {
-  return static_cast<half_bits*>(call.out) + row.batch * call.out_stride[0] + row.position * call.out_stride[1] +
-         row.head * call.out_stride[2];
+  return static_cast<half_bits*>(call.out) + row.offset(call.out_stride);
 }
 
 // The factor that brings moments relative to the maximum m to the maximum `to`.

@@ -8,23 +8,11 @@ struct alignas(64) TensorMap {
 };
 
 inline void copy_16(unsigned to, const void* from) {
-  unsigned char* there = emulator::at(to);
-  const auto copy = [=] { memcpy(there, from, 16); };
-  if (emulator::late)
-    emulator::running->copies.push_back(copy);
-  else
-    copy();
+  emulator::running->copies.add([there = emulator::at(to), from] { memcpy(there, from, 16); });
 }
-inline void copy_commit() {
-  emulator::running->groups.push_back(std::move(emulator::running->copies));
-  emulator::running->copies.clear();
-}
+inline void copy_commit() { emulator::running->copies.commit(); }
 template <int PENDING>
-void copy_wait() {
-  auto& groups = emulator::running->groups;
-  for (; int(groups.size()) > PENDING; groups.pop_front())
-    for (auto& copy : groups.front()) copy();
-}
+void copy_wait() { emulator::running->copies.wait(PENDING); }
 
 // Runs of 64 half-precision channels of `box` positions, whose 16-byte pieces are swapped by the address's bits 7 to 9.
 inline void box_copy(unsigned to, const TensorMap& map, int channel, int position, int run, int unit, int outer, unsigned barrier) {

@@ -2,15 +2,10 @@
 #include "ptx/numbers.cuh"
 
 inline void wgmma_fence() {}
-inline void wgmma_commit() {
-  emulator::running->product_groups.push_back(std::move(emulator::running->products));
-  emulator::running->products.clear();
-}
+inline void wgmma_commit() { emulator::running->products.commit(); }
 template <int PENDING>
 void wgmma_wait() {
-  auto& groups = emulator::running->product_groups;
-  for (; int(groups.size()) > PENDING; groups.pop_front())
-    for (auto& product : groups.front()) product();
+  emulator::running->products.wait(PENDING);
   // Products are the whole warpgroup's: none goes on before all have read their operands.
   emulator::meet(emulator::block().barriers[100 + emulator::running->index / 128], 128);
 }
@@ -42,7 +37,7 @@ inline unsigned long long channels_innermost(unsigned address) { return (address
 template <class Term>
 void wgmma(float* c, int columns, bool add, Term term) {
   const int thread = emulator::running->index % 128, lane = thread % 32, first = thread / 32 * 16 + lane / 4;
-  const auto product = [=] {
+  emulator::running->products.add([=] {
     for (int i = 0; i < columns / 2; i++) {
       const int row = first + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
       double terms[17];
@@ -50,11 +45,7 @@ void wgmma(float* c, int columns, bool add, Term term) {
       for (int k = 0; k < 16; k++) terms[k] = term(row, column, k);
       c[i] = truncated_sum(terms);
     }
-  };
-  if (emulator::late)
-    emulator::running->products.push_back(product);
-  else
-    product();
+  });
 }
 inline void wgmma_of_keys(float* c, unsigned long long a, unsigned long long b, int columns) {
   const unsigned char* shared = emulator::block().shared;

@@ -1,0 +1,12 @@
+"""The names of the libraries that the decode study times beside parallax-core."""
+
+from enum import StrEnum
+
+
+class PeerName(StrEnum):
+    """In configurations, options and rows; ``decode_peers`` has what they call."""
+
+    fa2 = "fa2"
+    fa3 = "fa3"
+    fla = "fla"
+    sdpa = "sdpa"
