@@ -220,7 +220,7 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
 }
 
 // Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps.
-__device__ __forceinline__ void hand_over(char* shared, const Accumulator& a, int lane, int from) {
+__device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from) {
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT + warp * EXCHANGE_PITCH);
 #pragma unroll
@@ -228,6 +228,13 @@ __device__ __forceinline__ void hand_over(char* shared, const Accumulator& a, in
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
       if (from == 0) {
+        if constexpr (RESTS_ASIDE) {
+#pragma unroll
+          for (int i = 0; i < CHANNELS; i++) {
+            a.O1[h][n][i] += __shfl_xor_sync(~0u, a.O1[h][n][i], QUERIES);
+            a.O2[h][n][i] += __shfl_xor_sync(~0u, a.O2[h][n][i], QUERIES);
+          }
+        }
         const Statistics s = {a.m[h][n], sum_of_row(a.d1[h][n]), PROBE ? sum_of_row(a.d2[h][n]) : 0.f, a.t0[h][n]};
         if (g == 0 && t < QUERIES) reinterpret_cast<float4*>(shared + STATISTICS_AT)[warp * RECORDS + Record::number(h, n, t)] = s.packed();
       }
@@ -308,7 +315,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       by_all = {0, 0x7fffffff}, by_any = {0x7fffffff, 0};
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        const int row = n * 4 + t;
+        const int row = n * 4 + row_of(t);
         if (row >= rows.count) continue;
         seen[n] = keys_of_row(p, item.batch, rows.query(row));
         by_all = {max(by_all.first, seen[n].first), min(by_all.end, seen[n].end)};

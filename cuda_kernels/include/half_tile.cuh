@@ -26,7 +26,7 @@ struct HalfTile {
   __device__ void load(const Element* queries, int lane) {
     // Column 2 i of the second operand is query i, column 2 i + 1 its probe; two steps of 16 channels a load.
     const int column = lane % 8;
-    address = shared_address(queries + (PROBE ? column % 2 * QUERY_ARRAY : 0) + column / 2 * QUERY_PITCH + lane / 8 * 8);
+    address = shared_address(queries + (PROBE ? column % 2 * QUERY_ARRAY : 0) + row_of(column / 2) * QUERY_PITCH + lane / 8 * 8);
     if constexpr (!KEPT) return;
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
@@ -84,19 +84,34 @@ struct HalfTile {
     const MatrixRow<VALUE_BYTES> row(shared_address(values), lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
     for (int h = 0; h < HEADS; h++) {
-      unsigned b[TILES][2];
+      unsigned b[TILES][2], rests[TILES][2];
 #pragma unroll
-      for (int n = 0; n < TILES; n++) {
-        b[n][0] = transpose_matrix(narrow_pair<BFLOAT>(w[h][n][0], w[h][n][1]));
-        b[n][1] = transpose_matrix(narrow_pair<BFLOAT>(w[h][n][2], w[h][n][3]));
-      }
+      for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const float first = w[h][n][2 * half], second = w[h][n][2 * half + 1];
+          unsigned rounded = narrow_pair<BFLOAT>(first, second);
+          if constexpr (WITH_RESTS) {
+            const float2 wide = widen_pair<BFLOAT>(rounded);
+            const unsigned rest = narrow_pair<BFLOAT>(first - wide.x, second - wide.y);
+            const int copy = lane % 4 / QUERIES;
+            if constexpr (RESTS_ASIDE)
+              rounded = copy == 0 ? rounded : copy == 1 ? rest : 0;
+            else
+              rests[n][half] = transpose_matrix(rest);
+          }
+          b[n][half] = transpose_matrix(rounded);
+        }
 #pragma unroll
       for (int c = 0; c < VALUE_COLUMNS / 16; c++) {
         unsigned a[4];
         load_matrices_transposed(a, row.at(h * (VALUE_COLUMNS / 16) + c));
 #pragma unroll
-        for (int n = 0; n < TILES; n++)
-          multiply_add<BFLOAT>(O1[h][n][2 * c], O2[h][n][2 * c], O1[h][n][2 * c + 1], O2[h][n][2 * c + 1], a, b[n][0], b[n][1]);
+        for (int n = 0; n < TILES; n++) {
+          float &first = O1[h][n][2 * c], &second = O2[h][n][2 * c], &third = O1[h][n][2 * c + 1], &fourth = O2[h][n][2 * c + 1];
+          multiply_add<BFLOAT>(first, second, third, fourth, a, b[n][0], b[n][1]);
+          if constexpr (WITH_RESTS && !RESTS_ASIDE) multiply_add<BFLOAT>(first, second, third, fourth, a, rests[n][0], rests[n][1]);
+        }
       }
     }
   }

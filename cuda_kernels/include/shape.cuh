@@ -62,6 +62,11 @@ constexpr int RECORDS = HEADS * TILES * QUERIES;  // rows of a partial result
 constexpr int QUERY_PITCH = KEY_COLUMNS + 16 / int(sizeof(Element));  // elements between query rows in shared memory
 // Elements between the arrays of query rows; half of the banks away, since rows of q and of r are read together.
 constexpr int QUERY_ARRAY = round_up(HEADS * ROWS * QUERY_PITCH - 64 / int(sizeof(Element)), 128 / int(sizeof(Element))) + 64 / int(sizeof(Element));
+// bfloat16 keeps 8 bits of a weight: what it leaves is multiplied with the values too. A product has eight columns, two a
+// query row; where half of them are free the rests of the weights go there, and cost nothing.
+constexpr bool WITH_RESTS = BFLOAT && TILES == 1, RESTS_ASIDE = WITH_RESTS && QUERIES <= 2;
+// The query row, of four, whose numbers a lane of column pair t has.
+__device__ __forceinline__ int row_of(int t) { return RESTS_ASIDE ? t % QUERIES : t; }
 constexpr int SLICE = VALUE_DIM / CLUSTER;  // channels that a block of a cluster merges
 
 // Shared memory, in bytes from its start. Warps hand their sums over where their rings are, once those have run out;
