@@ -36,11 +36,11 @@ __device__ __forceinline__ bool again(Shared& shared) {
 
 // KEY_COLUMNS: how many columns of the keys' moments a warpgroup has, those up to its own.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, bool whole, int tiles) {
+__device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, bool whole, int tiles) {
   using Part = Moments<KEY_COLUMNS>;
   Part moments;
   do {
-    accumulate<KEY_COLUMNS>(shared, call, moments, tiles);
+    accumulate<KEY_COLUMNS>(shared, call, maps, moments, tiles);
   } while (again(shared));
   const float inverse_scale = shared.inverse_scale[0];
   const float ridge = lla::RowIndex(call, block_index() >> call.splits_log2).ridge(call);
@@ -53,7 +53,7 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
   do {
     bring_first(shared, call, maps, tiles);
-    weigh(shared, call, maps, tiles);
+    weigh(shared, call, tiles);
   } while (again(shared));
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
@@ -125,9 +125,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     barrier_sync(MATRIX, MATRIX_THREADS);
     if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();
     if (D == 64 || warpgroup == 0)
-      matrix_role<64>(shared, call, whole, tiles);
+      matrix_role<64>(shared, call, maps, whole, tiles);
     else
-      matrix_role<D>(shared, call, whole, tiles);
+      matrix_role<D>(shared, call, maps, whole, tiles);
     if constexpr (D == 128) give_registers<128>();
   } else {
     if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();

@@ -58,6 +58,7 @@ To same_bits(From x) {
 }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
+inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 template <class T>
@@ -356,7 +357,8 @@ inline unsigned __ballot_sync(unsigned, bool x) {
 }
 inline bool __any_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) != 0; }
 inline bool __all_sync(unsigned mask, bool x) { return __ballot_sync(mask, x) == ~0u; }
-inline unsigned __reduce_max_sync(unsigned, unsigned x) {
+template <class T>
+T __reduce_max_sync(unsigned, T x) {
   const auto given = emulator::give(x);
   for (int lane = 0; lane < emulator::LANES; lane++) x = max(x, given.of(lane));
   return x;

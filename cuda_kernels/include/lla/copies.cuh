@@ -1,13 +1,13 @@
 #pragma once
-// Keys and values from memory to the ring, by the copy engine: a run of them each by the first transform warps, a box a
-// lane. One warp would take as long for all as the others for their tile.
+// Keys and values from memory to the ring, by the copy engine: a run of them by a warp, a box of it by a lane. The first
+// ones are brought by transform warps, all others by those of the last matrix warpgroup, which have the time.
 
 #include "lla/shape.cuh"
 #include "maps.cuh"
 #include "ptx/mbarrier.cuh"
 
 constexpr int COPYING_WARPS = 2 * RUNS;
-static_assert(COPYING_WARPS <= TRANSFORM_WARPS);
+static_assert(COPYING_WARPS <= 4);
 
 // Brings a box of a warp's run of a tile, and counts it where all of the tile's are waited for.
 __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, const Maps& maps, int warp, int tile, int box) {
@@ -38,13 +38,22 @@ __device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& cal
   __syncwarp();
 }
 
+// The tile that takes the place of tile `free`, once the matrix units are done with that; by a matrix warpgroup.
+__device__ __forceinline__ void bring_next(Shared& shared, const lla::Call& call, const Maps& maps, int free, int tiles) {
+  const int thread = thread_index() % 128, warp = thread / 32, lane = thread % 32, next = free + SLOTS;
+  if (warp >= COPYING_WARPS || free < 0 || next >= tiles) return;
+  mbarrier_wait(shared_address(&shared.x_empty[free % SLOTS]), free / SLOTS & 1);
+  if (lane < BOXES) bring(shared, call, maps, warp, next, lane);
+  __syncwarp();
+}
+
 // The barriers of a pass, by a warp. They follow one another.
 __device__ __forceinline__ void begin_pass(Shared& shared, int lane) {
   constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES;
   static_assert(BARRIERS <= 32);
   if (lane < BARRIERS)
     mbarrier_init(shared_address(&shared.raw_full[0]) + 8 * lane, lane < SLOTS       ? COPYING_WARPS * BOXES
-                                                                  : lane < 2 * SLOTS ? TRANSFORM_WARPS
+                                                                  : lane < 2 * SLOTS ? GROUP_WARPS
                                                                   : lane < 3 * SLOTS ? MATRIX_WARPGROUPS
                                                                                      : 4);
   fence_mbarrier_init();

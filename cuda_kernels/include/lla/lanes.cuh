@@ -1,10 +1,10 @@
 #pragma once
-// How the keys of a tile lie over the lanes of a warp: 8 channels of K or V, 16 bytes, of 8 keys a lane.
+// How the keys of a tile lie over the lanes of a warp: 8 channels of K or V, 16 bytes, of 16 keys a lane.
 
 #include "lla/shape.cuh"
 
 constexpr int CHUNKS = 2 * D / 8;  // of a key
-constexpr int LANE_KEYS = 8;
+constexpr int LANE_KEYS = 16;
 // With heads of 64, half of the lanes take other keys, 4 further on: so 8 lanes fall on different banks.
 constexpr int SUB_KEYS = 32 / CHUNKS;
 static_assert(WARP_KEYS == LANE_KEYS * SUB_KEYS);

@@ -1,6 +1,7 @@
 #pragma once
 // The matrix warps: scores of the keys, and in registers the moments X_k^T [X_k X_v].
 
+#include "lla/copies.cuh"
 #include "lla/lanes.cuh"
 #include "lla/shape.cuh"
 #include "ptx/mbarrier.cuh"
@@ -64,23 +65,17 @@ __device__ __forceinline__ void multiply_query(Shared& shared, int tile, float (
   wgmma_commit();
 }
 
-// Makes those known to the transform warps, with the largest of each warp's.
-__device__ __forceinline__ void give_scores(Shared& shared, int tile, const float (&scores)[4], float scale_log2) {
-  const int thread = thread_index(), warp = thread / 32, lane = thread % 32, stage = tile % SCORE_STAGES;
-  float m = minus_infinity();
+// Makes those known to the transform warps, in units of log2; -inf for keys that are not seen.
+__device__ __forceinline__ void give_scores(Shared& shared, int tile, const float (&scores)[4], float scale_log2, const Range& seen) {
+  const int thread = thread_index() % 128, lane = thread % 32, stage = tile % SCORE_STAGES;
   // Column 0 of the products.
   if (lane % 4 == 0) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int in_tile = upper_row(thread) + 8 * h, key = shared.begin + tile * TILE + in_tile;
-      const float s = key < shared.first || key >= shared.end ? minus_infinity() : scale_log2 * scores[2 * h];
-      shared.scores[stage][in_tile] = s;
-      m = fmaxf(m, s);
+      const int in_tile = upper_row(thread) + 8 * h, key = tile * TILE + in_tile;
+      shared.scores[stage][in_tile] = key < seen.first || key >= seen.end ? minus_infinity() : scale_log2 * scores[2 * h];
     }
   }
-#pragma unroll
-  for (int mask = 4; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, mask));
-  if (lane == 0) shared.maxima[stage][warp] = m;
   __syncwarp();
   if (lane == 0) mbarrier_arrive(shared_address(&shared.scores_full[stage]));
 }
@@ -113,7 +108,7 @@ __device__ __forceinline__ void store_moments(Shared& shared, const Moments<KEY_
 // One pass over the tiles: a warpgroup accumulates the moments of its 64 key channels with the first KEY_COLUMNS, up
 // to its own (the rest is symmetric), and with all value channels.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, Moments<KEY_COLUMNS>& moments, int tiles) {
+__device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, const Maps& maps, Moments<KEY_COLUMNS>& moments, int tiles) {
   auto& c = moments.c;
   constexpr bool IS_FIRST = Moments<KEY_COLUMNS>::IS_FIRST;
   const float scale_log2 = call.scale * 1.4426950408889634f;
@@ -121,12 +116,14 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
   for (int e = 0; e < moments.ALL; e++) c[e] = 0.0f;
   const unsigned long long x = keys_outermost(shared_address(shared.ring), RUN);
   float scores[4] = {};
+  // From the first tile's first key on.
+  const Range seen = {shared.first - shared.begin, shared.end - shared.begin};
   if constexpr (IS_FIRST) {
 #pragma unroll 1
     for (int tile = 0; tile < min(SCORES_AHEAD, tiles); tile++) {
       multiply_query(shared, tile, scores);
       wgmma_wait<0>();
-      give_scores(shared, tile, scores, scale_log2);
+      give_scores(shared, tile, scores, scale_log2, seen);
     }
   }
   int slot = 0, move = 0;
@@ -167,7 +164,8 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     // The moments of this tile go on into the next.
     wgmma_wait<1>();
     if (tile > 0 && thread_index() % 128 == 0) mbarrier_arrive(shared_address(&shared.x_empty[slot == 0 ? SLOTS - 1 : slot - 1]));
-    if (IS_FIRST && ahead < tiles) give_scores(shared, ahead, scores, scale_log2);
+    if (IS_FIRST && ahead < tiles) give_scores(shared, ahead, scores, scale_log2, seen);
+    if constexpr (KEY_COLUMNS == D) bring_next(shared, call, maps, tile - 1, tiles);
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
   wgmma_wait<0>();

@@ -24,7 +24,10 @@ constexpr int MATRIX_REGISTERS = 160;  // of a thread, of 256 for a matrix threa
 constexpr int MIN_SPLIT_KEYS = 512;
 
 constexpr int TILE = 64;
-constexpr int WARP_KEYS = TILE / TRANSFORM_WARPS;
+// Groups of transform warps take the tiles in turn, so that one computes while another waits.
+constexpr int GROUPS = 2;
+constexpr int GROUP_WARPS = TRANSFORM_WARPS / GROUPS;
+constexpr int WARP_KEYS = TILE / GROUP_WARPS;
 static_assert(TRANSFORM_THREADS == 2 * D, "a transform thread for every column of the sums");
 
 // A slot of the ring holds a tile in runs of 64 channels, in them a row of 128 bytes for every key, whose pieces of 16
@@ -44,8 +47,8 @@ __device__ __forceinline__ constexpr int column_of_place(int place) { return pla
 
 // A weight may grow to 2^8 before the moments are rescaled.
 constexpr float LAZY_LOG2 = 8.0f;
-// Scores run two tiles ahead of the weights, so that nothing waits for the slowest warp's maximum.
-constexpr int SCORES_AHEAD = 2;
+// Scores run ahead of X, so that no group waits for them.
+constexpr int SCORES_AHEAD = 3;
 constexpr int SCORE_STAGES = 4;
 static_assert(SLOTS > SCORES_AHEAD + 2, "a tile is brought two tiles after its slot was used last");
 
@@ -98,7 +101,6 @@ struct Shared {
   alignas(16) Sums own;    // of the block's keys
   alignas(16) Sums total;  // of all that were merged
   alignas(16) float scores[SCORE_STAGES][TILE];
-  alignas(16) float maxima[SCORE_STAGES][4];
   float warp_d1[2][TRANSFORM_WARPS];
   float rescale[SLOTS];
   // Of keys and of values: one over what X is scaled by, a power of two, and the largest that decides it, as bits.

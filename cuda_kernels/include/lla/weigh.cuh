@@ -10,10 +10,16 @@
 // the first tile's largest number. Where a later one is more than 128 times that, the sums come out infinite, and the
 // block takes its keys again with the largest of all.
 
-#include "lla/copies.cuh"
 #include "lla/lanes.cuh"
 #include "lla/shape.cuh"
 #include "ptx/mbarrier.cuh"
+
+// What a lane takes of a tile at a time, for want of registers.
+constexpr int HALF_KEYS = LANE_KEYS / 2;
+static_assert(key_of(HALF_KEYS) % 8 == 0);
+
+// Of a key's weight.
+__device__ __forceinline__ float root_of(float score, float half_shift) { return exp2_fast(0.5f * score - half_shift); }
 
 // Adds what the lanes of a chunk have of their keys.
 __device__ __forceinline__ float of_all_keys(float x) {
@@ -64,13 +70,15 @@ __device__ __forceinline__ float agreed_scale(Shared& shared, int kind, int expo
 
 // Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps; the sums,
 // relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2. The first time,
-// unless the scale of X is there, it is chosen too.
-__device__ __forceinline__ void recentre(Shared& shared, unsigned from, const float (&roots)[LANE_KEYS], float rescale,
-                                         int move, bool choose, float& scale, float (&sums)[8], float (&origin)[8], float& d1) {
+// unless the scale of X is there, it is chosen too. own: whether the tile is that of this warp's group; its scores and
+// shift say what the keys weigh.
+__device__ __forceinline__ void recentre(Shared& shared, bool own, unsigned from, const float* scores, float half_shift,
+                                         float rescale, int move, bool choose, float& scale, float (&sums)[8], float (&origin)[8], float& d1) {
   float tile_sums[8] = {}, tile_d1 = 0.0f;
-#pragma unroll
-  for (int key = 0; key < LANE_KEYS; key++) {
-    const float weight = roots[key] * roots[key];
+  float largest = 0.0f;
+#pragma unroll 1
+  for (int key = 0; own && key < LANE_KEYS; key++) {
+    const float root = root_of(scores[key_of(key)], half_shift), weight = root * root;
     const uint4 raw = shared_load4(at_key(from, key));
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
@@ -80,11 +88,7 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
       tile_sums[2 * e + 1] += weight * (x.y - origin[2 * e + 1]);
     }
     tile_d1 += weight;
-  }
-  float largest = 0.0f;
-  if (choose) {
-#pragma unroll 1
-    for (int key = 0; key < LANE_KEYS; key++) largest = fmaxf(largest, largest_of(shared_load4(at_key(from, key))));
+    if (choose) largest = fmaxf(largest, largest_of(raw));
   }
   // Anew: what is used here alone costs registers elsewhere.
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32, kind = thread / D;
@@ -162,9 +166,19 @@ __device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8
   }
 }
 
+// The largest score of a tile, in every lane; NaN is none.
+__device__ __forceinline__ float largest_score(const float* scores) {
+  const float2 pair = reinterpret_cast<const float2*>(scores)[thread_index() % 32];
+  // Integers of the same order, of which the lanes find the largest in one instruction.
+  const int bits = __float_as_int(fmaxf(fmaxf(minus_infinity(), pair.x), pair.y));
+  const int largest = __reduce_max_sync(~0u, bits < 0 ? bits ^ 0x7fffffff : bits);
+  return __int_as_float(largest < 0 ? largest ^ 0x7fffffff : largest);
+}
+
 // One pass over the tiles. Leaves the sums about the origin in shared.sums, their weight and the maximum in shared.own.
-__device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
-  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
+__device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int tiles) {
+  const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32;
+  const int group = thread / 32 / GROUP_WARPS, warp = thread / 32 % GROUP_WARPS;
   const Lane at(lane);
   const unsigned ring = shared_address(shared.ring) + at.place(warp);
   const int first_key = warp * WARP_KEYS + 4 * at.sub_key;  // of the lane, in a tile
@@ -172,7 +186,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
   float scale = 1.0f;
   const bool exact = shared.exact;
   if (exact) {
-    note_largest(shared, at, largest_of_all(shared, call, at, warp));
+    note_largest(shared, at, largest_of_all(shared, call, at, thread / 32));
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
     // A weight's root is at most 16, and a number at most twice the largest from the origin.
     agreed_scale(shared, thread / D, 9, 1.0f);
@@ -180,89 +194,86 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   }
 
-  // Gives X of a tile to the matrix warps, and brings the next tile for which there is room.
-  const auto finish = [&](int tile) {
-    fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[tile % SLOTS]));
-    // Anew, or what depends on the warp would be kept over the loop.
-    const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
-    if (warp >= COPYING_WARPS) return;
-    // All are done with the tile two before, or nearly so.
-    const int free = tile - 2, next = free + SLOTS;
-    if (free >= 0 && next < tiles) {
-      mbarrier_wait(shared_address(&shared.x_empty[next % SLOTS]), free / SLOTS & 1);
-      if (lane < BOXES) bring(shared, call, maps, warp, next, lane);
-      __syncwarp();
-    }
-  };
-
   float origin[8] = {}, sums[8] = {};
   float m = minus_infinity(), d1 = 0.0f;
-  int slot = 0, move = 0;
-  for (int tile = 0; tile < tiles; tile++) {
+  int move = 0;
+  // The running maximum and origin move on by a tile, of any group, and with them what the group has summed up. Returns
+  // what brings sums to the new maximum, 1 nearly always.
+  const auto follow = [&](int tile, bool own, unsigned x) {
     const int stage = tile % SCORE_STAGES;
-    delay();
-    // The scores were taken of keys that are there.
     mbarrier_wait(shared_address(&shared.scores_full[stage]), tile / SCORE_STAGES & 1);
-    float roots[LANE_KEYS];
-#pragma unroll
-    for (int four = 0; four < LANE_KEYS; four += 4) {
-      const float4 s = *reinterpret_cast<const float4*>(&shared.scores[stage][first_key + key_of(four)]);
-      roots[four] = s.x, roots[four + 1] = s.y, roots[four + 2] = s.z, roots[four + 3] = s.w;
-    }
-    const float4 maxima = *reinterpret_cast<const float4*>(shared.maxima[stage]);
-    const float tile_max = fmaxf(fmaxf(maxima.x, maxima.y), fmaxf(maxima.z, maxima.w));
+    const float largest = largest_score(shared.scores[stage]);
+    if (!(largest > m + LAZY_LOG2)) return 1.0f;
+    const float rescale = exp2_fast(m - largest);
+    const bool choose = m == minus_infinity() && !exact;
+    m = largest;
+    // The moments follow a shift when its tile reaches them. The last but one, in whose place this comes, was of a tile
+    // two before at least.
+    if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
+    recentre(shared, own, x, &shared.scores[stage][first_key], 0.5f * m, rescale, move, choose, scale, sums, origin, d1);
+    move ^= 1;
+    return rescale;
+  };
+
+  int tile = group;
+#pragma unroll 1
+  for (; tile < tiles; tile += GROUPS) {
+    delay();
+    if (tile > 0) follow(tile - 1, false, 0);
+    const int slot = tile % SLOTS;
     unsigned x = ring + slot * SLOT;
     const int first_of_tile = shared.begin + tile * TILE;
     if (first_of_tile < shared.first || first_of_tile + TILE > shared.end) {
-      // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
+      // Once the scores were taken. Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
+      mbarrier_wait(shared_address(&shared.scores_full[tile % SCORE_STAGES]), tile / SCORE_STAGES & 1);
 #pragma unroll 1
       for (int i = 0; i < LANE_KEYS; i++) {
         const int key = first_of_tile + first_key + key_of(i);
         if (key < shared.first || key >= shared.end) shared_store4(at_key(x, i), {0, 0, 0, 0});
       }
     }
-    const bool grown = tile_max > m + LAZY_LOG2, choose = grown && m == minus_infinity() && !exact;
-    const float rescale = grown ? exp2_fast(m - tile_max) : 1.0f;
-    if (grown) m = tile_max;
+    const float rescale = follow(tile, true, x);
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
+    const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
+#pragma unroll 1
+    for (int half = 0; half < 2; half++) {
+      float roots[HALF_KEYS];
 #pragma unroll
-    for (int key = 0; key < LANE_KEYS; key++) roots[key] = exp2_fast(0.5f * roots[key] - half_shift);
-    if (grown) {
-      // The moments follow a shift when its tile reaches them. The last but one, in whose place this comes, was of a tile
-      // two before at least.
-      if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
-      recentre(shared, x, roots, rescale, move, choose, scale, sums, origin, d1);
-      move ^= 1;
-    }
-#pragma unroll
-    for (int key = 0; key < LANE_KEYS; key++) d1 += roots[key] * roots[key];
-
-    // Or the addresses of all keys would be kept over the loop.
-    make_opaque(x);
-    // All loads before the stores: the compiler may not move a load across a store.
-    uint4 raws[LANE_KEYS];
-#pragma unroll
-    for (int i = 0; i < LANE_KEYS; i++) raws[i] = shared_load4(at_key(x, i));
-#pragma unroll
-    for (int i = 0; i < LANE_KEYS; i++) {
-      const float root = roots[i], factor = root * scale;
-      const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
-      unsigned rounded[4];
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float2 raw = widen_pair<BFLOAT>(words[e]);
-        rounded[e] = narrow_pair<false>((raw.x - origin[2 * e]) * factor, (raw.y - origin[2 * e + 1]) * factor);
-        const float2 weighted = widen_pair<false>(rounded[e]);
-        sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
+      for (int four = 0; four < HALF_KEYS; four += 4) {
+        const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
+        roots[four] = root_of(s.x, half_shift), roots[four + 1] = root_of(s.y, half_shift);
+        roots[four + 2] = root_of(s.z, half_shift), roots[four + 3] = root_of(s.w, half_shift);
       }
-      shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
+#pragma unroll
+      for (int key = 0; key < HALF_KEYS; key++) d1 += roots[key] * roots[key];
+      // Or the addresses of all keys would be kept over the loop.
+      make_opaque(x);
+      // All loads before the stores: the compiler may not move a load across a store.
+      uint4 raws[HALF_KEYS];
+#pragma unroll
+      for (int i = 0; i < HALF_KEYS; i++) raws[i] = shared_load4(at_key(x, i));
+#pragma unroll
+      for (int i = 0; i < HALF_KEYS; i++) {
+        const float root = roots[i], factor = root * scale;
+        const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
+        unsigned rounded[4];
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+          const float2 raw = widen_pair<BFLOAT>(words[e]);
+          rounded[e] = narrow_pair<false>((raw.x - origin[2 * e]) * factor, (raw.y - origin[2 * e + 1]) * factor);
+          const float2 weighted = widen_pair<false>(rounded[e]);
+          sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
+        }
+        shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
+      }
+      x += key_of(HALF_KEYS) * 128, scores += key_of(HALF_KEYS);
     }
-    if (thread == 0) shared.rescale[slot] = rescale;
-    finish(tile);
-    if (++slot == SLOTS) slot = 0;
+    if (lane == 0 && warp == 0) shared.rescale[slot] = rescale;
+    fence_async_proxy();
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[slot]));
   }
+  if (tile == tiles && tiles > 0) follow(tile - 1, false, 0);
 
   leave_sums(shared, sums, d1, m);
 }
