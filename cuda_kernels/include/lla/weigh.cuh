@@ -197,42 +197,46 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
   float origin[8] = {}, sums[8] = {};
   float m = minus_infinity(), d1 = 0.0f;
   int move = 0;
-  // The running maximum and origin move on by a tile, of any group, and with them what the group has summed up. Returns
-  // what brings sums to the new maximum, 1 nearly always.
-  const auto follow = [&](int tile, bool own, unsigned x) {
-    const int stage = tile % SCORE_STAGES;
-    mbarrier_wait(shared_address(&shared.scores_full[stage]), tile / SCORE_STAGES & 1);
-    const float largest = largest_score(shared.scores[stage]);
-    if (!(largest > m + LAZY_LOG2)) return 1.0f;
+  // The largest score of a tile grew the maximum: with that and the origin moves what the group has summed up. Returns
+  // what brings sums to the new maximum.
+  const auto grow = [&](int tile, float largest, bool own, unsigned x) {
     const float rescale = exp2_fast(m - largest);
     const bool choose = m == minus_infinity() && !exact;
     m = largest;
     // The moments follow a shift when its tile reaches them. The last but one, in whose place this comes, was of a tile
     // two before at least.
     if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
-    recentre(shared, own, x, &shared.scores[stage][first_key], 0.5f * m, rescale, move, choose, scale, sums, origin, d1);
+    const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
+    recentre(shared, own, x, scores, 0.5f * m, rescale, move, choose, scale, sums, origin, d1);
     move ^= 1;
     return rescale;
+  };
+  const auto has_grown = [&](float largest) { return largest > m + LAZY_LOG2; };
+  const auto wait_for_scores = [&](int tile) {
+    mbarrier_wait(shared_address(&shared.scores_full[tile % SCORE_STAGES]), tile / SCORE_STAGES & 1);
   };
 
   int tile = group;
 #pragma unroll 1
   for (; tile < tiles; tile += GROUPS) {
     delay();
-    if (tile > 0) follow(tile - 1, false, 0);
+    // Those of the tile before, which the other group has, were taken before.
+    wait_for_scores(tile);
+    const float largest = largest_score(shared.scores[tile % SCORE_STAGES]);
+    const float largest_before = tile > 0 ? largest_score(shared.scores[(tile - 1) % SCORE_STAGES]) : minus_infinity();
+    if (has_grown(largest_before)) grow(tile - 1, largest_before, false, 0);
     const int slot = tile % SLOTS;
     unsigned x = ring + slot * SLOT;
     const int first_of_tile = shared.begin + tile * TILE;
     if (first_of_tile < shared.first || first_of_tile + TILE > shared.end) {
-      // Once the scores were taken. Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
-      mbarrier_wait(shared_address(&shared.scores_full[tile % SCORE_STAGES]), tile / SCORE_STAGES & 1);
+      // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
 #pragma unroll 1
       for (int i = 0; i < LANE_KEYS; i++) {
         const int key = first_of_tile + first_key + key_of(i);
         if (key < shared.first || key >= shared.end) shared_store4(at_key(x, i), {0, 0, 0, 0});
       }
     }
-    const float rescale = follow(tile, true, x);
+    const float rescale = has_grown(largest) ? grow(tile, largest, true, x) : 1.0f;
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
     const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
 #pragma unroll 1
@@ -252,6 +256,8 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
       uint4 raws[HALF_KEYS];
 #pragma unroll
       for (int i = 0; i < HALF_KEYS; i++) raws[i] = shared_load4(at_key(x, i));
+      // Or each would be loaded where it is used, and waited for there.
+      __syncwarp();
 #pragma unroll
       for (int i = 0; i < HALF_KEYS; i++) {
         const float root = roots[i], factor = root * scale;
@@ -273,7 +279,11 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[slot]));
   }
-  if (tile == tiles && tiles > 0) follow(tile - 1, false, 0);
+  if (tile == tiles && tiles > 0) {
+    wait_for_scores(tile - 1);
+    const float largest = largest_score(shared.scores[(tile - 1) % SCORE_STAGES]);
+    if (has_grown(largest)) grow(tile - 1, largest, false, 0);
+  }
 
   leave_sums(shared, sums, d1, m);
 }
