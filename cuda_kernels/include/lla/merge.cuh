@@ -155,7 +155,7 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, con
     const auto load = [&](int c, int e) {
       return __ldcg(reinterpret_cast<const float4*>(parts + c * PARTIAL_FLOATS) + rank * SLICE_QUADS + e);
     };
-    add_slices<2>(shared, clusters, rank, m, load, give_whole);
+    add_slices<4>(shared, clusters, rank, m, load, give_whole);
   }
   cluster_sync();
   return last && rank == 0;

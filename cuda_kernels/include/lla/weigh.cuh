@@ -15,8 +15,9 @@
 #include "ptx/mbarrier.cuh"
 
 // What a lane takes of a tile at a time, for want of registers.
-constexpr int HALF_KEYS = LANE_KEYS / 2;
-static_assert(key_of(HALF_KEYS) % 8 == 0);
+constexpr int KEYS_AT_ONCE = 4;
+static_assert((key_of(KEYS_AT_ONCE - 1) & key_of(KEYS_AT_ONCE)) == 0, "places are found by exclusive or");
+
 
 // Of a key's weight.
 __device__ __forceinline__ float root_of(float score, float half_shift) { return exp2_fast(0.5f * score - half_shift); }
@@ -76,7 +77,7 @@ __device__ __forceinline__ void recentre(Shared& shared, bool own, unsigned from
                                          float rescale, int move, bool choose, float& scale, float (&sums)[8], float (&origin)[8], float& d1) {
   float tile_sums[8] = {}, tile_d1 = 0.0f;
   float largest = 0.0f;
-#pragma unroll 1
+#pragma unroll 4
   for (int key = 0; own && key < LANE_KEYS; key++) {
     const float root = root_of(scores[key_of(key)], half_shift), weight = root * root;
     const uint4 raw = shared_load4(at_key(from, key));
@@ -240,26 +241,26 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
     const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
 #pragma unroll 1
-    for (int half = 0; half < 2; half++) {
-      float roots[HALF_KEYS];
+    for (int keys = 0; keys < LANE_KEYS; keys += KEYS_AT_ONCE) {
+      float roots[KEYS_AT_ONCE];
 #pragma unroll
-      for (int four = 0; four < HALF_KEYS; four += 4) {
+      for (int four = 0; four < KEYS_AT_ONCE; four += 4) {
         const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
         roots[four] = root_of(s.x, half_shift), roots[four + 1] = root_of(s.y, half_shift);
         roots[four + 2] = root_of(s.z, half_shift), roots[four + 3] = root_of(s.w, half_shift);
       }
 #pragma unroll
-      for (int key = 0; key < HALF_KEYS; key++) d1 += roots[key] * roots[key];
+      for (int key = 0; key < KEYS_AT_ONCE; key++) d1 += roots[key] * roots[key];
       // Or the addresses of all keys would be kept over the loop.
       make_opaque(x);
       // All loads before the stores: the compiler may not move a load across a store.
-      uint4 raws[HALF_KEYS];
+      uint4 raws[KEYS_AT_ONCE];
 #pragma unroll
-      for (int i = 0; i < HALF_KEYS; i++) raws[i] = shared_load4(at_key(x, i));
+      for (int i = 0; i < KEYS_AT_ONCE; i++) raws[i] = shared_load4(at_key(x, i));
       // Or each would be loaded where it is used, and waited for there.
       __syncwarp();
 #pragma unroll
-      for (int i = 0; i < HALF_KEYS; i++) {
+      for (int i = 0; i < KEYS_AT_ONCE; i++) {
         const float root = roots[i], factor = root * scale;
         const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
         unsigned rounded[4];
@@ -272,7 +273,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
         }
         shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
       }
-      x += key_of(HALF_KEYS) * 128, scores += key_of(HALF_KEYS);
+      x = at_key(x, KEYS_AT_ONCE), scores += key_of(KEYS_AT_ONCE);
     }
     if (lane == 0 && warp == 0) shared.rescale[slot] = rescale;
     fence_async_proxy();
