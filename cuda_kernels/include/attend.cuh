@@ -24,6 +24,7 @@ typedef TileOf<FLOAT>::type Tile;
 // What a lane accumulates of its query rows.
 struct Accumulator {
   float m[HEADS][TILES], t0[HEADS][TILES];
+  float largest[HEADS][TILES];               // of the lane's own keys; m follows it from afar
   float d1[HEADS][TILES], d2[HEADS][TILES];  // of the lane's own keys
   float spread[HEADS][TILES];                // sum of p |t - t0| since t0 last moved
   float scale[HEADS][TILES];                 // O2 is kept in units of it where P2 could overflow float16
@@ -34,7 +35,7 @@ struct Accumulator {
     for (int h = 0; h < HEADS; h++)
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        m[h][n] = minus_infinity();
+        m[h][n] = largest[h][n] = minus_infinity();
         t0[h][n] = d1[h][n] = d2[h][n] = spread[h][n] = 0;
         scale[h][n] = 1;
 #pragma unroll
@@ -51,6 +52,32 @@ __device__ __forceinline__ float sum_of_row(float x) {
 __device__ __forceinline__ float largest_of_row(float x) {
   for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, mask));
   return x;
+}
+
+// Brings what is summed up to the largest score so far. All rows go through each phase together: a phase is a chain of
+// dependent instructions as long as its shuffles.
+__device__ __forceinline__ void follow_largest(Accumulator& a) {
+  float m[HEADS][TILES];
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) m[h][n] = a.largest[h][n];
+#pragma unroll
+  for (int mask = 4; mask < 32; mask *= 2)
+#pragma unroll
+    for (int h = 0; h < HEADS; h++)
+#pragma unroll
+      for (int n = 0; n < TILES; n++) m[h][n] = fmaxf(m[h][n], __shfl_xor_sync(~0u, m[h][n], mask));
+#pragma unroll
+  for (int h = 0; h < HEADS; h++)
+#pragma unroll
+    for (int n = 0; n < TILES; n++) {
+      const float correction = weight(a.m[h][n], m[h][n]);
+      a.d1[h][n] *= correction, a.d2[h][n] *= correction, a.spread[h][n] *= correction;
+#pragma unroll
+      for (int i = 0; i < CHANNELS; i++) a.O1[h][n][i] *= correction, a.O2[h][n][i] *= correction;
+      a.m[h][n] = m[h][n];
+    }
 }
 
 // Keeps P2 within float16: t is not scaled, as scores are.
@@ -74,11 +101,19 @@ __device__ __forceinline__ void fit(Accumulator& a, float (&c)[HEADS][TILES][4])
     }
 }
 
+// Weights may grow so far before what is summed up is brought to a new maximum.
+constexpr float LAZY_LOG2 = 8;
+
+// Whether the mean of t - t0, d2 / d1, is too far from 0. P2 = P1 (t - t0) is about to be rounded: its error is that of P1
+// as long as t - t0 is about 1, or more where more bits are kept, and that of t's own spread beyond.
+__device__ __forceinline__ bool has_drifted(float d1, float d2, float spread) {
+  constexpr float NEAR = WITH_RESTS ? 16 : BFLOAT ? 1 : 4;
+  return fabsf(d2) > fmaxf(NEAR * d1, 0.75f * spread);
+}
+
 // Scores of a step become weights, and the running sums move on. c: S1, S2 of key g and of key g + 8, then P1, P2.
-// All rows go through each phase together: a phase is a chain of dependent instructions as long as its shuffles.
 template <class Sees>
 __device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4], bool masked, Sees sees, float scale_log2) {
-  float m[HEADS][TILES];
   bool grown = false;
 #pragma unroll
   for (int h = 0; h < HEADS; h++)
@@ -91,30 +126,11 @@ __device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4
         if (!sees(n, 0)) s[0] = minus_infinity(), s[1] = a.t0[h][n];
         if (!sees(n, 1)) s[2] = minus_infinity(), s[3] = a.t0[h][n];
       }
-      m[h][n] = fmaxf(a.m[h][n], fmaxf(s[0], s[2]));
+      const float own = fmaxf(s[0], s[2]);
+      a.largest[h][n] = fmaxf(a.largest[h][n], own);
+      grown = grown || own > a.m[h][n] + LAZY_LOG2;
     }
-#pragma unroll
-  for (int mask = 4; mask < 32; mask *= 2)
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-#pragma unroll
-      for (int n = 0; n < TILES; n++) m[h][n] = fmaxf(m[h][n], __shfl_xor_sync(~0u, m[h][n], mask));
-#pragma unroll
-  for (int h = 0; h < HEADS; h++)
-#pragma unroll
-    for (int n = 0; n < TILES; n++) grown = grown || m[h][n] != a.m[h][n];
-  if (__any_sync(~0u, grown)) {
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-#pragma unroll
-      for (int n = 0; n < TILES; n++) {
-        const float correction = weight(a.m[h][n], m[h][n]);
-        a.d1[h][n] *= correction, a.d2[h][n] *= correction, a.spread[h][n] *= correction;
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) a.O1[h][n][i] *= correction, a.O2[h][n][i] *= correction;
-        a.m[h][n] = m[h][n];
-      }
-  }
+  if (__any_sync(~0u, grown)) follow_largest(a);
   float t[HEADS][TILES][2];  // probe scores
   bool drifted = false;
 #pragma unroll
@@ -124,27 +140,26 @@ __device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4
       float(&s)[4] = c[h][n];
       t[h][n][0] = s[1], t[h][n][1] = s[3];
       // Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
-      const float largest = m[h][n] == minus_infinity() ? 0.f : m[h][n];
-      s[0] = exp2_fast(s[0] - largest), s[2] = exp2_fast(s[2] - largest);
+      const float m = a.m[h][n] == minus_infinity() ? 0.f : a.m[h][n];
+      s[0] = exp2_fast(s[0] - m), s[2] = exp2_fast(s[2] - m);
       a.d1[h][n] += s[0] + s[2];
       s[1] = s[3] = 0;
       if constexpr (!PROBE) continue;
       s[1] = s[0] * (t[h][n][0] - a.t0[h][n]), s[3] = s[2] * (t[h][n][1] - a.t0[h][n]);
       a.d2[h][n] += s[1] + s[3];
       a.spread[h][n] += fabsf(s[1]) + fabsf(s[3]);
-      drifted = drifted || fabsf(a.d2[h][n]) > fmaxf(a.d1[h][n], 0.5f * a.spread[h][n]);
+      drifted = drifted || has_drifted(a.d1[h][n], a.d2[h][n], a.spread[h][n]);
     }
   if constexpr (!PROBE || FLOAT) return;
-  // P2 is about to be rounded: its error is that of P1 as long as t - t0 is about 1, and that of t's own spread
-  // beyond. A lane whose keys' mean lies further from t0 calls for a look at the row's.
+  // A lane whose keys' mean lies too far from t0 calls for a look at the row's.
   if (__any_sync(~0u, drifted)) {
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        const float d1 = sum_of_row(a.d1[h][n]), d2 = sum_of_row(a.d2[h][n]);
+        const float d1 = sum_of_row(a.d1[h][n]), d2 = sum_of_row(a.d2[h][n]), spread = sum_of_row(a.spread[h][n]);
         // Neither NaN nor infinity moves a shift: they would reach a row's sums by another way than the formula's.
-        if (!(fabsf(d2) > d1 && fabsf(d2) < 3e38f)) continue;
+        if (!(has_drifted(d1, d2, spread) && fabsf(d2) < 3e38f)) continue;
         const float step = d2 / d1, scaled = step / a.scale[h][n];
         const bool low = !masked || sees(n, 0), high = !masked || sees(n, 1);
         a.t0[h][n] += step;
@@ -219,8 +234,10 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
   return __all_sync(~0u, finite);
 }
 
-// Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps.
-__device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from) {
+// Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps. exact: whether
+// the maximum is asked for.
+__device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from, bool exact) {
+  if (from == 0 && exact) follow_largest(a);
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT + warp * EXCHANGE_PITCH);
 #pragma unroll
@@ -399,7 +416,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     };
 #pragma unroll
     for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
-      hand_over(shared, a, lane, from);
+      hand_over(shared, a, lane, from, p.m);
       __syncthreads();
       if (from == 0) {
         weigh_warps(shared);
