@@ -270,7 +270,7 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
 __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ unsigned arrived;
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
   Item item;
@@ -294,14 +294,16 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     item = item_of(p, batch, unit, block, 0, keys);
     schedule.begin = 0, schedule.end = item.steps;
   }
+  Ring ring;
+  ring.prepare(maps, shared);
+  // Before the streams of keys, behind which it would wait. Of few rows few warps have a part in it.
   Queries queries;
   queries.fetch(p, Rows(p, item));
-  Ring ring;
-  ring.start(p, maps, shared, item, schedule.begin, schedule.end);
+  ring.start(p, item, schedule.begin, schedule.end);
   if constexpr (GRID == 0) finish_empty_batches(p);
   Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
-  // Rows and columns that no query is written to are read all the same.
-  if constexpr (RECORDS < HEADS * ROWS || HEAD_DIM < KEY_COLUMNS) {
+  // Rows and columns that no query is written to are read all the same, unless rests stand there.
+  if constexpr ((RECORDS < HEADS * ROWS && !RESTS_ASIDE) || HEAD_DIM < KEY_COLUMNS) {
     Queries::clear(query_place);
     __syncthreads();
   }

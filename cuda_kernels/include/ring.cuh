@@ -28,20 +28,22 @@ struct Ring {
   long long outer;  // batch row or page, and position in it, of the step or of this lane's row; -1: none, -2: no such page
   int place;
 
-  __device__ void start(const Problem& p, const Maps* tensor_maps, char* shared, const Item& first, int begin, int end_of_range) {
-    const int warp = threadIdx.x / 32;
+  // Before anything else is read: what is in flight would be waited for.
+  __device__ void prepare(const Maps* tensor_maps, char* shared) {
+    // From a shuffle, or the compiler would not know that it is the warp's, and the copy engine's instructions would be
+    // preceded by a loop over the lanes.
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
     maps = tensor_maps;
     lane = threadIdx.x % 32;
     slots = shared + RING_AT + warp * SLOTS * SLOT_BYTES;
     barriers = shared_address(shared + BARRIERS_AT) + warp * SLOTS * 8;
     slot = 0, parity = 0, written = false;
-    item = first, step = begin + warp, end = end_of_range, values_next = false;
-    split_end = PINNED ? begin + p.split_steps : 0;
-    deal(p);
     if constexpr (BOXES) {
-      if (lane == 0) prefetch_map(maps->k), prefetch_map(maps->v);
-      if (lane < SLOTS) mbarrier_init(barriers + lane * 8, 1);
-      fence_mbarrier_init();
+      if (lane == 0) {
+#pragma unroll
+        for (int s = 0; s < SLOTS; s++) mbarrier_init(barriers + s * 8, 1);
+        fence_mbarrier_init();
+      }
     } else {
       // Padding columns are read as well, and never written again.
 #pragma unroll 1
@@ -49,6 +51,13 @@ struct Ring {
         reinterpret_cast<uint4*>(slots)[i] = make_uint4(0, 0, 0, 0);
     }
     __syncwarp();
+  }
+
+  // Fills the ring.
+  __device__ void start(const Problem& p, const Item& first, int begin, int end_of_range) {
+    item = first, step = begin + __shfl_sync(~0u, threadIdx.x / 32, 0), end = end_of_range, values_next = false;
+    split_end = PINNED ? begin + p.split_steps : 0;
+    deal(p);
     find_place(p);
 #pragma unroll 1
     for (int s = 0; s < SLOTS; s++) fill(p, s);
