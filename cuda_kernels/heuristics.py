@@ -270,7 +270,11 @@ def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster) -> int:
     array = _round_up(heads * 4 * tiles * (columns + 16 // size) - 64 // size, 128 // size) + 64 // size
     probe = 0 if problem.probe_dtype is None else 1 if problem.probe_dtype == problem.dtype else 2
     total = (
-        warps * records * 16 + _round_up(warps * records * 8, 16) + records * 16 + (1 + probe) * array * size
+        warps * records * 16
+        + _round_up(warps * records * 4, 16)
+        + _round_up(warps * records * 8, 16)
+        + records * 16
+        + (1 + probe) * array * size
     )
     if grid == EQUAL_RANGES:
         value_columns = _round_up(problem.value_dim, 32)

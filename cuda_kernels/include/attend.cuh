@@ -234,10 +234,9 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
   return __all_sync(~0u, finite);
 }
 
-// Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps. exact: whether
-// the maximum is asked for.
-__device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from, bool exact) {
-  if (from == 0 && exact) follow_largest(a);
+// Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps. Sums are relative
+// to a reference, from which the maximum may have moved on.
+__device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from) {
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT + warp * EXCHANGE_PITCH);
 #pragma unroll
@@ -252,8 +251,13 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
             a.O2[h][n][i] += __shfl_xor_sync(~0u, a.O2[h][n][i], QUERIES);
           }
         }
-        const Statistics s = {a.m[h][n], sum_of_row(a.d1[h][n]), PROBE ? sum_of_row(a.d2[h][n]) : 0.f, a.t0[h][n]};
-        if (g == 0 && t < QUERIES) reinterpret_cast<float4*>(shared + STATISTICS_AT)[warp * RECORDS + Record::number(h, n, t)] = s.packed();
+        const float m = largest_of_row(a.largest[h][n]);
+        const Statistics s = {m, sum_of_row(a.d1[h][n]), PROBE ? sum_of_row(a.d2[h][n]) : 0.f, a.t0[h][n]};
+        if (g == 0 && t < QUERIES) {
+          const int record = warp * RECORDS + Record::number(h, n, t);
+          reinterpret_cast<float4*>(shared + STATISTICS_AT)[record] = s.packed();
+          reinterpret_cast<float*>(shared + REFERENCES_AT)[record] = a.m[h][n];
+        }
       }
       if (t >= QUERIES) continue;
       const float unit = BFLOAT || FLOAT ? 1.f : a.scale[h][n];
@@ -418,7 +422,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     };
 #pragma unroll
     for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
-      hand_over(shared, a, lane, from, p.m);
+      hand_over(shared, a, lane, from);
       __syncthreads();
       if (from == 0) {
         weigh_warps(shared);

@@ -147,13 +147,14 @@ __device__ __forceinline__ void weigh_warps(char* shared) {
     const int i = first + threadIdx.x, record = i / WARPS, warp = i % WARPS;
     Statistics x = Statistics::none();
     if (record < RECORDS) x = Statistics::of(reinterpret_cast<const float4*>(shared + STATISTICS_AT)[warp * RECORDS + record]);
+    const float reference = record < RECORDS ? reinterpret_cast<const float*>(shared + REFERENCES_AT)[warp * RECORDS + record] : 0.f;
     Statistics total = {x.saw_nothing() ? minus_infinity() : x.m, 0, 0, 0};
     const unsigned peers = ((1u << WARPS) - 1) << (lane / WARPS * WARPS), seen = __ballot_sync(~0u, !x.saw_nothing()) & peers;
     // The first state that saw a key gives the shift, all others move to it.
     total.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
 #pragma unroll
     for (int mask = 1; mask < WARPS; mask *= 2) total.m = fmaxf(total.m, __shfl_xor_sync(~0u, total.m, mask));
-    const float factor = x.saw_nothing() ? 0.f : weight(x.m, total.m), step = x.saw_nothing() ? 0.f : x.t0 - total.t0;
+    const float factor = x.saw_nothing() ? 0.f : weight(reference, total.m), step = x.saw_nothing() ? 0.f : x.t0 - total.t0;
     if (!x.saw_nothing()) total.d1 = factor * x.d1, total.d2 = factor * (x.d2 + step * x.d1);
 #pragma unroll
     for (int mask = 1; mask < WARPS; mask *= 2)
