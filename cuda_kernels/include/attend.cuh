@@ -105,9 +105,9 @@ __device__ __forceinline__ void fit(Accumulator& a, float (&c)[HEADS][TILES][4])
 constexpr float LAZY_LOG2 = 8;
 
 // Whether the mean of t - t0, d2 / d1, is too far from 0. P2 = P1 (t - t0) is about to be rounded: its error is that of P1
-// as long as t - t0 is about 1, or more where more bits are kept, and that of t's own spread beyond.
+// as long as t - t0 is about 1, or more where its rest is kept, and that of t's own spread beyond.
 __device__ __forceinline__ bool has_drifted(float d1, float d2, float spread) {
-  constexpr float NEAR = WITH_RESTS ? 16 : BFLOAT ? 1 : 4;
+  constexpr float NEAR = WITH_RESTS ? 16 : 1;
   return fabsf(d2) > fmaxf(NEAR * d1, 0.75f * spread);
 }
 
