@@ -58,6 +58,28 @@ def test_attention_in_every_order_of_its_threads(operation, name):
     hold(results[0], expected, bound)
 
 
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("keys", [1, 2, 5])
+def test_probe_scores_far_from_their_shift_cost_no_accuracy(keys, dtype):
+    """Rows of few keys, whose probe scores are spread less than they are large."""
+    case = make(batch=60, kv_heads=1, head_dim=16, capacity=keys, dtype=dtype)
+    expected = call(plx.reference, "parallax", case)
+    (o,) = run("parallax", case, (9, 0), orders=(RANDOM_LATE,))
+    hold(o, expected, budget(case, "parallax").output)
+
+
+@pytest.mark.parametrize("operation", ["softmax", "parallax"])
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32], ids=str)
+def test_a_state_has_the_largest_score_and_changes_no_bit_of_the_output(operation, dtype):
+    case = make(kv_heads=1, group=3, capacity=150, dtype=dtype)
+    expected, state = call(plx.reference, operation, case, return_state=True)
+    with emulated((9, 0)):
+        plain = call(plx, operation, on_gpu(case))
+        o, found = call(plx, operation, on_gpu(case), return_state=True)
+        np.testing.assert_array_equal(plain.data, o.data)
+        assert (np.abs(found.m.data - state.m) <= budget(case, operation).lse).all()
+
+
 SOLVED = {
     "heads of 128": (dict(kv_heads=1, capacity=300), (9, 0)),
     "heads of 64, split": (dict(batch=1, kv_heads=1, capacity=2300, head_dim=64), (9, 0)),
