@@ -55,7 +55,6 @@ static_assert(SLOTS > SCORES_AHEAD + 2, "a tile is brought two tiles after its s
 // In floats. Pairs of adjacent columns of 8 rows, as the tensor cores have them, fall on different banks.
 constexpr int MOMENT_PITCH = 2 * D + 8;
 constexpr int INVERSE_PITCH = 24;
-constexpr int OPERAND_PITCH = 48;
 
 // What is known of some keys beside their centred moments, in the order of a partial.
 struct Sums {
@@ -75,11 +74,7 @@ struct Shared {
       alignas(16) float moments[D][MOMENT_PITCH];
       union {
         Sums parts[MAX_PARTS];
-        struct {  // the last two steps' M, it and the step's Q as operands
-          alignas(16) float inverse[2][16][INVERSE_PITCH];
-          alignas(16) float inverse_operand[2][16][OPERAND_PITCH];
-          alignas(16) float panel[D / 16][16][OPERAND_PITCH];
-        };
+        alignas(16) float inverse[2][16][INVERSE_PITCH];  // the last two steps' M
       };
     };
   };

@@ -18,7 +18,6 @@
 constexpr int KEYS_AT_ONCE = 4;
 static_assert((key_of(KEYS_AT_ONCE - 1) & key_of(KEYS_AT_ONCE)) == 0, "places are found by exclusive or");
 
-
 // Of a key's weight.
 __device__ __forceinline__ float root_of(float score, float half_shift) { return exp2_fast(0.5f * score - half_shift); }
 
