@@ -28,7 +28,7 @@ struct Ring {
   long long outer;  // batch row or page, and position in it, of the step or of this lane's row; -1: none, -2: no such page
   int place;
 
-  // Before anything else is read: what is in flight would be waited for.
+  // Before loads are on their way: the fence would wait for them.
   __device__ void prepare(const Maps* tensor_maps, char* shared) {
     // From a shuffle, or the compiler would not know that it is the warp's, and the copy engine's instructions would be
     // preceded by a loop over the lanes.
