@@ -439,10 +439,10 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       if (!SINGLE || from + EXCHANGE_CHANNELS < VALUE_DIM) __syncthreads();
     }
     if constexpr (CLUSTER > 1) {
-      cluster_arrive();
+      cluster_arrive_shared();
       cluster_wait();
       merge_cluster(shared, rank, write);
-      cluster_arrive();  // no block may leave before the others have read what it left
+      cluster_arrive_relaxed();  // no block may leave before the others have read what it left
     }
     if (!WHOLE && parts > 1) {
       __syncthreads();

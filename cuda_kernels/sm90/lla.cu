@@ -18,19 +18,22 @@
 #include "lla/weigh.cuh"
 #include "ptx/registers.cuh"
 
-// Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass.
-__device__ __forceinline__ bool again(Shared& shared) {
-  barrier_sync(ALL, THREADS);
+// Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass. `id`, `threads`: a
+// hardware barrier of the role, for nothing but that the compiler knows that all lanes of a warp agree.
+__device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
+  // The first pass meets three times where it is not the last.
+  const unsigned parity = shared.exact;
+  meet(shared.met, parity);
   if (shared.exact || !shared.out_of_range) return false;
-  barrier_sync(ALL, THREADS);
+  meet(shared.met, parity ^ 1);
   const int thread = thread_index();
   if (thread < 2 * D) shared.origin[thread] = 0.0f;
   if (thread < 32) {
     end_pass(shared, thread);
-    begin_pass(shared, thread);
-    if (thread == 0) shared.exact = 1;
+    if (thread == 0) begin_pass(shared, 0, 1), shared.exact = 1;
   }
-  barrier_sync(ALL, THREADS);
+  meet(shared.met, parity);
+  barrier_sync(id, threads);
   return true;
 }
 
@@ -41,40 +44,36 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
   Part moments;
   do {
     accumulate<KEY_COLUMNS>(shared, call, maps, moments, tiles);
-  } while (again(shared));
+  } while (again(shared, KEY_COLUMNS > 64 ? LAST_MATRIX : FIRST_MATRIX, 128));
   const float inverse_scale = shared.inverse_scale[0];
   const float ridge = lla::RowIndex(call, block_index() >> call.splits_log2).ridge(call);
-  store_moments<0, Part::KEYS>(shared, moments, inverse_scale * inverse_scale, whole, ridge);
-  barrier_sync(ALL, THREADS);
-  // The factorisation does not wait for these.
-  store_moments<Part::KEYS, Part::ALL>(shared, moments, inverse_scale * shared.inverse_scale[1], whole, 0.0f);
+  store_moments<Part::VALUES, Part::ALL>(shared, moments, inverse_scale * inverse_scale, whole, ridge);
+  meet(shared.met, shared.exact ^ 1);
+  // The factorisation does not wait for these, whose accumulators are the first registers.
+  if constexpr (D == 128) give_registers<128>();
+  store_moments<0, Part::VALUES>(shared, moments, inverse_scale * shared.inverse_scale[1], whole, 0.0f);
 }
 
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
   do {
     bring_first(shared, call, maps, tiles);
     weigh(shared, call, tiles);
-  } while (again(shared));
+  } while (again(shared, TRANSFORM, TRANSFORM_THREADS));
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
   shared.own.mean[column] = shared.total.mean[column] = mean;
-  barrier_sync(ALL, THREADS);
+  meet(shared.met, shared.exact ^ 1);
 }
 
-// The query, and the zeros beside it; by the matrix warps.
-__device__ __forceinline__ void set_query(Shared& shared, const half_bits* query, int thread) {
-  if (thread < RUNS * VECTOR / 16) {
-    uint4 piece = {0, 0, 0, 0};
-    const int run = thread / (VECTOR / 16), in_run = thread % (VECTOR / 16);
-    // Row 0 is not swizzled.
-    if (in_run < 8) {
-      const half_bits* q = query + run * 64 + in_run * 8;
-      piece = {q[0] | unsigned(q[1]) << 16, q[2] | unsigned(q[3]) << 16, q[4] | unsigned(q[5]) << 16, q[6] | unsigned(q[7]) << 16};
-    }
-    reinterpret_cast<uint4*>(shared.query)[thread] = piece;
-  }
-  fence_async_proxy();
+// A thread's 16 bytes of the query with the zeros beside it, as the matrix units take it; by the first threads.
+constexpr int QUERY_PIECES = RUNS * VECTOR / 16;
+__device__ __forceinline__ uint4 piece_of_query(const half_bits* query, int thread) {
+  const int run = thread / (VECTOR / 16), in_run = thread % (VECTOR / 16);
+  // Row 0 is not swizzled.
+  if (in_run >= 8) return {0, 0, 0, 0};
+  const half_bits* q = query + run * 64 + in_run * 8;
+  return {q[0] | unsigned(q[1]) << 16, q[2] | unsigned(q[3]) << 16, q[4] | unsigned(q[5]) << 16, q[6] | unsigned(q[7]) << 16};
 }
 
 extern "C" __global__ void
@@ -107,12 +106,18 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const int begin = start + split * share * TILE, end = min(begin + share * TILE, row.end);
   const int tiles = max(0, end - begin + TILE - 1) / TILE;
 
-  const int warpgroup = __shfl_sync(~0u, threadIdx.x / 128, 0);
-  if (threadIdx.x < 32) begin_pass(shared, threadIdx.x);
+  const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
+  // By all warps: one after the other, barriers take 80 clocks each.
+  if (threadIdx.x % 32 == 0) begin_pass(shared, warp, WARPS);
+  // On its way meanwhile, but not before: a fence waits for loads.
+  uint4 query;
+  if (threadIdx.x < QUERY_PIECES) query = piece_of_query(query_of(call, row), threadIdx.x);
   if (threadIdx.x == 0) {
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
     shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
+    mbarrier_init(shared_address(&shared.met), WARPS);
+    mbarrier_init(shared_address(&shared.solved), WARPS), mbarrier_init(shared_address(&shared.panelled), WARPS);
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   __syncthreads();
@@ -120,15 +125,14 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   const bool whole = clusters * CLUSTER == 1;
   if (warpgroup < MATRIX_WARPGROUPS) {
-    // While the first keys are on their way.
-    set_query(shared, query_of(call, row), threadIdx.x);
+    if (threadIdx.x < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[threadIdx.x] = query;
+    fence_async_proxy();
     barrier_sync(MATRIX, MATRIX_THREADS);
     if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();
     if (D == 64 || warpgroup == 0)
       matrix_role<64>(shared, call, maps, whole, tiles);
     else
       matrix_role<D>(shared, call, maps, whole, tiles);
-    if constexpr (D == 128) give_registers<128>();
   } else {
     if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
     transform_role(shared, call, maps, tiles);

@@ -170,13 +170,13 @@ __device__ __forceinline__ void factor_diagonal(Shared& shared) {
         minus_identity.x[h][e] = lane / 4 + 8 * h == lane % 4 * 2 + e % 2 + e / 2 * 8 ? -1.0f : 0.0f;
     if (b > 0) {
       const Operand right(m);
-      barrier_sync(SOLVED, THREADS);
+      meet(shared.solved, b - 1 & 1);
       Tile q;
       q.load(block_at(shared, b, b - 1), MOMENT_PITCH);
       next.load(block_at(shared, b, b), MOMENT_PITCH);
       q = multiply(Operand(q), right);
       q.store(block_at(shared, b, b - 1), MOMENT_PITCH);
-      barrier_arrive(PANELLED, THREADS);
+      come(shared.panelled);
       const Operand both(q);
       next.subtract(multiply(both, both));
     } else {
@@ -200,7 +200,7 @@ __device__ __forceinline__ void eliminate(Shared& shared, int other, int column,
   }
 #pragma unroll 1
   for (int b = 0; b + 1 < BLOCKS; b++) {
-    barrier_sync(SOLVED, THREADS);
+    meet(shared.solved, b & 1);
     // Q of the next row is made with the pivots.
     if (other < BLOCKS && other != b + 1) {
       float* at = block_at(shared, other, b);
@@ -209,7 +209,7 @@ __device__ __forceinline__ void eliminate(Shared& shared, int other, int column,
       m.load(shared.inverse[b % 2][0], INVERSE_PITCH);
       multiply(Operand(a), Operand(m)).store(at, MOMENT_PITCH);
     }
-    barrier_sync(PANELLED, THREADS);
+    meet(shared.panelled, b & 1);
     if (b >= column) continue;
     Tile right;
     right.load(block_at(shared, column, b), MOMENT_PITCH);
@@ -250,12 +250,12 @@ __device__ __forceinline__ void solve_right_side(Shared& shared, const lla::Call
   }
 #pragma unroll 1
   for (int b = 0; b + 1 < BLOCKS; b++) {
-    barrier_sync(SOLVED, THREADS);
+    meet(shared.solved, b & 1);
     const float solved = solve_block(shared, b);
     float y[BLOCK];
 #pragma unroll
     for (int k = 0; k < BLOCK; k++) y[k] = __shfl_sync(~0u, solved, k);
-    barrier_sync(PANELLED, THREADS);
+    meet(shared.panelled, b & 1);
 #pragma unroll 1
     for (int channel = lane; channel < D; channel += 32) {
       const float* q = &shared.moments[channel][b * BLOCK];

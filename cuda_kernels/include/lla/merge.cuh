@@ -7,6 +7,7 @@
 // their weight: so parts differ by a vector each.
 
 #include "lla/shape.cuh"
+#include "ptx/atomics.cuh"
 #include "ptx/cluster.cuh"
 
 constexpr int SLICE_ROWS = D / CLUSTER;
@@ -106,8 +107,12 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, con
     const unsigned at = shared_address(moments_at(shared, rank, e));
     cluster_store4(CLUSTER > 1 ? cluster_address(at, 0) : at, sum);
   };
+  float* parts = call.partials + static_cast<long long>(item) * (call.splits / CLUSTER) * PARTIAL_FLOATS;
+  float* mine = parts + static_cast<long long>(block_index() % call.splits / CLUSTER) * PARTIAL_FLOATS;
+  const auto give_part = [&](int e, float4 sum) { reinterpret_cast<float4*>(mine)[rank * SLICE_QUADS + e] = sum; };
   if constexpr (CLUSTER > 1) {
-    cluster_sync();
+    cluster_arrive_shared();
+    cluster_wait();
     for (int e = thread; e < CLUSTER * SUMS_FLOATS / 4; e += THREADS) {
       const unsigned at = shared_address(reinterpret_cast<float4*>(&shared.own) + e % (SUMS_FLOATS / 4));
       reinterpret_cast<float4*>(shared.parts)[e] = cluster_load4(cluster_address(at, e / (SUMS_FLOATS / 4)));
@@ -122,31 +127,30 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, con
       cluster_sync();
       return rank == 0;
     }
-    add_slices<CLUSTER>(shared, CLUSTER, rank, m, load, [&](int e, float4 sum) {
-      *reinterpret_cast<float4*>(moments_at(shared, rank, e)) = sum;
-    });
+    add_slices<CLUSTER>(shared, CLUSTER, rank, m, load, give_part);
+  } else {
+    for (int e = thread; e < SLICE_QUADS; e += THREADS)
+      give_part(e, *reinterpret_cast<const float4*>(moments_at(shared, rank, e)));
   }
-
-  float* parts = call.partials + static_cast<long long>(item) * (call.splits / CLUSTER) * PARTIAL_FLOATS;
-  float* mine = parts + static_cast<long long>(block_index() % call.splits / CLUSTER) * PARTIAL_FLOATS;
   const Sums& sums = CLUSTER > 1 ? shared.total : shared.own;
-  for (int e = thread; e < SLICE_QUADS; e += THREADS)
-    reinterpret_cast<float4*>(mine)[rank * SLICE_QUADS + e] = *reinterpret_cast<const float4*>(moments_at(shared, rank, e));
   if (rank == 0 && thread < SUMS_FLOATS / 4)
     reinterpret_cast<float4*>(mine + 2 * D * D)[thread] = reinterpret_cast<const float4*>(&sums)[thread];
-  __threadfence();
-  cluster_sync();
+  __syncthreads();
+  if constexpr (CLUSTER > 1) {
+    // Of what all threads wrote.
+    if (thread == 0) fence_device();
+    cluster_arrive_relaxed();
+    cluster_wait();
+  }
   if (rank == 0 && thread == 0) {
-    const bool last = atomicAdd(call.counters + item, 1) == clusters - 1;
+    const bool last = count_one(call.counters + item) == unsigned(clusters - 1);
     if (last) call.counters[item] = 0;
-    __threadfence();
     shared.is_last = last;
   }
   cluster_sync();
   const unsigned last =
       CLUSTER > 1 ? cluster_load(cluster_address(shared_address(&shared.is_last), 0)) : shared.is_last;
   if (last) {
-    __threadfence();
     for (int e = thread; e < clusters * (SUMS_FLOATS / 4); e += THREADS)
       reinterpret_cast<float4*>(shared.parts)[e] = __ldcg(
           reinterpret_cast<const float4*>(parts + e / (SUMS_FLOATS / 4) * PARTIAL_FLOATS + 2 * D * D) +

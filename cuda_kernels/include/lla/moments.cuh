@@ -10,19 +10,17 @@
 // Row and column of accumulator 4 j are those of a 16 x 8 product: `upper`, 8 j + 2 (thread % 4).
 __device__ __forceinline__ int upper_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
-// Accumulators of a warpgroup: the first KEY_COLUMNS of X_k, then all of X_v.
+// Accumulators of a warpgroup: all of X_v, then the first KEY_COLUMNS of X_k.
 template <int KEY_COLUMNS>
 struct Moments {
-  static constexpr int KEYS = KEY_COLUMNS / 2, ALL = KEYS + D / 2;
+  static constexpr int VALUES = D / 2, ALL = VALUES + KEY_COLUMNS / 2;
   float c[ALL];
   // The first warpgroup, whose moments are fewer, sees to the scores too.
   static constexpr bool IS_FIRST = KEY_COLUMNS == 64;
 
   // The column of X that accumulator e, a multiple of 4, has in this thread.
   __device__ __forceinline__ static int column(int e, int thread) {
-    // The last run of the keys comes first.
-    const int of_keys = KEY_COLUMNS > 64 ? 2 * e ^ 64 : 2 * e;
-    return (e < KEYS ? of_keys : D + 2 * (e - KEYS)) + thread % 4 * 2;
+    return (e < VALUES ? D + 2 * e : 2 * (e - VALUES)) + thread % 4 * 2;
   }
 };
 
@@ -49,10 +47,9 @@ __device__ __forceinline__ void move_moments(Shared& shared, Moments<KEY_COLUMNS
 }
 
 // The products of a tile's keys with the query, once they are there; by the first warpgroup.
-__device__ __forceinline__ void multiply_query(Shared& shared, int tile, float (&scores)[4]) {
-  const int slot = tile % SLOTS;
+__device__ __forceinline__ void multiply_query(Shared& shared, unsigned slot, unsigned parity, float (&scores)[4]) {
   delay();
-  mbarrier_wait(shared_address(&shared.raw_full[slot]), tile / SLOTS & 1);
+  mbarrier_wait(shared_address(&shared.raw_full[slot]), parity);
   const unsigned long long keys = channels_innermost(shared_address(shared.ring)) + descriptor_step(slot * SLOT);
   const unsigned long long query = channels_innermost(shared_address(shared.query));
   wgmma_fence();
@@ -66,13 +63,14 @@ __device__ __forceinline__ void multiply_query(Shared& shared, int tile, float (
 }
 
 // Makes those known to the transform warps, in units of log2; -inf for keys that are not seen.
-__device__ __forceinline__ void give_scores(Shared& shared, int tile, const float (&scores)[4], float scale_log2, const Range& seen) {
-  const int thread = thread_index() % 128, lane = thread % 32, stage = tile % SCORE_STAGES;
+__device__ __forceinline__ void give_scores(Shared& shared, int thread, unsigned tile, const float (&scores)[4], float scale_log2, const Range& seen) {
+  const int lane = thread % 32;
+  const unsigned stage = tile % SCORE_STAGES;
   // Column 0 of the products.
   if (lane % 4 == 0) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      const int in_tile = upper_row(thread) + 8 * h, key = tile * TILE + in_tile;
+      const int in_tile = upper_row(thread) + 8 * h, key = int(tile) * TILE + in_tile;
       shared.scores[stage][in_tile] = key < seen.first || key >= seen.end ? minus_infinity() : scale_log2 * scores[2 * h];
     }
   }
@@ -116,56 +114,67 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
   for (int e = 0; e < moments.ALL; e++) c[e] = 0.0f;
   const unsigned long long x = keys_outermost(shared_address(shared.ring), RUN);
   float scores[4] = {};
+  const Source source(shared);
+  const int thread = thread_index() % 128;  // kept: it is slow to read
   // From the first tile's first key on.
-  const Range seen = {shared.first - shared.begin, shared.end - shared.begin};
+  const Range seen = {shared.first - source.begin, source.end - source.begin};
+  // Of the tile whose scores are next: they run ahead of X, so that no group waits for them.
+  unsigned ahead = 0, ahead_slot = 0, ahead_parity = 0;
+  const auto next_scores = [&] {
+    multiply_query(shared, ahead_slot, ahead_parity, scores);
+    wgmma_wait<0>();
+  };
+  const auto give_next = [&] {
+    give_scores(shared, thread, ahead, scores, scale_log2, seen);
+    ahead++;
+    if (++ahead_slot == SLOTS) ahead_slot = 0, ahead_parity ^= 1;
+  };
   if constexpr (IS_FIRST) {
 #pragma unroll 1
-    for (int tile = 0; tile < min(SCORES_AHEAD, tiles); tile++) {
-      multiply_query(shared, tile, scores);
-      wgmma_wait<0>();
-      give_scores(shared, tile, scores, scale_log2, seen);
-    }
+    while (ahead < min(SCORES_AHEAD, tiles)) next_scores(), give_next();
   }
-  int slot = 0, move = 0;
-  unsigned parity = 0;
+  const int warp = __shfl_sync(~0u, thread / 32, 0);
+  unsigned slot = 0, parity = 0, move = 0, before = 0, parity_before = 0;
 #pragma unroll 1
-  for (int tile = 0; tile < tiles; tile++) {
+  for (unsigned tile = 0; tile < tiles; tile++) {
+    const bool more = ahead < tiles;
+    if (IS_FIRST && more) next_scores();
+    // The products of the tile before went on until here.
+    wgmma_wait<0>();
+    if (tile > 0 && thread == 0) mbarrier_arrive(shared_address(&shared.x_empty[before]));
+    if (IS_FIRST && more) give_next();
+    if (KEY_COLUMNS == D && tile > 0 && warp < COPYING_WARPS && tile - 1 + SLOTS < tiles) {
+      // The tile that takes its place.
+      if constexpr (MATRIX_WARPGROUPS > 1) mbarrier_wait(shared_address(&shared.x_empty[before]), parity_before);
+      if (thread % 32 < BOXES) bring(shared, call, maps, source, warp, tile - 1 + SLOTS, before, thread % 32);
+      __syncwarp();
+    }
     delay();
     mbarrier_wait(shared_address(&shared.x_full[slot]), parity);
     const float rescale = shared.rescale[slot];
     if (rescale != 1.0f) {
-      if (tile > 0) {
-        wgmma_wait<0>();
-        move_moments(shared, moments, move, rescale);
-      }
+      if (tile > 0) move_moments(shared, moments, move, rescale);
       move ^= 1;
     }
-    // At the end of this tile's X, for nothing: products on a condition would not overlap.
-    const int ahead = tile + SCORES_AHEAD;
-    if constexpr (IS_FIRST) multiply_query(shared, ahead < tiles ? ahead : tile, scores);
     wgmma_fence();
-    // From the keys of this warpgroup's channels on.
-    const unsigned long long left_at = x + descriptor_step(slot * SLOT + place_of_run(false, KEY_COLUMNS / 64 - 1) * RUN);
+    const unsigned long long all = x + descriptor_step(slot * SLOT);
+    const unsigned long long own = all + descriptor_step(place_of_run(false, KEY_COLUMNS / 64 - 1) * RUN);
 #pragma unroll
     for (int step = 0; step < TILE / 16; step++) {
       const unsigned at = descriptor_step(16 * step * 128);
       if constexpr (D == 64) {
-        wgmma_m64n128(c, left_at + at, left_at + at);
+        wgmma_m64n128(c, own + at, all + at);
       } else if constexpr (IS_FIRST) {
-        wgmma_m64n192(c, left_at + at, left_at + at);
+        wgmma_m64n192(c, own + at, all + at);
       } else {
         // All columns in one instruction do not compile: its accumulators and operands must fit the registers that a
         // thread has before setmaxnreg.
-        wgmma_m64n128(c, left_at + at, left_at + at);
-        wgmma_m64n128(c + moments.KEYS, left_at + at, left_at + at + descriptor_step(RUNS * RUN));
+        wgmma_m64n128(c, own + at, all + at);
+        wgmma_m64n128(c + moments.VALUES, own + at, all + at + descriptor_step(RUNS * RUN));
       }
     }
     wgmma_commit();
-    // The moments of this tile go on into the next.
-    wgmma_wait<1>();
-    if (tile > 0 && thread_index() % 128 == 0) mbarrier_arrive(shared_address(&shared.x_empty[slot == 0 ? SLOTS - 1 : slot - 1]));
-    if (IS_FIRST && ahead < tiles) give_scores(shared, ahead, scores, scale_log2, seen);
-    if constexpr (KEY_COLUMNS == D) bring_next(shared, call, maps, tile - 1, tiles);
+    before = slot, parity_before = parity;
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }
   wgmma_wait<0>();

@@ -4,6 +4,7 @@
 #include "delay.cuh"
 #include "lla/rows.cuh"
 #include "ptx/barrier.cuh"
+#include "ptx/mbarrier.cuh"
 #include "ptx/numbers.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
@@ -31,8 +32,8 @@ constexpr int WARP_KEYS = TILE / GROUP_WARPS;
 static_assert(TRANSFORM_THREADS == 2 * D, "a transform thread for every column of the sums");
 
 // A slot of the ring holds a tile in runs of 64 channels, in them a row of 128 bytes for every key, whose pieces of 16
-// are swapped by the key's number: the runs of the keys, the last one first, then those of the values. X takes the place
-// of what it is made from. Both are operands of the matrix units as they lie; a warpgroup's keys and all values adjoin.
+// are swapped by the key's number: the runs of the values, then those of the keys. X takes the place of what it is made
+// from. Both are operands of the matrix units as they lie; all values and the keys up to a warpgroup's adjoin.
 constexpr int SLOTS = 6;
 constexpr int RUNS = D / 64;       // of keys, or of values
 constexpr int RUN = TILE * 128;    // all in bytes
@@ -42,15 +43,16 @@ constexpr int BOXES = TILE / BOX;  // of a run
 static_assert(BOX % 8 == 0 && TILE % BOX == 0 && SLOTS * BOXES <= 32, "a lane brings a box");
 
 // Where run `run` of the keys, or of the values, lies in a slot, and what columns of X those at `place` are.
-__device__ __forceinline__ constexpr int place_of_run(bool is_value, int run) { return is_value ? RUNS + run : RUNS - 1 - run; }
-__device__ __forceinline__ constexpr int column_of_place(int place) { return place < RUNS ? (RUNS - 1 - place) * 64 : place * 64; }
+__device__ __forceinline__ constexpr int place_of_run(bool is_value, int run) { return is_value ? run : RUNS + run; }
+__device__ __forceinline__ constexpr int column_of_place(int place) { return (place + RUNS) % (2 * RUNS) * 64; }
 
 // A weight may grow to 2^8 before the moments are rescaled.
 constexpr float LAZY_LOG2 = 8.0f;
-// Scores run ahead of X, so that no group waits for them.
+// Scores run ahead of X, so that no group waits for them. Those of the last tile with X may still be read.
 constexpr int SCORES_AHEAD = 3;
-constexpr int SCORE_STAGES = 4;
-static_assert(SLOTS > SCORES_AHEAD + 2, "a tile is brought two tiles after its slot was used last");
+constexpr int SCORE_STAGES = 8;
+static_assert(SCORE_STAGES > SCORES_AHEAD + 1);
+static_assert(SLOTS > SCORES_AHEAD + 1, "a tile is brought when the one in its slot is done with");
 
 // In floats. Pairs of adjacent columns of 8 rows, as the tensor cores have them, fall on different banks.
 constexpr int MOMENT_PITCH = 2 * D + 8;
@@ -111,12 +113,24 @@ struct Shared {
   unsigned long long x_full[SLOTS];
   unsigned long long x_empty[SLOTS];
   unsigned long long scores_full[SCORE_STAGES];
+  // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
+  unsigned long long met, solved, panelled;
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));
 
 // Hardware barriers; 0 is the block's.
-enum : int { MATRIX = 1, TRANSFORM = 2, SOLVED = 3, PANELLED = 4, ALL = 5 };
+enum : int { MATRIX = 1, TRANSFORM = 2, FIRST_MATRIX = 3, LAST_MATRIX = 4 };
+
+// Warps wait for each other at different places of the program; hardware barriers are for one place.
+__device__ __forceinline__ void come(const unsigned long long& barrier) {
+  __syncwarp();
+  if (thread_index() % 32 == 0) mbarrier_arrive(shared_address(&barrier));
+}
+__device__ __forceinline__ void meet(const unsigned long long& barrier, unsigned parity) {
+  come(barrier);
+  mbarrier_wait(shared_address(&barrier), parity);
+}
 
 __device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
   return static_cast<const half_bits*>(call.q) + row.offset(call.q_stride);

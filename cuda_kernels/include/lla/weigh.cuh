@@ -57,38 +57,67 @@ __device__ __forceinline__ void note_largest(Shared& shared, const Lane& at, flo
   }
 }
 
+// The exponent that leaves later numbers room to be larger; and the largest one, where float16 has room for a weight's root
+// of at most 16 times a number at most twice the largest from the origin.
+constexpr int ROOMY = 3, TIGHT = 9;
+
 // The power of two that scales the largest number of all warps to between 2^exponent and twice that, or `otherwise` if
 // that is 0; after a barrier.
 __device__ __forceinline__ float agreed_scale(Shared& shared, int kind, int exponent, float otherwise) {
-  const int bits = shared.largest[kind];
-  // The exponent of the scale; that of its inverse is 254 less it.
-  const int power = min(254 + exponent - (bits >> 23), 127 + 100);
+  const int bits = shared.largest[kind], own = bits >> 23;
+  // The exponent of the scale; that of its inverse is 254 less it. 1 if that will do, as for most numbers it will. Float16
+  // has no larger scale than 2^15, and needs none.
+  constexpr int SMALLEST = 127 - (BFLOAT ? 127 : 14), LARGEST = 127 + (BFLOAT ? 100 : 15);
+  const bool is_near_1 = exponent == ROOMY && own >= 127 - 2 && own < 127 + 7;
+  const int power = is_near_1 ? 127 : max(min(254 + exponent - own, LARGEST), SMALLEST);
   // Others read it after a barrier at least.
   if (thread_index() - MATRIX_THREADS == kind * D) shared.inverse_scale[kind] = bits ? __uint_as_float(254 - power << 23) : 1.0f / otherwise;
   return bits ? __uint_as_float(power << 23) : otherwise;
 }
 
-// Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps; the sums,
-// relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2. The first time,
-// unless the scale of X is there, it is chosen too. own: whether the tile is that of this warp's group; its scores and
-// shift say what the keys weigh.
-__device__ __forceinline__ void recentre(Shared& shared, bool own, unsigned from, const float* scores, float half_shift,
-                                         float rescale, int move, bool choose, float& scale, float (&sums)[8], float (&origin)[8], float& d1) {
+// 1 over a power of two or, as agreed_scale has it, over 0.
+__device__ __forceinline__ float inverse_of_scale(float scale) {
+  return scale == 0.0f ? -minus_infinity() : __uint_as_float((254u << 23) - __float_as_uint(scale));
+}
+
+// Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps, whosever the tile
+// is; the sums, relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2. The
+// first time, unless the scale of X is there, it is chosen too. from, scores: of the tile, of this warp's keys.
+__device__ __forceinline__ void recentre(Shared& shared, unsigned from, const float* scores, float half_shift,
+                                         float rescale, int move, bool choose, float& scale, float (&sums)[8], unsigned (&origin)[4], float& d1) {
+  constexpr int KEYS = LANE_KEYS / GROUPS;
+  static_assert(KEYS == 8, "at_key takes that many by exclusive or");
   float tile_sums[8] = {}, tile_d1 = 0.0f;
   float largest = 0.0f;
-#pragma unroll 4
-  for (int key = 0; own && key < LANE_KEYS; key++) {
-    const float root = root_of(scores[key_of(key)], half_shift), weight = root * root;
-    const uint4 raw = shared_load4(at_key(from, key));
-    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+  float2 origins[4];
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const float2 x = widen_pair<BFLOAT>(words[e]);
-      tile_sums[2 * e] += weight * (x.x - origin[2 * e]);
-      tile_sums[2 * e + 1] += weight * (x.y - origin[2 * e + 1]);
+  for (int e = 0; e < 4; e++) {
+    origins[e] = widen_pair<false>(origin[e]);
+    origins[e].x *= inverse_of_scale(scale), origins[e].y *= inverse_of_scale(scale);
+  }
+  // The groups share the tile.
+  const int first = (thread_index() - MATRIX_THREADS) / 32 / GROUP_WARPS * KEYS;
+  from += key_of(first) * 128, scores += key_of(first);
+#pragma unroll
+  for (int four = 0; four < KEYS; four += 4) {
+    const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
+    const float of_four[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+    for (int key = four; key < four + 4; key++) {
+      const float root = root_of(of_four[key - four], half_shift), weight = root * root;
+      uint4 raw = shared_load4(at_key(from, key));
+      // What no one sees may be anything.
+      if (!(weight > 0.0f)) raw = {0, 0, 0, 0};
+      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float2 x = widen_pair<BFLOAT>(words[e]);
+        tile_sums[2 * e] += weight * (x.x - origins[e].x);
+        tile_sums[2 * e + 1] += weight * (x.y - origins[e].y);
+        largest = fmaxf(fmaxf(largest, fabsf(x.x)), fabsf(x.y));
+      }
+      tile_d1 += weight;
     }
-    tile_d1 += weight;
-    if (choose) largest = fmaxf(largest, largest_of(raw));
   }
   // Anew: what is used here alone costs registers elsewhere.
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32, kind = thread / D;
@@ -99,7 +128,8 @@ __device__ __forceinline__ void recentre(Shared& shared, bool own, unsigned from
   const float d1_of_warp = of_all_keys(d1);
   tile_d1 = of_all_keys(tile_d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1_of_warp, shared.warp_d1[1][warp] = tile_d1;
-  if (choose) note_largest(shared, at, largest);
+  // An infinity, which no scale saves, hides a lane's other numbers.
+  if (choose) note_largest(shared, at, largest < -minus_infinity() ? largest : 0.0f);
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   float before = 0.0f, sum = 0.0f, d1_before = 0.0f, d1_now = 0.0f;
 #pragma unroll
@@ -110,20 +140,22 @@ __device__ __forceinline__ void recentre(Shared& shared, bool own, unsigned from
     d1_now += shared.warp_d1[1][w];
   }
   // Zeros alone say nothing of the scale, and make what follows NaN.
-  const float column_scale = choose ? agreed_scale(shared, kind, 3, 0.0f) : 1.0f / shared.inverse_scale[kind];
-  if (choose) scale = agreed_scale(shared, at.is_value(), 3, 0.0f);
-  const float weight = rescale * d1_before + d1_now;
-  const float shift = (rescale * before + column_scale * sum) / weight;
+  if (choose) scale = agreed_scale(shared, at.is_value(), ROOMY, 0.0f);
+  const float column_scale = choose ? agreed_scale(shared, kind, ROOMY, 0.0f) : inverse_of_scale(shared.inverse_scale[kind]);
+  const float shift = (rescale * before + column_scale * sum) * reciprocal_fast(rescale * d1_before + d1_now);
+  const float old = column_scale * shared.origin[thread];
+  // As a float16, which is subtracted from others without another rounding.
+  const float now = widen<false>(narrow<false>(old + shift));
   auto& moved = shared.moved[move];
-  moved.shift[thread] = shift;
+  moved.shift[thread] = now - old;
   moved.sums[thread] = before;
-  shared.origin[thread] += shift / column_scale;
+  shared.origin[thread] = now * inverse_of_scale(column_scale);
   if (thread == 0) moved.d1 = d1_before;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
 #pragma unroll
   for (int e = 0; e < 8; e++) {
     const int column = at.column() + e;
-    origin[e] = shared.origin[column];
+    if (e % 2 == 0) origin[e / 2] = narrow_pair<false>(scale * shared.origin[column], scale * shared.origin[column + 1]);
     // The lanes of a chunk have sums of other keys; each moves by its own.
     sums[e] = rescale * (sums[e] - d1 * moved.shift[column]);
   }
@@ -166,13 +198,59 @@ __device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8
   }
 }
 
-// The largest score of a tile, in every lane; NaN is none.
-__device__ __forceinline__ float largest_score(const float* scores) {
-  const float2 pair = reinterpret_cast<const float2*>(scores)[thread_index() % 32];
+// The largest that the lanes have, in every lane; NaN is none.
+__device__ __forceinline__ float largest_of_lanes(float2 a) {
   // Integers of the same order, of which the lanes find the largest in one instruction.
-  const int bits = __float_as_int(fmaxf(fmaxf(minus_infinity(), pair.x), pair.y));
+  const int bits = __float_as_int(fmaxf(fmaxf(minus_infinity(), a.x), a.y));
   const int largest = __reduce_max_sync(~0u, bits < 0 ? bits ^ 0x7fffffff : bits);
   return __int_as_float(largest < 0 ? largest ^ 0x7fffffff : largest);
+}
+
+// A lane's keys of a tile become X, and add to the sums. SCALED: whether the scale is not 1.
+template <bool SCALED>
+__device__ __forceinline__ void transform(unsigned x, const float* scores, float half_shift, float scale,
+                                          const unsigned (&origin)[4], float (&sums)[8], float& d1) {
+  const unsigned scales = narrow_pair<BFLOAT>(scale, scale);
+  static_assert(KEYS_AT_ONCE == 4);
+  float4 next = *reinterpret_cast<const float4*>(scores);
+#pragma unroll 1
+  for (int keys = 0; keys < LANE_KEYS; keys += KEYS_AT_ONCE) {
+    // Rounded as X is multiplied by them.
+    unsigned roots[KEYS_AT_ONCE];
+    const float of_four[4] = {root_of(next.x, half_shift), root_of(next.y, half_shift), root_of(next.z, half_shift), root_of(next.w, half_shift)};
+#pragma unroll
+    for (int i = 0; i < 4; i++) roots[i] = narrow_pair<false>(of_four[i], of_four[i]);
+    scores += key_of(KEYS_AT_ONCE);
+    if (keys + KEYS_AT_ONCE < LANE_KEYS) next = *reinterpret_cast<const float4*>(scores);
+    // Or the addresses of all keys would be kept over the loop.
+    make_opaque(x);
+    // All loads before the stores: the compiler may not move a load across a store.
+    uint4 raws[KEYS_AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < KEYS_AT_ONCE; i++) raws[i] = shared_load4(at_key(x, i));
+    // Or each would be loaded where it is used, and waited for there.
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < KEYS_AT_ONCE; i++) {
+      const float root = widen<false>(roots[i] & 0xffff);
+      d1 += root * root;
+      const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
+      unsigned rounded[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        unsigned raw = SCALED ? multiply_pairs<BFLOAT>(words[e], scales) : words[e];
+        if constexpr (BFLOAT) {
+          const float2 wide = widen_pair<true>(raw);
+          raw = narrow_pair<false>(wide.x, wide.y);
+        }
+        rounded[e] = multiply_pairs<false>(subtract_pairs(raw, origin[e]), roots[i]);
+        const float2 weighted = widen_pair<false>(rounded[e]);
+        sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
+      }
+      shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
+    }
+    x = at_key(x, KEYS_AT_ONCE);
+  }
 }
 
 // One pass over the tiles. Leaves the sums about the origin in shared.sums, their weight and the maximum in shared.own.
@@ -188,18 +266,18 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
   if (exact) {
     note_largest(shared, at, largest_of_all(shared, call, at, thread / 32));
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-    // A weight's root is at most 16, and a number at most twice the largest from the origin.
-    agreed_scale(shared, thread / D, 9, 1.0f);
-    scale = agreed_scale(shared, at.is_value(), 9, 1.0f);
+    agreed_scale(shared, thread / D, TIGHT, 1.0f);
+    scale = agreed_scale(shared, at.is_value(), TIGHT, 1.0f);
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   }
 
-  float origin[8] = {}, sums[8] = {};
+  unsigned origin[4] = {};  // of this lane's columns, scaled, in pairs
+  float sums[8] = {};
   float m = minus_infinity(), d1 = 0.0f;
   int move = 0;
   // The largest score of a tile grew the maximum: with that and the origin moves what the group has summed up. Returns
   // what brings sums to the new maximum.
-  const auto grow = [&](int tile, float largest, bool own, unsigned x) {
+  const auto grow = [&](int tile, float largest) {
     const float rescale = exp2_fast(m - largest);
     const bool choose = m == minus_infinity() && !exact;
     m = largest;
@@ -207,82 +285,63 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     // two before at least.
     if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
     const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
-    recentre(shared, own, x, scores, 0.5f * m, rescale, move, choose, scale, sums, origin, d1);
+    recentre(shared, ring + tile % SLOTS * SLOT, scores, 0.5f * m, rescale, move, choose, scale, sums, origin, d1);
     move ^= 1;
     return rescale;
   };
   const auto has_grown = [&](float largest) { return largest > m + LAZY_LOG2; };
-  const auto wait_for_scores = [&](int tile) {
-    mbarrier_wait(shared_address(&shared.scores_full[tile % SCORE_STAGES]), tile / SCORE_STAGES & 1);
-  };
 
-  int tile = group;
-#pragma unroll 1
-  for (; tile < tiles; tile += GROUPS) {
-    delay();
-    // Those of the tile before, which the other group has, were taken before.
-    wait_for_scores(tile);
-    const float largest = largest_score(shared.scores[tile % SCORE_STAGES]);
-    const float largest_before = tile > 0 ? largest_score(shared.scores[(tile - 1) % SCORE_STAGES]) : minus_infinity();
-    if (has_grown(largest_before)) grow(tile - 1, largest_before, false, 0);
-    const int slot = tile % SLOTS;
-    unsigned x = ring + slot * SLOT;
+  // Only the first and the last tile may have keys that no one sees.
+  const auto is_partial = [&](int tile) {
     const int first_of_tile = shared.begin + tile * TILE;
-    if (first_of_tile < shared.first || first_of_tile + TILE > shared.end) {
-      // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
+    return first_of_tile < shared.first || first_of_tile + TILE > shared.end;
+  };
+  const unsigned first_partial = is_partial(0) ? 0 : ~0u, last_partial = is_partial(tiles - 1) ? tiles - 1 : ~0u;
+  unsigned slot = group;
 #pragma unroll 1
-      for (int i = 0; i < LANE_KEYS; i++) {
-        const int key = first_of_tile + first_key + key_of(i);
-        if (key < shared.first || key >= shared.end) shared_store4(at_key(x, i), {0, 0, 0, 0});
+  for (unsigned tile = group;; tile += GROUPS) {
+    delay();
+    // To the end, the tile before is the other group's.
+    const bool own = tile < tiles;
+    if (!own && (tile > tiles || tiles == 0)) break;
+    unsigned x = ring + slot * SLOT;
+    const unsigned last = own ? tile : tile - 1;
+    mbarrier_wait(shared_address(&shared.scores_full[last % SCORE_STAGES]), last / SCORE_STAGES & 1);
+    const float2* pairs = reinterpret_cast<const float2*>(shared.scores[0]) + lane;
+    const float2 pair = pairs[last % SCORE_STAGES * (TILE / 2)];
+    const float2 before = pairs[(tile > 0 ? tile - 1 : 0) % SCORE_STAGES * (TILE / 2)];
+    float rescale = 1.0f;
+    const bool partial = tile == first_partial || tile == last_partial;
+    if (__any_sync(~0u, has_grown(fmaxf(fmaxf(pair.x, pair.y), fmaxf(before.x, before.y)))) || partial) {
+      // One place where the origin moves: code that is there several times is fetched anew by every block.
+#pragma unroll 1
+      for (int next = tile > 0 ? tile - 1 : 0; next <= last; next++) {
+        const float2 of_next = next == tile ? pair : before;
+        const float largest = largest_of_lanes(of_next);
+        rescale = has_grown(largest) ? grow(next, largest) : 1.0f;
+      }
+      if (own && partial) {
+        // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
+        const int first_of_tile = shared.begin + tile * TILE;
+#pragma unroll 1
+        for (int i = 0; i < LANE_KEYS; i++) {
+          const int key = first_of_tile + first_key + key_of(i);
+          if (key < shared.first || key >= shared.end) shared_store4(at_key(x, i), {0, 0, 0, 0});
+        }
       }
     }
-    const float rescale = has_grown(largest) ? grow(tile, largest, true, x) : 1.0f;
+    if (!own) break;
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
     const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
-#pragma unroll 1
-    for (int keys = 0; keys < LANE_KEYS; keys += KEYS_AT_ONCE) {
-      float roots[KEYS_AT_ONCE];
-#pragma unroll
-      for (int four = 0; four < KEYS_AT_ONCE; four += 4) {
-        const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
-        roots[four] = root_of(s.x, half_shift), roots[four + 1] = root_of(s.y, half_shift);
-        roots[four + 2] = root_of(s.z, half_shift), roots[four + 3] = root_of(s.w, half_shift);
-      }
-#pragma unroll
-      for (int key = 0; key < KEYS_AT_ONCE; key++) d1 += roots[key] * roots[key];
-      // Or the addresses of all keys would be kept over the loop.
-      make_opaque(x);
-      // All loads before the stores: the compiler may not move a load across a store.
-      uint4 raws[KEYS_AT_ONCE];
-#pragma unroll
-      for (int i = 0; i < KEYS_AT_ONCE; i++) raws[i] = shared_load4(at_key(x, i));
-      // Or each would be loaded where it is used, and waited for there.
-      __syncwarp();
-#pragma unroll
-      for (int i = 0; i < KEYS_AT_ONCE; i++) {
-        const float root = roots[i], factor = root * scale;
-        const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
-        unsigned rounded[4];
-#pragma unroll
-        for (int e = 0; e < 4; e++) {
-          const float2 raw = widen_pair<BFLOAT>(words[e]);
-          rounded[e] = narrow_pair<false>((raw.x - origin[2 * e]) * factor, (raw.y - origin[2 * e + 1]) * factor);
-          const float2 weighted = widen_pair<false>(rounded[e]);
-          sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
-        }
-        shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
-      }
-      x = at_key(x, KEYS_AT_ONCE), scores += key_of(KEYS_AT_ONCE);
-    }
+    if (__any_sync(~0u, scale != 1.0f))
+      transform<true>(x, scores, half_shift, scale, origin, sums, d1);
+    else
+      transform<false>(x, scores, half_shift, scale, origin, sums, d1);
     if (lane == 0 && warp == 0) shared.rescale[slot] = rescale;
     fence_async_proxy();
     __syncwarp();
     if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[slot]));
-  }
-  if (tile == tiles && tiles > 0) {
-    wait_for_scores(tile - 1);
-    const float largest = largest_score(shared.scores[(tile - 1) % SCORE_STAGES]);
-    if (has_grown(largest)) grow(tile - 1, largest, false, 0);
+    slot = slot + GROUPS < SLOTS ? slot + GROUPS : slot + GROUPS - SLOTS;
   }
 
   leave_sums(shared, sums, d1, m);

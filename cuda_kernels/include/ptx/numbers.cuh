@@ -39,6 +39,23 @@ __device__ __forceinline__ unsigned narrow_pair(float low, float high) {
   return y;
 }
 
+// Of two pairs of float16, or of bfloat16, each result rounded.
+__device__ __forceinline__ unsigned subtract_pairs(unsigned a, unsigned b) {
+  unsigned y;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+template <bool BFLOAT>
+__device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b) {
+  unsigned y;
+  if constexpr (BFLOAT)
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  else
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 // 2^x to 2 units in the last place; NaN of NaN.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -8,6 +8,8 @@ inline void cluster_arrive() {
   cluster_phase() = cluster_barrier().phase;
   emulator::arrive(cluster_barrier(), cluster_threads());
 }
+inline void cluster_arrive_shared() { cluster_arrive(); }
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 inline void cluster_wait() {
   emulator::wait_for({&cluster_barrier().phase, cluster_phase()});
   races::pass(&cluster_barrier(), cluster_phase());

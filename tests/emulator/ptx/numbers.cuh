@@ -18,6 +18,23 @@ float2 widen_pair(unsigned x) { return {widen<BFLOAT>(x & 0xffff), widen<BFLOAT>
 template <bool BFLOAT>
 unsigned narrow_pair(float low, float high) { return narrow<BFLOAT>(low) | static_cast<unsigned>(narrow<BFLOAT>(high)) << 16; }
 
+// Of float16, by a number that holds the result before it is rounded.
+template <class Operation>
+unsigned of_pairs(unsigned a, unsigned b, Operation operation) {
+  const auto half = [&](int shift) {
+    const double x = same_bits<_Float16>(static_cast<half_bits>(a >> shift)), y = same_bits<_Float16>(static_cast<half_bits>(b >> shift));
+    return unsigned(same_bits<half_bits>(static_cast<_Float16>(operation(x, y)))) << shift;
+  };
+  return half(0) | half(16);
+}
+inline unsigned subtract_pairs(unsigned a, unsigned b) { return of_pairs(a, b, [](double x, double y) { return x - y; }); }
+template <bool BFLOAT>
+unsigned multiply_pairs(unsigned a, unsigned b) {
+  if constexpr (!BFLOAT) return of_pairs(a, b, [](double x, double y) { return x * y; });
+  const float2 x = widen_pair<true>(a), y = widen_pair<true>(b);
+  return narrow_pair<true>(x.x * y.x, x.y * y.y);
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 inline float square_root_fast(float x) { return sqrtf(x); }
