@@ -25,6 +25,8 @@ MOST_STEPS = 2**31 - 1
 EQUAL_RANGES, ALIKE, WHOLE = range(3)
 """How blocks share the work; GRID in include/shape.cuh."""
 
+_LONG_STEPS = 128
+"""Of a block whose beginning and end count for little."""
 _PORTABLE_BYTES = 99 * 1024
 _SM90_BYTES = 227 * 1024
 _BLOCK_BYTES = 1024
@@ -83,10 +85,13 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     cluster, cuts = 1, 1
     if grid == ALIKE:
         cuts = _cuts(steps, items, 8, blocks * layout.multiprocessors)
-        # Where items are cut, fewer blocks with deeper rings leave fewer parts to merge.
         if boxes and cuts > 1:
-            blocks = 1
-            cuts = _cuts(steps, items, 8, layout.multiprocessors)
+            # Fewer blocks with deeper rings leave fewer parts to merge. Of long ones, twice as many may leave fewer
+            # multiprocessors idle, which counts for more.
+            fewer = _cuts(steps, items, 8, layout.multiprocessors)
+            is_fuller = cuts * 0.99 > blocks * fewer and steps // cuts >= _LONG_STEPS
+            if not is_fuller:
+                blocks, cuts = 1, fewer
         if boxes:
             cluster = _cluster(cuts, items, tiles, problem.value_dim, layout.multiprocessors)
 

@@ -116,8 +116,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
     shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
-    mbarrier_init(shared_address(&shared.met), WARPS);
-    mbarrier_init(shared_address(&shared.solved), WARPS), mbarrier_init(shared_address(&shared.panelled), WARPS);
+    mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
+    mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
+    mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   __syncthreads();

@@ -28,6 +28,21 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=UNAVAILABLE))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def every_lane_arrives():
+    """Kernels that racecheck can follow, where ``PARALLAX_RACECHECK=1``."""
+    if os.environ.get("PARALLAX_RACECHECK") != "1":
+        yield
+        return
+    from parallax_core.cuda_kernels import compiler
+
+    options = compiler._options
+    with pytest.MonkeyPatch.context() as patch:
+        more = "-DEVERY_LANE_ARRIVES", "--generate-line-info"
+        patch.setattr(compiler, "_options", lambda *arguments: (*options(*arguments), *more))
+        yield
+
+
 class Framework:
     """One way to put NumPy arrays on the GPU, strides and all, and to get results back."""
 

@@ -55,9 +55,9 @@ __device__ __forceinline__ void begin_pass(Shared& shared, int first, int step) 
 #pragma unroll 1
   for (int b = first; b < BARRIERS; b += step)
     mbarrier_init(shared_address(&shared.raw_full[0]) + 8 * b, b < SLOTS       ? COPYING_WARPS * BOXES
-                                                               : b < 2 * SLOTS ? GROUP_WARPS
-                                                               : b < 3 * SLOTS ? MATRIX_WARPGROUPS
-                                                                               : 4);
+                                                               : b < 2 * SLOTS ? GROUP_WARPS * OF_WARP
+                                                               : b < 3 * SLOTS ? MATRIX_WARPGROUPS * OF_WARPGROUP
+                                                                               : 4 * OF_WARP);
   fence_mbarrier_init();
   if (first > 0) return;
   shared.inverse_scale[0] = shared.inverse_scale[1] = 1.0f, shared.largest[0] = shared.largest[1] = 0;

@@ -287,6 +287,15 @@ __device__ __forceinline__ void solve_slope(Shared& shared, const lla::Call& cal
   }
 }
 
+// The block's barrier. After barriers of other kinds racecheck loses sight of it, and is given one of those beside it, which
+// the steps have passed BLOCKS - 1 times.
+__device__ __forceinline__ void sync_after_steps(const unsigned long long& barrier) {
+#ifdef EVERY_LANE_ARRIVES
+  meet(barrier, BLOCKS - 1 & 1);
+#endif
+  __syncthreads();
+}
+
 // o = vbar + C_vk u; after solve_slope.
 __device__ __forceinline__ void write_output(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
   // A warp has eight rows of the moments, a lane of it four neighbouring channels of all or of every other.
@@ -297,7 +306,7 @@ __device__ __forceinline__ void write_output(Shared& shared, const lla::Call& ca
 #pragma unroll
   for (int k = 0; k < ROWS; k++)
     moments[k] = *reinterpret_cast<const float4*>(&shared.moments[first + k * APART + lane / LANES][D + channel]);
-  __syncthreads();
+  sync_after_steps(shared.solved);
 
   // The last step, where no row is below: A M^T M r, and nobody made Q = A M^T. Each warp takes it in its own rows.
   constexpr int LAST = BLOCKS - 1;
@@ -328,7 +337,7 @@ __device__ __forceinline__ void write_output(Shared& shared, const lla::Call& ca
     sum.z += __shfl_xor_sync(~0u, sum.z, LANES), sum.w += __shfl_xor_sync(~0u, sum.w, LANES);
   }
   if (lane < LANES) *reinterpret_cast<float4*>(&shared.output[warp][channel]) = sum;
-  __syncthreads();
+  sync_after_steps(shared.panelled);
   if (thread < D) {
     float sums[4] = {};
 #pragma unroll

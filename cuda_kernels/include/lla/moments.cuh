@@ -74,8 +74,7 @@ __device__ __forceinline__ void give_scores(Shared& shared, int thread, unsigned
       shared.scores[stage][in_tile] = key < seen.first || key >= seen.end ? minus_infinity() : scale_log2 * scores[2 * h];
     }
   }
-  __syncwarp();
-  if (lane == 0) mbarrier_arrive(shared_address(&shared.scores_full[stage]));
+  arrive_as_warp(shared.scores_full[stage], lane);
 }
 
 // Accumulators FIRST to LAST of the moments, about the means, to shared memory; of a whole row divided by its weight,
@@ -141,7 +140,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     if (IS_FIRST && more) next_scores();
     // The products of the tile before went on until here.
     wgmma_wait<0>();
-    if (tile > 0 && thread == 0) mbarrier_arrive(shared_address(&shared.x_empty[before]));
+    if (tile > 0 && thread < OF_WARPGROUP) mbarrier_arrive(shared_address(&shared.x_empty[before]));
     if (IS_FIRST && more) give_next();
     if (KEY_COLUMNS == D && tile > 0 && warp < COPYING_WARPS && tile - 1 + SLOTS < tiles) {
       // The tile that takes its place.

@@ -122,11 +122,21 @@ static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * 
 // Hardware barriers; 0 is the block's.
 enum : int { MATRIX = 1, TRANSFORM = 2, FIRST_MATRIX = 3, LAST_MATRIX = 4 };
 
-// Warps wait for each other at different places of the program; hardware barriers are for one place.
-__device__ __forceinline__ void come(const unsigned long long& barrier) {
+// A warp, or a warpgroup, arrives by one of its threads, the first. EVERY_LANE_ARRIVES is for compute-sanitizer's
+// racecheck, which follows threads, and does not see that one speaks for all.
+#ifdef EVERY_LANE_ARRIVES
+constexpr int OF_WARP = 32, OF_WARPGROUP = 128;
+#else
+constexpr int OF_WARP = 1, OF_WARPGROUP = 1;
+#endif
+
+__device__ __forceinline__ void arrive_as_warp(const unsigned long long& barrier, int lane) {
   __syncwarp();
-  if (thread_index() % 32 == 0) mbarrier_arrive(shared_address(&barrier));
+  if (lane < OF_WARP) mbarrier_arrive(shared_address(&barrier));
 }
+
+// Warps wait for each other at different places of the program; hardware barriers are for one place.
+__device__ __forceinline__ void come(const unsigned long long& barrier) { arrive_as_warp(barrier, thread_index() % 32); }
 __device__ __forceinline__ void meet(const unsigned long long& barrier, unsigned parity) {
   come(barrier);
   mbarrier_wait(shared_address(&barrier), parity);

@@ -297,6 +297,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     return first_of_tile < shared.first || first_of_tile + TILE > shared.end;
   };
   const unsigned first_partial = is_partial(0) ? 0 : ~0u, last_partial = is_partial(tiles - 1) ? tiles - 1 : ~0u;
+  static_assert(GROUPS == 2, "the tile before is the other group's");
   unsigned slot = group;
 #pragma unroll 1
   for (unsigned tile = group;; tile += GROUPS) {
@@ -339,8 +340,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
       transform<false>(x, scores, half_shift, scale, origin, sums, d1);
     if (lane == 0 && warp == 0) shared.rescale[slot] = rescale;
     fence_async_proxy();
-    __syncwarp();
-    if (lane == 0) mbarrier_arrive(shared_address(&shared.x_full[slot]));
+    arrive_as_warp(shared.x_full[slot], lane);
     slot = slot + GROUPS < SLOTS ? slot + GROUPS : slot + GROUPS - SLOTS;
   }
 
