@@ -86,8 +86,8 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     if grid == ALIKE:
         cuts = _cuts(steps, items, 8, blocks * layout.multiprocessors)
         if boxes and cuts > 1:
-            # Fewer blocks with deeper rings leave fewer parts to merge. Of long ones, twice as many may leave fewer
-            # multiprocessors idle, which counts for more.
+            # Fewer blocks with deeper rings leave fewer parts to merge. Of long ones, twice as many may leave
+            # fewer multiprocessors idle, which counts for more.
             fewer = _cuts(steps, items, 8, layout.multiprocessors)
             is_fuller = cuts * 0.99 > blocks * fewer and steps // cuts >= _LONG_STEPS
             if not is_fuller:
