@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
 
 import cases
+import emulation
 from budget import budget, solved_budget
 from calls import call
 from cases import hold
@@ -126,8 +127,50 @@ def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim):
     case = DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, v)), {})
     expected = call(plx.reference, "lla", case, ridge=0.1)
     (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
-    error = np.linalg.norm(o - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
-    assert error.max() <= 1e-2
+    assert error_of_rows(o, expected).max() <= 1e-2
+
+
+def error_of_rows(o, expected):
+    return np.linalg.norm(o - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+
+
+@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
+@pytest.mark.parametrize("keys, values", [(-10, 12), (8, -9)])
+def test_solved_rows_of_numbers_far_from_1_are_as_near(keys, values, dtype):
+    """Powers of two bring them there; the scores stay as they are."""
+    case = make(head_dim=64, kv_heads=1, capacity=200, dtype=FLOAT32)
+    arrays = 2.0**keys * case.q, case.r, 2.0**keys * case.k_cache, 2.0**values * case.v_cache
+    case = DecodeCase(*(x.astype(dtype) for x in arrays), {"scale": 4.0**-keys / 8})
+    ridge = 0.1 * 4.0**keys
+    expected = call(plx.reference, "lla", case, ridge=ridge)
+    (o,) = run("lla", case, (9, 0), orders=(RANDOM_EARLY,), ridge=ridge)
+    assert error_of_rows(o, expected).max() <= 1e-2
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("change", ["values grow", "zeros come first"])
+def test_tiles_beyond_the_scale_of_the_first_are_taken_again(change, head_dim):
+    case = make(head_dim=head_dim, kv_heads=1, capacity=200, dtype=BFLOAT16)
+    k, v = case.k_cache.copy(), case.v_cache.copy()
+    if change == "values grow":
+        v[:, 64:] *= 2.0**20
+    else:
+        k[:, :64] = v[:, :64] = 0
+    case = case.with_keys_and_values(k, v)
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    (o,) = run("lla", case, (9, 0), orders=(LATE,), ridge=0.1)
+    assert error_of_rows(o, expected).max() <= 1e-2
+
+
+def test_the_kernel_that_racecheck_follows_computes_the_same_bits(monkeypatch):
+    case = make(head_dim=64, kv_heads=1, capacity=300)
+    (expected,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
+    kernel = emulation._kernel
+    monkeypatch.setattr(
+        emulation, "_kernel", lambda source, defines: kernel(source, (*defines, ("EVERY_LANE_ARRIVES", 1)))
+    )
+    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
+    np.testing.assert_array_equal(o, expected)
 
 
 @pytest.mark.parametrize("operation", ["softmax", "parallax", "lla"])

@@ -139,6 +139,13 @@ def test_rows_of_256_bytes_come_by_the_copy_engine_and_two_heads_of_64_make_one(
     assert not shape_of(head_dim=128, aligned=False)[1].boxes
 
 
+def test_long_rows_are_cut_so_that_no_multiprocessor_is_idle():
+    """Of 132, 8 heads fill 128 with one block each, and all with two, by which short rows gain nothing."""
+    for length, blocks, cuts in ((131072, 2, 33), (16384, 1, 16)):
+        _, shape = shape_of(kv_len=length)
+        assert (dict(shape.defines)["BLOCKS"], shape.grid[0]) == (blocks, cuts)
+
+
 def test_a_pinned_split_does_not_depend_on_the_batch():
     few, many = (shape_of(batch=n, lengths=True, kv_len=4096, split_size=512)[1] for n in (1, 64))
     differ = {name for name, value in few.defines if dict(many.defines)[name] != value}

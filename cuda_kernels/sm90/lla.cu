@@ -1,7 +1,7 @@
 // Local linear attention of single query rows against a key-value cache, in one pass over the keys.
 //
 // A row's moments about an origin are products of one tile with itself: X holds sqrt(p) (k - k0) and
-// sqrt(p) (v - v0), rounded once to half precision, and X_k^T [X_k X_v] accumulates in registers of the matrix
+// sqrt(p) (v - v0) in float16, and X_k^T [X_k X_v] accumulates in registers of the matrix
 // warpgroups (moments.cuh) while the transform warps write the next tile (weigh.cuh). Blocks that share a row add up
 // their moments (merge.cuh). Then all warps of a block solve the row's ridge system (factor.cuh).
 //

@@ -103,7 +103,9 @@ __device__ __forceinline__ void store_moments(Shared& shared, const Moments<KEY_
 }
 
 // One pass over the tiles: a warpgroup accumulates the moments of its 64 key channels with the first KEY_COLUMNS, up
-// to its own (the rest is symmetric), and with all value channels.
+// to its own (the rest is symmetric), and with all value channels. Its own instructions bound the pass with heads of 64:
+// what does not need a tile's X, the next scores and the copy in place of the tile before, comes ahead of the wait for it,
+// and what the loop counts is the same in all lanes, for the compiler too.
 template <int KEY_COLUMNS>
 __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, const Maps& maps, Moments<KEY_COLUMNS>& moments, int tiles) {
   auto& c = moments.c;

@@ -1,14 +1,14 @@
 #pragma once
-// The transform warps: X = sqrt(p) (k - k0 | v - v0) of every tile, rounded once to float16, in place of the tile, and
-// the sums of weighted keys and values. Those are taken of the same rounded X, so that rounding cancels in the
-// covariances.
+// The transform warps: X = sqrt(p) (k - k0 | v - v0) of every tile, in float16, in place of the tile, and the sums of
+// weighted keys and values. Those are taken of the same rounded roots and X, so that rounding cancels in the covariances.
+// Pairs of float16 are subtracted and multiplied at once: k and k0 are exact in it, their difference and X are rounded.
 //
 // The origin is the weighted mean of what was seen when the maximum last grew. It must be near the final mean: the
 // tensor cores truncate when they accumulate, and far from the mean that bias is larger than the covariances.
 //
-// float16 keeps 11 bits where bfloat16 keeps 8, in a range that keys and values may leave: a power of two scales X, of
-// the first tile's largest number. Where a later one is more than 128 times that, the sums come out infinite, and the
-// block takes its keys again with the largest of all.
+// float16 keeps 11 bits where bfloat16 keeps 8, in a range that keys and values may leave: a power of two scales them, of
+// the first tile's largest number where that is far from 1. Where a later one is too large beside it, the sums come out
+// infinite, and the block takes its keys again with the largest of all.
 
 #include "lla/lanes.cuh"
 #include "lla/shape.cuh"
