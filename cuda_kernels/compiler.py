@@ -117,8 +117,9 @@ def compile_cubin(source: str, defines: Defines, arch: str) -> tuple[bytes, str]
 
     For a virtual architecture, "compute_90", the binary is PTX. Raises as :func:`kernel` does.
     """
+    text = _read(source)
     try:
-        program = nvrtc.createProgram(_read(source), source, (), ())
+        program = nvrtc.createProgram(text, source, (), ())
     except (RuntimeError, OSError) as error:
         raise BackendUnavailableError(
             f"NVRTC, CUDA's run-time compiler, cannot be loaded ({error}); "
