@@ -62,6 +62,10 @@ class Framework:
         """A state whose methods can be called."""
         return state
 
+    def disturbances(self):
+        """So many runs, whose waits the clock makes different."""
+        return range(20)
+
 
 class CuPy(Framework):
     name = "cupy"
@@ -144,6 +148,13 @@ class Emulated(Framework):
 
     def state(self, state):
         return type(state)(*(x.data if isinstance(x, self.array) else x for x in state))
+
+    def disturbances(self):
+        from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver
+
+        for Driver.order in (EARLY, RANDOM_LATE, RANDOM_EARLY):
+            yield Driver.order
+        Driver.order = LATE
 
 
 def _kinds(*kinds):

@@ -1,4 +1,7 @@
-"""Races, shaken out by waits of random length for copies and for what warps give each other."""
+"""Races, shaken out by waits of random length for copies and for what warps give each other.
+
+Without a GPU, by other orders of threads and asynchronous work.
+"""
 
 import numpy as np
 import pytest
@@ -39,5 +42,5 @@ def test_waits_change_no_bit(writable, case, operation, request):
     extra = {"ridge": 0.1} if operation == "lla" else {}
     expected = writable.get(call(plx, operation, arrays, **extra))
     request.getfixturevalue("delayed")
-    for _ in range(20):
+    for _ in writable.disturbances():
         np.testing.assert_array_equal(writable.get(call(plx, operation, arrays, **extra)), expected)
