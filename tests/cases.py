@@ -42,6 +42,11 @@ def make(
     )  # fmt: skip
 
 
+def error_of_rows(result, expected):
+    """The norm of each row's error over that of the row."""
+    return np.linalg.norm(result - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+
+
 def hold(result, expected, bound):
     """Rows whose error's norm is within the bound, and exactly 0 where they see no key."""
     error = np.linalg.norm(result.astype(np.float64) - expected, axis=-1)

@@ -11,7 +11,7 @@ import cases
 import emulation
 from budget import budget, solved_budget
 from calls import call
-from cases import hold
+from cases import error_of_rows, hold
 from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver, compiled, emulated, needs_compiler
 from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
@@ -128,10 +128,6 @@ def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim):
     expected = call(plx.reference, "lla", case, ridge=0.1)
     (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
     assert error_of_rows(o, expected).max() <= 1e-2
-
-
-def error_of_rows(o, expected):
-    return np.linalg.norm(o - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)

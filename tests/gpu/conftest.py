@@ -34,12 +34,10 @@ def every_lane_arrives():
     if os.environ.get("PARALLAX_RACECHECK") != "1":
         yield
         return
-    from parallax_core.cuda_kernels import compiler
+    from compile_options import add_options
 
-    options = compiler._options
     with pytest.MonkeyPatch.context() as patch:
-        more = "-DEVERY_LANE_ARRIVES", "--generate-line-info"
-        patch.setattr(compiler, "_options", lambda *arguments: (*options(*arguments), *more))
+        add_options(patch, "-DEVERY_LANE_ARRIVES", "--generate-line-info")
         yield
 
 
@@ -152,9 +150,11 @@ class Emulated(Framework):
     def disturbances(self):
         from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver
 
-        for Driver.order in (EARLY, RANDOM_LATE, RANDOM_EARLY):
-            yield Driver.order
-        Driver.order = LATE
+        try:
+            for Driver.order in (EARLY, RANDOM_LATE, RANDOM_EARLY):
+                yield Driver.order
+        finally:
+            Driver.order = LATE
 
 
 def _kinds(*kinds):

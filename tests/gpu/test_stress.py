@@ -25,10 +25,11 @@ CASES = {
 @pytest.fixture
 def delayed(monkeypatch):
     """Kernels with waits, in place of those that calls would find."""
+    from compile_options import add_options
+
     from parallax_core.cuda_kernels import calls, compiler
 
-    options = compiler._options
-    monkeypatch.setattr(compiler, "_options", lambda *arguments: (*options(*arguments), "-DSTRESS"))
+    add_options(monkeypatch, "-DSTRESS")
     monkeypatch.setattr(compiler, "_kernels", {})
     calls.forget()
     yield
