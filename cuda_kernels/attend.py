@@ -36,7 +36,7 @@ class Plan:
         self.shape = shape
         self._kernel, self._device, self._function = kernel, layout.device, kernel.function
         self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
-        self._partial_bytes, self._counters = 4 * shape.parts * shape.part_floats, shape.counters
+        self._room = workspace.Room(4 * shape.parts * shape.part_floats, shape.counters)
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape)
         self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
@@ -51,8 +51,9 @@ class Plan:
         is no array.
         """
         partials = counters = 0
-        if self._counters:
-            partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
+        if self._room.counters:
+            slab = workspace.acquire(self._device, stream, self._room)
+            partials, counters = slab.partials, slab.counters
         # The driver copies the arguments before it returns.
         with self._lock:
             PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)

@@ -22,8 +22,15 @@ SM90_SHARED_BYTES = {64: 110592, 128: 226304}
 """By head size, the size of the kernel's own structure, which a static assertion compares."""
 _SM90_BLOCKS = {64: 2, 128: 1}
 """How many blocks a multiprocessor runs, by head size."""
+SOLVERS = "cholesky", "cg"
 _MOST_SPLITS = 32
 _LARGE_CLUSTER = 8
+_MOST_TOGETHER = 16
+"""Blocks that solve a row's system together."""
+_MAIL_WORDS = 386
+"""What such a block sends at a time, at most, of 8 bytes each; the kernel has the same number."""
+_MOST_STEPS = 64
+"""Of conjugate gradients, before the system is factored."""
 _SM90_SPLIT_KEYS, _PORTABLE_SPLIT_KEYS = 512, 256
 _SM90_TILE, _SMALLEST_BOX = 64, 16
 """Keys of a tile of the tuned kernel, and how many of them its copies bring at least."""
@@ -36,7 +43,9 @@ class Shape(NamedTuple):
 
     splits: thread blocks that share the keys of a row; blocks: all that work on a row; rows: of a launch, all
     of them unless their partial moments take too much memory; partial_floats: of all rows of a launch. box:
-    keys that the copy engine brings at a time, 0 where it is not used.
+    keys that the copy engine brings at a time, 0 where it is not used. mail_bytes, mail_offset: of all that
+    blocks send each other while they run, all of them at once, and where in it those of this cut begin; 0
+    where they send nothing.
     """
 
     source: str
@@ -48,6 +57,8 @@ class Shape(NamedTuple):
     partial_floats: int
     rows: int
     box: int = 0
+    mail_bytes: int = 0
+    mail_offset: int = 0
 
 
 def plan(problem: Problem, layout: Layout, ridge: float | Strides, solver: str) -> Plan:
@@ -57,9 +68,11 @@ def plan(problem: Problem, layout: Layout, ridge: float | Strides, solver: str) 
     described, not read. Raises BackendUnavailableError for a solver that the kernels lack, and what
     :mod:`compiler` does.
     """
-    if solver != "cholesky":
-        raise BackendUnavailableError(f"solver is {solver!r}; on a GPU only 'cholesky' is there")
-    return Plan(problem, layout, choose(problem, layout), ridge)
+    if solver not in SOLVERS:
+        raise BackendUnavailableError(
+            f"solver is {solver!r}; on a GPU there are {' and '.join(map(repr, SOLVERS))}"
+        )
+    return Plan(problem, layout, choose(problem, layout, solver), ridge)
 
 
 class Plan:
@@ -73,8 +86,9 @@ class Plan:
         ]
         self._kernel = compiler.kernel(shape.source, "lla_kernel", shape.defines, layout.device)
         self._kernel.set_shared_memory(shape.shared_bytes)
-        self._partial_bytes = 4 * shape.partial_floats
-        self._counters = shape.rows if shape.partial_floats else 0
+        self._room = workspace.Room(
+            4 * shape.partial_floats, shape.rows if shape.partial_floats else 0, shape.mail_bytes
+        )
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape, ridge)
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
@@ -88,24 +102,28 @@ class Plan:
         arrays, state: addresses in the order of :class:`calls.Arrays` and of an LLAState, 0 where there is no
         array.
         """
-        partials = counters = 0
-        if self._counters:
-            partials, counters = workspace.acquire(self._device, stream, self._partial_bytes, self._counters)
         shape, function = self.shape, self._kernel.function
+        partials = counters = mail = 0
+        if self._room.counters:
+            slab = workspace.acquire(self._device, stream, self._room)
+            partials, counters, mail = slab.partials, slab.counters, slab.mail + shape.mail_offset
         # The driver copies the argument before it returns.
         with self._lock:
-            PACK_LLA_POINTERS.pack_into(self._bytes, 0, arrays[0], *arrays[2:], *state, partials, counters)
+            PACK_LLA_POINTERS.pack_into(
+                self._bytes, 0, arrays[0], *arrays[2:], *state, partials, counters, mail
+            )
             if self._maps is not None:
                 self._arguments[1] = self._maps.address(arrays[2], arrays[3])
             for first_row, blocks in self._launches:
                 self._record["first_row"] = first_row
-                driver.launchKernel(
-                    function, blocks, 1, 1, shape.threads, 1, 1, shape.shared_bytes, stream,
-                    self._arguments_address, 0,
-                )  # fmt: skip
+                arguments = function, blocks, 1, 1, shape.threads, 1, 1, shape.shared_bytes, stream
+                if shape.mail_bytes:
+                    driver.launchCooperativeKernel(*arguments, self._arguments_address)
+                else:
+                    driver.launchKernel(*arguments, self._arguments_address, 0)
 
 
-def choose(problem: Problem, layout: Layout) -> Shape:
+def choose(problem: Problem, layout: Layout, solver: str = "cholesky") -> Shape:
     """The tuned kernel where the call suits it, the portable one everywhere else."""
     tuned = (
         layout.capability == (9, 0)
@@ -118,10 +136,18 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         and (problem.page_size or _SM90_TILE) % _SMALLEST_BOX == 0
     )
     rows = problem.batch * problem.q_len * problem.q_heads
-    return (_sm90 if tuned else _portable)(problem, layout, rows)
+    if tuned:
+        return _sm90(problem, layout, rows, solver)
+    if solver == "cg":
+        raise BackendUnavailableError(
+            "solver is 'cg', which on a GPU is there for the output of lla_decode and lla_attention, in "
+            "float16 or bfloat16, with heads of 64 or 128, k and v aligned to 16 bytes and pages of a "
+            "multiple of 16, on compute capability 9.0"
+        )
+    return _portable(problem, layout, rows)
 
 
-def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
+def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     """Splits where rows alone leave multiprocessors idle."""
     D = problem.head_dim
     at_once = layout.multiprocessors * _SM90_BLOCKS[D]
@@ -129,23 +155,44 @@ def _sm90(problem: Problem, layout: Layout, rows: int) -> Shape:
         wanted = -(-problem.kv_len // max(layout.split_size, _SM90_SPLIT_KEYS))
     else:
         wanted = min(at_once // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
-    splits_log2 = max(0, min(wanted, _MOST_SPLITS).bit_length() - 1)
+    most = _MOST_SPLITS
+    if solver == "cg":
+        # Blocks of a pinned size may be more than run at once; then a row's bits depended on its batch.
+        most = 1 if layout.split_size else _MOST_TOGETHER
+    splits_log2 = max(0, min(wanted, most).bit_length() - 1)
     splits = 1 << splits_log2
+    together = solver == "cg" and splits > 1
     # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
     large = not layout.split_size and 2 * rows * splits <= at_once
-    cluster = min(splits, _LARGE_CLUSTER if large else 2)
+    cluster = 1 if solver == "cg" else min(splits, _LARGE_CLUSTER if large else 2)
     box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
         BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],
-        **_masks(problem),
+        SOLVERS=splits if solver == "cg" else 0, **_masks(problem),
     )  # fmt: skip
+    if solver == "cg":
+        defines["MOST_STEPS"] = _MOST_STEPS
     clusters = splits // cluster
     floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
     return Shape(
         "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], SM90_SHARED_BYTES[D], floats,
-        rows, box,
+        rows, box, *(_mail(splits_log2, layout.multiprocessors) if together else (0, 0)),
     )  # fmt: skip
+
+
+def _mail(splits_log2: int, multiprocessors: int) -> tuple[int, int]:
+    """How much mail a device's blocks have, and where that of rows cut in ``2**splits_log2`` begins.
+
+    Rows of one number have one place, in whatever kernel: tags count how often it was used.
+    """
+
+    def size(log2: int) -> int:
+        rows = max(_SM90_BLOCKS.values()) * multiprocessors >> log2
+        return rows * 8 * (2 * (_MAIL_WORDS << log2) + 1)
+
+    cuts = range(1, _MOST_TOGETHER.bit_length())
+    return sum(map(size, cuts)), sum(map(size, range(1, splits_log2)))
 
 
 def _portable(problem: Problem, layout: Layout, rows: int) -> Shape:

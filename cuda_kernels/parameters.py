@@ -44,6 +44,7 @@ PACK_POINTERS = struct.Struct(f"={len(POINTERS)}Q")
 LLA_POINTERS = (
     "q", "k", "v", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out", "ridge",
     "m", "d1", "k0", "wk", "wv", "wkk", "wvk", "state_q", "state_ridge", "partials", "counters",
+    "mail",
 )  # fmt: skip
 LLA_CALL = _structure(
     LLA_POINTERS,

@@ -1,8 +1,9 @@
-"""Device memory that launches share: partial results of splits, and the counters that say who comes last.
+"""Device memory that launches share: partial results of splits, the counters that say who comes last, and the
+mail of blocks that work together.
 
 One slab a stream, since launches of one stream follow one another, and one for each stream of a graph under
-capture, since graphs may run beside one another. Counters are zeroed once: the last block to arrive sets them
-back.
+capture, since graphs may run beside one another. Counters and mail are zeroed once: the last block to arrive
+sets counters back, and mail is told from older mail by its tags.
 """
 
 from __future__ import annotations
@@ -29,16 +30,24 @@ _LEGACY = 1  # cudaStreamLegacy, the default stream; 0 means it too
 _DEFAULT = -1  # in place of its number
 
 
+class Room(NamedTuple):
+    """How much of each there is, or is asked for: bytes of partial results, counters, bytes of mail."""
+
+    partial_bytes: int
+    counters: int
+    mail_bytes: int = 0
+
+
 class Slab(NamedTuple):
-    """Room for partial results behind room for counters, in one allocation."""
+    """Room for counters, for mail and for partial results, one behind the other in one allocation."""
 
     counters: int
+    mail: int
     partials: int
-    counter_room: int
-    partial_room: int
+    room: Room
 
-    def holds(self, partial_bytes: int, counters: int) -> bool:
-        return partial_bytes <= self.partial_room and counters <= self.counter_room
+    def holds(self, needed: Room) -> bool:
+        return all(n <= r for n, r in zip(needed, self.room))
 
 
 _lock = threading.Lock()
@@ -54,8 +63,8 @@ _idle: dict[int, list[tuple[Slab, capture.GraphLifetime]]] = {}
 _zeroing: dict[int, cupy.cuda.Stream] = {}
 
 
-def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tuple[int, int]:
-    """Addresses of ``partial_bytes`` of scratch and of ``counters`` zeroed 32-bit counters for one launch.
+def acquire(device: int, stream: int, needed: Room) -> Slab:
+    """A slab for one launch: scratch, zeroed 32-bit counters, and mail that was zero before its first use.
 
     device: the current one; stream: the one that the launch goes to. The kernel must leave the counters zero.
     Raises MemoryError where the device has no room.
@@ -65,8 +74,7 @@ def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tupl
         key = device, _DEFAULT
     elif runtime.streamIsCapturing(stream):
         # A stream under capture has no number to be asked for, but keeps its handle until the capture ends.
-        slab = _for_graph(device, stream, partial_bytes, counters)
-        return slab.partials, slab.counters
+        return _for_graph(device, stream, needed)
     else:
         key = device, _number(stream)
     try:
@@ -74,9 +82,9 @@ def acquire(device: int, stream: int, partial_bytes: int, counters: int) -> tupl
         slab = _slabs[key]
     except KeyError:
         slab = None
-    if slab is None or not slab.holds(partial_bytes, counters):
-        slab = _for_stream(key, partial_bytes, counters)
-    return slab.partials, slab.counters
+    if slab is None or not slab.holds(needed):
+        slab = _for_stream(key, needed)
+    return slab
 
 
 @functools.cache
@@ -95,37 +103,37 @@ def _number(stream: int) -> int:
     return number.value
 
 
-def _for_stream(key: tuple[int, int], partial_bytes: int, counters: int) -> Slab:
+def _for_stream(key: tuple[int, int], needed: Room) -> Slab:
     with _lock:
         slab = _slabs.get(key)
-        if slab is not None and slab.holds(partial_bytes, counters):
+        if slab is not None and slab.holds(needed):
             return slab
         if slab is None:
             if len(_slabs) >= MOST_STREAMS:
                 _forget_oldest()
-            wanted = partial_bytes, counters
         else:
             _outgrown.setdefault(key, []).append(slab)
-            wanted = max(partial_bytes, 2 * slab.partial_room), max(counters, slab.counter_room)
-        _slabs[key] = _allocate(key[0], *wanted)
+            needed = Room(*map(max, needed, slab.room))
+            needed = needed._replace(partial_bytes=max(needed.partial_bytes, 2 * slab.room.partial_bytes))
+        _slabs[key] = _allocate(key[0], needed)
         return _slabs[key]
 
 
-def _for_graph(device: int, stream: int, partial_bytes: int, counters: int) -> Slab:
+def _for_graph(device: int, stream: int, needed: Room) -> Slab:
     identity, graph = capture.graph_of(stream)
     key = device, identity, stream
     with _lock:
         slab = _captured.get(key)
-        if slab is not None and slab.holds(partial_bytes, counters):
+        if slab is not None and slab.holds(needed):
             return slab
         _collect_ended()
         idle = _idle.setdefault(device, [])
-        fitting = [entry for entry in idle if entry[0].holds(partial_bytes, counters)]
+        fitting = [entry for entry in idle if entry[0].holds(needed)]
         if fitting:
-            slab, lifetime = min(fitting, key=lambda entry: entry[0].partial_room)
+            slab, lifetime = min(fitting, key=lambda entry: entry[0].room.partial_bytes)
             idle.remove((slab, lifetime))
         else:
-            slab, lifetime = _allocate(device, partial_bytes, counters), capture.GraphLifetime()
+            slab, lifetime = _allocate(device, needed), capture.GraphLifetime()
         lifetime.begin(graph)
         _held.append((key, slab, lifetime))
         _captured[key] = slab
@@ -143,9 +151,10 @@ def _collect_ended() -> None:
         _idle.setdefault(key[0], []).append((slab, lifetime))
 
 
-def _allocate(device: int, partial_bytes: int, counters: int) -> Slab:
-    counter_bytes = _rounded(4 * counters)
-    size = counter_bytes + _rounded(partial_bytes)
+def _allocate(device: int, needed: Room) -> Slab:
+    counter_bytes, mail_bytes = _rounded(4 * needed.counters), _rounded(needed.mail_bytes)
+    zeroed, partial_bytes = counter_bytes + mail_bytes, _rounded(needed.partial_bytes)
+    size = zeroed + partial_bytes
     with capture.relaxed():
         try:
             address = runtime.malloc(size)
@@ -157,9 +166,14 @@ def _allocate(device: int, partial_bytes: int, counters: int) -> Slab:
         zeroing = _zeroing.get(device)
         if zeroing is None:
             zeroing = _zeroing[device] = cupy.cuda.Stream(non_blocking=True)
-        runtime.memsetAsync(address, 0, counter_bytes, zeroing.ptr)
+        runtime.memsetAsync(address, 0, zeroed, zeroing.ptr)
         zeroing.synchronize()
-    return Slab(address, address + counter_bytes, counter_bytes // 4, size - counter_bytes)
+    return Slab(
+        address,
+        address + counter_bytes,
+        address + zeroed,
+        Room(partial_bytes, counter_bytes // 4, mail_bytes),
+    )
 
 
 def _forget_oldest() -> None:
@@ -178,4 +192,4 @@ def _forget_oldest() -> None:
 
 
 def _rounded(size: int) -> int:
-    return -(-max(size, 1) // _ALIGNMENT) * _ALIGNMENT
+    return -(-size // _ALIGNMENT) * _ALIGNMENT

@@ -145,6 +145,7 @@ class DecodeProblem:
     q, r: ``(B, 1, Hq, D)``. caches: pairs ``k, v``, each ``(B, L, Hkv, D)`` or, in pages,
     ``(num_pages, page_size, Hkv, D)``, of the same numbers in different memory; one pair where the cache is
     warm. page_table: ``(B, pages)``, and lengths: ``(B,)``, or both None. framework: that they are from.
+    ridge: of LLA.
     """
 
     q: Any
@@ -153,6 +154,7 @@ class DecodeProblem:
     page_table: Any
     lengths: Any
     framework: Framework
+    ridge: float
 
 
 def build(point: DecodePoint, arrays: Framework, rotation: int) -> DecodeProblem:
@@ -174,7 +176,7 @@ def build(point: DecodePoint, arrays: Framework, rotation: int) -> DecodeProblem
     k, v = (arrays.normal((*stored, Hkv, D), point.dtype, seed) for seed in seeds[2:])
     count = 1 if point.cache == "warm" else max(1, -(-rotation // point.cache_bytes))
     caches = [(k, v), *((arrays.copy(k), arrays.copy(v)) for _ in range(count - 1))]
-    return DecodeProblem(q, r, caches, page_table, lengths, arrays)
+    return DecodeProblem(q, r, caches, page_table, lengths, arrays, point.ridge)
 
 
 def processor() -> str:

@@ -1,4 +1,4 @@
-"""The attention libraries that the decode study times beside parallax-core."""
+"""The attention libraries that the decode study times beside parallax-core, and its other solver."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import parallax_core
 
 from .decode_arrays import DecodeProblem
 from .decode_point import DecodePoint
@@ -22,7 +24,7 @@ class UnavailableError(RuntimeError):
 class Peer(NamedTuple):
     """A library's decode call.
 
-    name: in rows. title: in reports. computes: the operation, ``softmax`` or ``parallax``. gpu: a peer of the
+    name: in rows. title: in reports. computes: the operation. gpu: a peer of the
     GPU, or of the CPU. bind: from the problem and the path of FlashAttention-3 to the call.
     """
 
@@ -34,7 +36,7 @@ class Peer(NamedTuple):
 
 
 def peers_of(point: DecodePoint, gpu: bool) -> list[Peer]:
-    """The peers of a point on the GPU or the CPU: softmax's of every operation, Parallax's of Parallax."""
+    """The peers of a point on the GPU or the CPU: softmax's of every operation, the others of their own."""
     return [peer for peer in PEERS if peer.gpu == gpu and peer.computes in ("softmax", point.operation)]
 
 
@@ -145,6 +147,21 @@ def _fla(problem: DecodeProblem, _: str | None) -> Call:
     return functools.partial(parallax_decode_one_step, problem.q, problem.r)
 
 
+def _conjugate_gradients(problem: DecodeProblem, _: str | None) -> Call:
+    q, ridge = problem.q, problem.ridge
+    paged = {}
+    if problem.page_table is not None:
+        paged = {"page_table": problem.page_table, "cache_seqlens": problem.lengths}
+
+    def call(k, v):
+        try:
+            return parallax_core.lla_decode(q, k, v, ridge=ridge, solver="cg", **paged)
+        except parallax_core.BackendUnavailableError as error:
+            raise UnavailableError(str(error)) from error
+
+    return call
+
+
 def _need_torch(problem: DecodeProblem) -> None:
     if problem.framework.name != "torch":
         raise UnavailableError("needs PyTorch")
@@ -154,5 +171,6 @@ PEERS = (
     Peer("fa2", "FlashAttention-2 of PyTorch", "softmax", True, _sdpa_flash),
     Peer("fa3", "FlashAttention-3 of vLLM", "softmax", True, _flash_attention_3),
     Peer("fla", "Parallax of fla-core", "parallax", True, _fla),
+    Peer("cg", "LLA of parallax-core by conjugate gradients", "lla", True, _conjugate_gradients),
     Peer("sdpa", "SDPA of PyTorch", "softmax", False, _sdpa_any),
 )

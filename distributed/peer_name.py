@@ -1,4 +1,4 @@
-"""The names of the libraries that the decode study times beside parallax-core."""
+"""The names of what the decode study times beside parallax-core's own call."""
 
 from enum import StrEnum
 
@@ -9,4 +9,5 @@ class PeerName(StrEnum):
     fa2 = "fa2"
     fa3 = "fa3"
     fla = "fla"
+    cg = "cg"
     sdpa = "sdpa"

@@ -83,8 +83,10 @@ def lla_attention(
     minimum-norm ``u`` where the ridge is 0. Everything else as for :func:`softmax_attention`; the state is
     an LLAState. Source: arXiv 2510.01450.
 
-    On a GPU ``cholesky`` alone is there, the values of a ridge that is an array are checked with ``validate``
-    alone, and a row whose system cannot be solved is NaN.
+    On a GPU ``cholesky`` is there and, for the output of half-precision heads of 64 or 128 on compute
+    capability 9.0, ``cg``: conjugate gradients to a bound of the error, and the factorisation for a row where
+    64 steps do not reach it. The values of a ridge that is an array are checked with ``validate`` alone, and
+    a row whose system cannot be solved is NaN.
 
     Raises, beside what :func:`softmax_attention` does, SolverError where a system cannot be solved and
     ValueError for a ridge that is negative, or 0 without ``lstsq``.

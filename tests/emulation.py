@@ -38,10 +38,15 @@ _LAUNCH = """
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
+#if SOLVERS > 1
+#define AT_ONCE x * y * z
+#else
+#define AT_ONCE CLUSTER
+#endif
 extern "C" const char* launch(void** a, int x, int y, int z, int threads, int shared_bytes, int order) {
   static auto& failure = *new std::string;
   emulator::kernel = [a] { CALL; };
-  failure = emulator::launch({x, y, z}, threads, CLUSTER, shared_bytes, order);
+  failure = emulator::launch({x, y, z}, threads, AT_ONCE, shared_bytes, order);
   return failure.c_str();
 }
 """
@@ -75,16 +80,24 @@ class Driver:
         if failure:
             raise EmulationError(failure.decode())
 
+    @classmethod
+    def launchCooperativeKernel(cls, *arguments):
+        cls.launchKernel(*arguments, 0)
+
 
 class Workspace:
-    """Partial results that begin as NaN, and counters that must be left zero."""
+    """Partial results that begin as NaN, counters that must be left zero, and mail that is kept."""
 
-    def acquire(self, device, stream, partial_bytes, counters):
-        self.partials = np.full(partial_bytes // 4 + 64, np.nan, np.float32)
-        self.counters = np.zeros(counters + 1, np.uint32)
+    mail = np.zeros(0, np.uint64)
+
+    def acquire(self, device, stream, needed):
+        self.partials = np.full(needed.partial_bytes // 4 + 64, np.nan, np.float32)
+        self.counters = np.zeros(needed.counters + 1, np.uint32)
+        if 8 * self.mail.size < needed.mail_bytes:
+            self.mail = np.zeros(-(-needed.mail_bytes // 8), np.uint64)
         # At 256 bytes, as memory of a GPU is.
         first = -(-self.partials.ctypes.data // 256) * 256
-        return first, self.counters.ctypes.data
+        return workspace.Slab(self.counters.ctypes.data, self.mail.ctypes.data, first, needed)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
+from parallax_core.cuda_kernels import lla
 
 pytestmark = needs_compiler
 
@@ -109,6 +110,46 @@ def test_local_linear_attention_in_every_order_of_its_threads(name):
     hold(results[0], expected, bound)
 
 
+STEPS = {
+    "heads of 128": (dict(kv_heads=1, capacity=300), 64),
+    "heads of 64, shared by two blocks": (dict(batch=1, kv_heads=1, capacity=1100, head_dim=64), 64),
+    "heads of 128, shared, of two lengths": (
+        dict(kv_heads=1, capacity=1100, cache_seqlens=lengths(1090, 40)), 64
+    ),
+    "pages of 16, left to the factorisation": (
+        dict(kv_heads=1, capacity=192, page_size=16, window_size=100, cache_seqlens=lengths(190, 37)), 3
+    ),
+    "shared, left to the factorisation": (dict(batch=1, kv_heads=1, capacity=1100, head_dim=64), 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_conjugate_gradients_in_every_order_of_their_threads(name, monkeypatch):
+    sizes, most = STEPS[name]
+    monkeypatch.setattr(lla, "_MOST_STEPS", most)
+    case = make(**sizes)
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    bound = solved_budget(case, np.full(case.q.shape[:3], 0.1))
+    results = run("lla", case, (9, 0), ridge=0.1, solver="cg")
+    for o in results:
+        np.testing.assert_array_equal(o, results[0])
+    hold(results[0], expected, bound)
+
+
+def test_mail_of_other_shapes_is_not_mistaken():
+    """Calls one after another on one workspace, whose rows and heads lie in the same mail."""
+    cases = [
+        make(batch=b, kv_heads=1, capacity=1100, head_dim=d, seed=b) for b, d in ((1, 64), (2, 128), (3, 64))
+    ]
+    with emulated((9, 0), multiprocessors=12):
+        Driver.order = RANDOM_EARLY
+        for case in (*cases, *reversed(cases)):
+            o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
+            hold(
+                o, call(plx.reference, "lla", case, ridge=0.1), solved_budget(case, np.full(o.shape[:3], 0.1))
+            )
+
+
 KEYS = {
     "queries four times larger": lambda q, k: (4 * q, k),
     "an offset of 16": lambda q, k: (q, k + 16),
@@ -117,16 +158,17 @@ KEYS = {
 }
 
 
+@pytest.mark.parametrize("solver", ["cholesky", "cg"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("keys", KEYS)
-def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim):
+def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim, solver):
     """In bfloat16 at a ridge of 0.1, where the reference takes the same rounded inputs."""
     case = make(head_dim=head_dim, batch=4, kv_heads=1, capacity=400, dtype=FLOAT32)
     q, k = KEYS[keys](case.q, case.k_cache)
     v = case.v_cache[:, : k.shape[1]]
     case = DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, v)), {})
     expected = call(plx.reference, "lla", case, ridge=0.1)
-    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
+    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
@@ -143,10 +185,13 @@ def test_solved_rows_of_numbers_far_from_1_are_as_near(keys, values, dtype):
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(
+    "head_dim, capacity, solver",
+    [(64, 200, "cholesky"), (128, 200, "cholesky"), (128, 200, "cg"), (64, 1100, "cg")],
+)
 @pytest.mark.parametrize("change", ["values grow", "zeros come first"])
-def test_tiles_beyond_the_scale_of_the_first_are_taken_again(change, head_dim):
-    case = make(head_dim=head_dim, kv_heads=1, capacity=200, dtype=BFLOAT16)
+def test_tiles_beyond_the_scale_of_the_first_are_taken_again(change, head_dim, capacity, solver):
+    case = make(batch=1, head_dim=head_dim, kv_heads=1, capacity=capacity, dtype=BFLOAT16)
     k, v = case.k_cache.copy(), case.v_cache.copy()
     if change == "values grow":
         v[:, 64:] *= 2.0**20
@@ -154,26 +199,35 @@ def test_tiles_beyond_the_scale_of_the_first_are_taken_again(change, head_dim):
         k[:, :64] = v[:, :64] = 0
     case = case.with_keys_and_values(k, v)
     expected = call(plx.reference, "lla", case, ridge=0.1)
-    (o,) = run("lla", case, (9, 0), orders=(LATE,), ridge=0.1)
+    (o,) = run("lla", case, (9, 0), orders=(LATE,), ridge=0.1, solver=solver)
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
-def test_the_kernel_that_racecheck_follows_computes_the_same_bits(monkeypatch):
+@pytest.mark.parametrize("solver", ["cholesky", "cg"])
+def test_the_kernel_that_racecheck_follows_computes_the_same_bits(solver, monkeypatch):
     case = make(head_dim=64, kv_heads=1, capacity=300)
-    (expected,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
+    (expected,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
     kernel = emulation._kernel
     monkeypatch.setattr(
         emulation, "_kernel", lambda source, defines: kernel(source, (*defines, ("EVERY_LANE_ARRIVES", 1)))
     )
-    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1)
+    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
     np.testing.assert_array_equal(o, expected)
 
 
-@pytest.mark.parametrize("operation", ["softmax", "parallax", "lla"])
-@pytest.mark.parametrize("capability", [(9, 0), (8, 0)])
-def test_what_is_hidden_changes_no_bit(operation, capability):
+@pytest.mark.parametrize(
+    "operation, extra, capability",
+    [
+        *(
+            (*operation, capability)
+            for operation in (("softmax", {}), ("parallax", {}), ("lla", {"ridge": 0.5}))
+            for capability in ((9, 0), (8, 0))
+        ),
+        ("lla", {"ridge": 0.5, "solver": "cg"}, (9, 0)),
+    ],
+)
+def test_what_is_hidden_changes_no_bit(operation, extra, capability):
     """Keys and values of NaN beyond the lengths, of which rows of the same tile see more and fewer."""
-    extra = {"ridge": 0.5} if operation == "lla" else {}
     case = make(length=3, capacity=100, cache_seqlens=lengths(90, 17))
     (clean,) = run(operation, case, capability, orders=(EARLY,), **extra)
     k, v = case.k_cache.copy(), case.v_cache.copy()

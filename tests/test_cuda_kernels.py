@@ -84,6 +84,23 @@ def test_the_kernels_of_local_linear_attention_do_not_spill(call):
     assert compiler.usage(log)["lla_kernel"].spill_bytes == 0
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        dict(batch=32),
+        dict(kv_len=16384),
+        dict(lengths=True, page_size=64, batch=32),
+        dict(lengths=True, page_size=64, kv_len=16384),
+    ],
+)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_the_kernels_of_conjugate_gradients_do_not_spill(call, head_dim):
+    problem, layout = call_of(operation="lla_decode", probe_dtype=None, head_dim=head_dim, **call)
+    shape = lla.choose(problem, layout, "cg")
+    _, log = compiler.compile_cubin(shape.source, shape.defines, "sm_90a")
+    assert compiler.usage(log)["lla_kernel"].spill_bytes == 0
+
+
 @pytest.mark.parametrize("arch", ["sm_80", "sm_100", "sm_120"])
 def test_the_portable_kernel_of_local_linear_attention_compiles(arch):
     problem, layout = call_of(operation="lla_decode", probe_dtype=None, capability=(8, 0), page_size=16)

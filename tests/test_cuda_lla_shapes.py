@@ -1,7 +1,11 @@
 """Which kernel of local linear attention a call gets, and how its rows are cut."""
 
+import itertools
+
 import numpy as np
 import pytest
+
+from parallax_core.errors import BackendUnavailableError
 
 pytest.importorskip("cupy", reason="the launcher imports CuPy; pip install '.[gpu-compile]'")
 
@@ -33,6 +37,43 @@ def test_rows_are_cut_where_they_leave_the_gpu_idle(call, splits, cluster):
     shape = shape_of(**call)
     assert shape.source == "sm90/lla.cu"
     assert (shape.splits, dict(shape.defines)["CLUSTER"]) == (splits, cluster)
+
+
+@pytest.mark.parametrize(
+    "call, splits",
+    [
+        (dict(batch=32, kv_len=4096), 1),
+        (dict(kv_len=16384), 16),
+        (dict(q_heads=1, kv_heads=1, kv_len=131072), 16),
+        (dict(batch=4, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4),
+        (dict(kv_len=16384, split_size=1024), 1),
+    ],
+)
+def test_blocks_that_solve_a_row_together_run_at_once(call, splits):
+    problem, layout = call_of(**{"operation": "lla_decode", "probe_dtype": None} | call)
+    shape = lla.choose(problem, layout, "cg")
+    assert shape.source == "sm90/lla.cu"
+    defines = dict(shape.defines)
+    assert (shape.splits, defines["SOLVERS"], defines["CLUSTER"]) == (splits, splits, 1)
+    assert (shape.mail_bytes > 0) == (splits > 1)
+    blocks_at_once = {64: 2, 128: 1}[problem.head_dim] * layout.multiprocessors
+    assert splits == 1 or shape.rows * splits <= blocks_at_once
+
+
+def test_rows_of_every_cut_have_mail_of_their_own():
+    """Word by word: what a cut of rows reaches ends where the next one's begins."""
+    offsets = [lla._mail(log2, 132)[1] for log2 in range(1, 6)]
+    for log2, (begin, end) in enumerate(itertools.pairwise(offsets), start=1):
+        rows = 2 * 132 >> log2
+        assert end - begin == rows * 8 * (2 * 2**log2 * lla._MAIL_WORDS + 1)
+    assert {lla._mail(log2, 132)[0] for log2 in range(1, 5)} == {offsets[4]}
+
+
+@pytest.mark.parametrize("call", [dict(head_dim=80), dict(return_state=True), dict(capability=(8, 0))])
+def test_conjugate_gradients_say_where_they_are(call):
+    problem, layout = call_of(**{"operation": "lla_decode", "probe_dtype": None} | call)
+    with pytest.raises(BackendUnavailableError, match=r"^solver is 'cg', which on a GPU is there for"):
+        lla.choose(problem, layout, "cg")
 
 
 @pytest.mark.parametrize("page_size, box", [(None, 64), (16, 16), (48, 16), (32, 32), (64, 64), (256, 64)])

@@ -10,6 +10,7 @@
 // sequences), HALF_IS_FLOAT16, SHARED_BYTES. Grid: rows * splits blocks; splits a power of two and a multiple of
 // CLUSTER.
 
+#include "lla/conjugate.cuh"
 #include "lla/copies.cuh"
 #include "lla/factor.cuh"
 #include "lla/merge.cuh"
@@ -39,12 +40,20 @@ __device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
 
 // KEY_COLUMNS: how many columns of the keys' moments a warpgroup has, those up to its own.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, bool whole, int tiles) {
-  using Part = Moments<KEY_COLUMNS>;
-  Part moments;
+__device__ __forceinline__ void accumulate_all(Shared& shared, const lla::Call& call, const Maps& maps, float (&c)[D], int tiles) {
+  Moments<KEY_COLUMNS> moments{c};
   do {
     accumulate<KEY_COLUMNS>(shared, call, maps, moments, tiles);
   } while (again(shared, KEY_COLUMNS > 64 ? LAST_MATRIX : FIRST_MATRIX, 128));
+}
+
+// Leaves the moments to the factorisation.
+template <int KEY_COLUMNS>
+__device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, bool whole, int tiles) {
+  using Part = Moments<KEY_COLUMNS>;
+  float c[D];
+  accumulate_all<KEY_COLUMNS>(shared, call, maps, c, tiles);
+  const Part moments{c};
   const float inverse_scale = shared.inverse_scale[0];
   const float ridge = lla::RowIndex(call, block_index() >> call.splits_log2).ridge(call);
   store_moments<Part::VALUES, Part::ALL>(shared, moments, inverse_scale * inverse_scale, whole, ridge);
@@ -52,6 +61,30 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
   // The factorisation does not wait for these, whose accumulators are the first registers.
   if constexpr (D == 128) give_registers<128>();
   store_moments<0, Part::VALUES>(shared, moments, inverse_scale * shared.inverse_scale[1], whole, 0.0f);
+}
+
+// Solves the row, or leaves the moments to the factorisation.
+template <int KEY_COLUMNS>
+__device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
+  float c[D];
+  accumulate_all<KEY_COLUMNS>(shared, call, maps, c, tiles);
+  // The sums of all blocks are there.
+  if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
+  if constexpr (D == 128) take_registers<SOLVING_REGISTERS>();
+  const lla::RowIndex row(call, block_index() >> call.splits_log2);
+  const bool solved = solve_by_steps(shared, call, row, c);
+  if (thread_index() == 0) {
+    shared.solved_by_steps = solved;
+    if constexpr (TOGETHER) {
+      // All blocks of the row have read it.
+      const Exchange exchange(shared, call);
+      if (exchange.split == 0) count_use(exchange.mail, exchange.tag);
+    }
+  }
+  if (!solved) leave_to_factorisation(shared, c, !TOGETHER || shared.blocks == 1, row.ridge(call));
+  meet(shared.met, shared.exact ^ !TOGETHER);
+  if constexpr (D == 128)
+    if (!solved) give_registers<128>();
 }
 
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
@@ -62,8 +95,14 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
-  shared.own.mean[column] = shared.total.mean[column] = mean;
-  meet(shared.met, shared.exact ^ 1);
+  if constexpr (TOGETHER) {
+    share_sums(shared, Exchange(shared, call), column, mean);
+    meet(shared.met, shared.exact ^ 1);
+  } else {
+    shared.own.mean[column] = shared.total.mean[column] = mean;
+  }
+  if constexpr (CONJUGATE_GRADIENTS && D == 128) give_registers<256 - SOLVING_REGISTERS>();
+  meet(shared.met, shared.exact ^ !TOGETHER);
 }
 
 // A thread's 16 bytes of the query with the zeros beside it, as the matrix units take it; by the first threads.
@@ -111,17 +150,24 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   if (threadIdx.x % 32 == 0) begin_pass(shared, warp, WARPS);
   // On its way meanwhile, but not before: a fence waits for loads.
   uint4 query;
+  unsigned tag = 0;
+  if (TOGETHER && threadIdx.x == 0) tag = first_tag(mail_of_row(call));
   if (threadIdx.x < QUERY_PIECES) query = piece_of_query(query_of(call, row), threadIdx.x);
   if (threadIdx.x == 0) {
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
     shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
+    if constexpr (TOGETHER) {
+      shared.blocks = clusters;
+    }
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   __syncthreads();
+  // Read after the keys, by when it has come.
+  if (TOGETHER && threadIdx.x == 0) shared.tag = tag;
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   const bool whole = clusters * CLUSTER == 1;
@@ -130,13 +176,20 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     fence_async_proxy();
     barrier_sync(MATRIX, MATRIX_THREADS);
     if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();
-    if (D == 64 || warpgroup == 0)
+    if constexpr (CONJUGATE_GRADIENTS) {
+      if (D == 64 || warpgroup == 0)
+        solving_matrix_role<64>(shared, call, maps, tiles);
+      else
+        solving_matrix_role<D>(shared, call, maps, tiles);
+    } else if (D == 64 || warpgroup == 0)
       matrix_role<64>(shared, call, maps, whole, tiles);
     else
       matrix_role<D>(shared, call, maps, whole, tiles);
+    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return;
   } else {
     if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
     transform_role(shared, call, maps, tiles);
+    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return;
     if constexpr (D == 128) take_registers<128>();
   }
 

@@ -17,6 +17,7 @@ import torch
 import parallax_core as plx
 
 BATCH, HEADS, LENGTH, RIDGE = 4, 8, 2048, 0.1
+SOLVERS = "cholesky", "cg"
 
 
 def cases(head_dim: int) -> dict[str, tuple[np.ndarray, ...]]:
@@ -60,9 +61,11 @@ def main() -> None:
             theirs = errors(fla(q, r, k, v).reshape(expected.shape), expected) if fla else "-"
             print(f"| {case} | {head_dim} | {errors(plx.parallax_decode(q, r, k, v), expected)} | {theirs} |")
             expected = plx.reference.lla_decode(wide[0], *wide[2:], ridge=RIDGE)
-            found = errors(plx.lla_decode(q, k, v, ridge=RIDGE), expected)
-            solved.append(f"| {case} | {head_dim} | {found} |")
-    print("\n| inputs | head size | LLA |\n|---|---|---|", *solved, sep="\n")
+            found = [
+                errors(plx.lla_decode(q, k, v, ridge=RIDGE, solver=solver), expected) for solver in SOLVERS
+            ]
+            solved.append(f"| {case} | {head_dim} | {' | '.join(found)} |")
+    print(f"\n| inputs | head size | LLA, {' | LLA, '.join(SOLVERS)} |\n|---|---|---|---|", *solved, sep="\n")
 
 
 if __name__ == "__main__":

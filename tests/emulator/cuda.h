@@ -60,6 +60,10 @@ inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
+inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
+inline float __fmul_rn(float a, float b) { return a * b; }
+inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline int __ffs(unsigned x) { return __builtin_ffs(x); }
 template <class T>
 T __ldg(const T* p) { return *p; }
@@ -94,6 +98,7 @@ struct Wait {
 
 struct Warp {
   Barrier barrier, collective;
+  bool looks = false;
   // Two collectives' worth: a lane that writes for the next one meets none that still reads the last.
   alignas(16) unsigned char words[2][LANES][64];
 };
@@ -176,11 +181,19 @@ inline void wait_for(Wait wait) {
   if (!_setjmp(running->context)) longjmp(scheduler, 1);
 }
 
+// Gives way to all others, as one who looks whether something has come. That is no progress of its warp, up to where a lane
+// next arrives at a barrier.
+inline void look_again() {
+  warp().looks = true;
+  if (!_setjmp(running->context)) longjmp(scheduler, 1);
+}
+
 inline void count_in(Barrier& barrier, int count) {
   if (++barrier.count == count) barrier.count = 0, barrier.phase++;
 }
 inline void arrive(Barrier& barrier, int count) {
   const unsigned phase = barrier.phase;
+  warp().looks = false;
   races::arrive(&barrier);
   if (barrier.count + 1 == count) races::complete(&barrier, phase);
   count_in(barrier, count);
@@ -270,20 +283,21 @@ inline void run_cluster(int count, int shared_bytes, int order) {
     }
   }
   static auto& turn = *new std::vector<Thread*>;
-  static bool any, waits;
+  static bool any, waits, looked;
   static size_t next;
+  static int rounds;
+  rounds = 0;
   turn.clear();
   for (Thread& thread : threads) turn.push_back(&thread);
   if (order == 1) std::reverse(turn.begin(), turn.end());
   while (failure.empty()) {
     if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
-    any = waits = false;
+    any = waits = looked = false;
     for (next = 0; next < turn.size() && failure.empty(); next++) {
       Thread& thread = *turn[next];
       if (thread.done) continue;
       waits = true;
       if (!thread.wait.over()) continue;
-      any = true;
       thread.wait = {};
       running = &thread;
       races::run(thread.block * threads_of_a_block + thread.index);
@@ -292,6 +306,7 @@ inline void run_cluster(int count, int shared_bytes, int order) {
         thread.started = true;
         setcontext(&thread.first);
       }
+      (blocks[thread.block].warps[thread.index / LANES].looks ? looked : any) = true;
     }
     if (failure.empty()) failure = races::conflict();
     if (!waits) break;
@@ -302,7 +317,8 @@ inline void run_cluster(int count, int shared_bytes, int order) {
       for (auto& copy : arrived) copy();
       any = true;
     }
-    if (!any && failure.empty()) failure = "deadlock: every thread waits";
+    rounds = any ? 0 : rounds + 1;
+    if (!any && failure.empty() && (!looked || rounds > 10000)) failure = "deadlock: every thread waits";
   }
 }
 

@@ -377,16 +377,21 @@ def test_captured_launches_follow_the_lengths(cuda_torch):
         hold(cuda_torch.get(out), call(plx.reference, "parallax", fresh), budget(fresh, "parallax").output)
 
 
-def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_torch):
+@pytest.mark.parametrize(
+    "operation, extra",
+    [("parallax", {}), ("lla", {"ridge": 0.1}), ("lla", {"ridge": 0.1, "solver": "cg"})],
+    ids=["parallax", "lla", "lla by conjugate gradients"],
+)
+def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_torch, operation, extra):
     torch = cuda_torch.module
     cases = [make(seed=seed, batch=3, capacity=9000) for seed in range(3)]
     on_gpu = [cuda_torch.case(case) for case in cases]
-    expected = [call(plx, "parallax", case).clone() for case in on_gpu]
+    expected = [call(plx, operation, case, **extra).clone() for case in on_gpu]
     graphs, outs = [], []
     for case in on_gpu:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            outs.append([call(plx, "parallax", case) for _ in range(3)])
+            outs.append([call(plx, operation, case, **extra) for _ in range(3)])
         graphs.append(graph)
     streams = [torch.cuda.Stream() for _ in cases]
     plain = [None] * len(cases)
@@ -397,7 +402,7 @@ def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_to
                 graph.replay()
         for n, case in enumerate(on_gpu):
             with torch.cuda.stream(streams[(n + 1) % len(streams)]):
-                plain[n] = call(plx, "parallax", case)
+                plain[n] = call(plx, operation, case, **extra)
     torch.cuda.synchronize()
     for n, want in enumerate(expected):
         for result in (*outs[n], plain[n]):
@@ -466,8 +471,12 @@ def test_what_has_no_kernel_yet_says_so(framework):
     case = framework.case(make(capacity=4, length=4))
     with pytest.raises(plx.BackendUnavailableError, match="local_attention has no CUDA kernel yet"):
         plx.local_attention(case.q, case.k_cache, case.v_cache, probe=None)
-    with pytest.raises(plx.BackendUnavailableError, match=r"^solver is 'cg'; on a GPU only 'cholesky'"):
-        plx.lla_attention(case.q, case.k_cache, case.v_cache, ridge=0.1, solver="cg")
+    with pytest.raises(
+        plx.BackendUnavailableError, match=r"^solver is 'lstsq'; on a GPU there are 'cholesky'"
+    ):
+        plx.lla_attention(case.q, case.k_cache, case.v_cache, ridge=0.1, solver="lstsq")
+    with pytest.raises(plx.BackendUnavailableError, match=r"^solver is 'cg', which on a GPU is there for"):
+        plx.lla_probe(case.q, case.k_cache, ridge=0.1, solver="cg")
 
 
 def test_no_memory_left_is_an_error_after_which_calls_work(cuda_torch):

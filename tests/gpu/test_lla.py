@@ -38,6 +38,81 @@ def check(framework, case, ridge=0.1, **extra):
     return o, found
 
 
+def check_steps(framework, case, ridge=0.1, **extra):
+    """The same by conjugate gradients, which leave no state."""
+    expected = call(plx.reference, "lla", case, ridge=ridge)
+    bound = solved_budget(case, np.broadcast_to(ridge, case.q.shape[:3]))
+    given_ridge = framework.put(ridge) if isinstance(ridge, np.ndarray) else ridge
+    o = call(plx, "lla", framework.case(case), ridge=given_ridge, solver="cg", **extra)
+    hold(framework.get(o), expected, bound)
+    return o
+
+
+HALF_DTYPES = [dtype for dtype in GPU_DTYPES if dtype.itemsize == 2]
+most_steps = pytest.mark.parametrize("most", [64, 2], ids=["steps", "factored after two"])
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """Sets how many steps are taken before the factorisation."""
+    from parallax_core.cuda_kernels import calls, lla
+
+    def most(number):
+        monkeypatch.setattr(lla, "_MOST_STEPS", number)
+        calls.forget()
+
+    yield most
+    calls.forget()
+
+
+@settings(max_examples=40)
+@given(
+    case=decode_cases(dtypes=HALF_DTYPES, max_capacity=1500, max_queries=3, max_group=3, page_sizes=(16, 64),
+                      head_dims=(64, 128)),
+    ridge=st.sampled_from((0.1, 0.5, 30.0)),
+)  # fmt: skip
+def test_random_calls_by_conjugate_gradients_agree_with_the_reference(framework, case, ridge):
+    expected = call(plx.reference, "lla", case, ridge=ridge)
+    bound = solved_budget(case, np.full(case.q.shape[:3], ridge))
+    o = call(plx, "lla", framework.case(case), ridge=ridge, solver="cg")
+    hold(framework.get(o), expected, bound)
+
+
+@most_steps
+@pytest.mark.parametrize("capacity, batch", [(1, 1), (63, 3), (65, 70), (700, 9), (4096, 2), (40000, 1)])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_conjugate_gradients_over_lengths_short_and_long(cuda_torch, head_dim, capacity, batch, most, steps):
+    steps(most)
+    random = np.random.default_rng(1)
+    lengths = random.integers(0, capacity + 1, batch).astype(np.int32)
+    lengths[0] = capacity
+    case = make(batch=batch, kv_heads=1, group=2, head_dim=head_dim, capacity=capacity, cache_seqlens=lengths)
+    first = check_steps(cuda_torch, case)
+    for _ in range(3):
+        assert cuda_torch.module.equal(check_steps(cuda_torch, case), first)
+
+
+def test_conjugate_gradients_take_pages_paddings_and_ridges_of_rows(cuda_torch):
+    random = np.random.default_rng(0)
+    for head_dim in (64, 128):
+        options = dict(cache_seqlens=np.array([500, 77]), cache_leftpad=np.array([3, 70]), window_size=300)
+        for case in (
+            make(batch=2, capacity=700, page_size=64, head_dim=head_dim, cache_seqlens=np.array([700, 333])),
+            make(head_dim=head_dim, length=2, layout="heads first", **options),
+        ):
+            check_steps(cuda_torch, case, random.uniform(0.2, 1, case.q.shape[:3]).astype(np.float32))
+
+
+def test_rows_with_a_ridge_of_zero_are_nan_by_conjugate_gradients(cuda_torch):
+    case = make(batch=2, kv_heads=1, group=1, capacity=1100, head_dim=128)
+    ridge = np.array([0, 0.1], np.float32).reshape(2, 1, 1)
+    o = call(plx, "lla", cuda_torch.case(case), ridge=cuda_torch.put(ridge), solver="cg")
+    o = cuda_torch.get(o)
+    assert np.isnan(o[0]).all()
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    hold(o[1:], expected[1:], solved_budget(case, np.full(case.q.shape[:3], 0.1))[1:])
+
+
 @settings(max_examples=60)
 @given(
     case=st.one_of(
@@ -144,10 +219,11 @@ CACHES = {
 }
 
 
+@pytest.mark.parametrize("solver", ["cholesky", "cg"])
 @pytest.mark.parametrize("batch", [1, 40], ids=["split rows", "whole rows"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("cache", CACHES)
-def test_every_row_is_within_a_hundredth_of_the_reference(cuda_torch, cache, head_dim, batch):
+def test_every_row_is_within_a_hundredth_of_the_reference(cuda_torch, cache, head_dim, batch, solver):
     """In bfloat16 at a ridge of 0.1, where the reference takes the same rounded inputs.
 
     Not so a key 30 times larger than the others in a row that is not split: the tensor cores truncate what
@@ -162,7 +238,7 @@ def test_every_row_is_within_a_hundredth_of_the_reference(cuda_torch, cache, hea
     v = case.v_cache[:, : k.shape[1]]
     case = type(case)(*(x.astype(BFLOAT16) for x in (q, case.r, k, v)), case.options)
     expected = call(plx.reference, "lla", case, ridge=0.1)
-    o = cuda_torch.get(call(plx, "lla", cuda_torch.case(case), ridge=0.1)).astype(np.float64)
+    o = cuda_torch.get(call(plx, "lla", cuda_torch.case(case), ridge=0.1, solver=solver)).astype(np.float64)
     assert error_of_rows(o, expected).max() <= limit
 
 
@@ -177,17 +253,23 @@ def test_what_is_hidden_may_hold_anything(writable, case):
     np.testing.assert_array_equal(dirty, clean)
 
 
-@dtypes
-@pytest.mark.parametrize("head_dim", [64, 128, 24])
-def test_a_nan_that_is_seen_shows_in_its_rows_alone(cuda_torch, dtype, head_dim):
+@pytest.mark.parametrize(
+    "dtype, head_dim, solver",
+    [
+        *((dtype, head_dim, "cholesky") for dtype in GPU_DTYPES for head_dim in (64, 128, 24)),
+        (BFLOAT16, 64, "cg"),
+        (BFLOAT16, 128, "cg"),
+    ],
+)
+def test_a_nan_that_is_seen_shows_in_its_rows_alone(cuda_torch, dtype, head_dim, solver):
     case = make(length=3, head_dim=head_dim, dtype=dtype, cache_seqlens=np.array([640, 310]))
-    clean = cuda_torch.get(call(plx, "lla", cuda_torch.case(case), ridge=0.1))
+    clean = cuda_torch.get(call(plx, "lla", cuda_torch.case(case), ridge=0.1, solver=solver))
     for place in (3, 300, 638, 639):
         for array in (0, 1):
             arrays = [case.k_cache.copy(), case.v_cache.copy()]
             arrays[array][0, place, 1, 7] = np.nan
             moved = case.with_keys_and_values(*arrays)
-            o = cuda_torch.get(call(plx, "lla", cuda_torch.case(moved), ridge=0.1))
+            o = cuda_torch.get(call(plx, "lla", cuda_torch.case(moved), ridge=0.1, solver=solver))
             sees = np.zeros(o.shape, bool)
             sees[0, max(0, place - 637) :, 4:] = True
             channel = np.ones(o.shape[-1], bool) if array == 0 else np.arange(o.shape[-1]) == 7

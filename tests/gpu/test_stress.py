@@ -36,11 +36,20 @@ def delayed(monkeypatch):
     calls.forget()
 
 
-@pytest.mark.parametrize("operation", ["parallax", "lla"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+OPERATIONS = {
+    "parallax": ("parallax", {}),
+    "lla": ("lla", {"ridge": 0.1}),
+    "lla by conjugate gradients": ("lla", {"ridge": 0.1, "solver": "cg"}),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("case", CASES)
 def test_waits_change_no_bit(writable, case, operation, request):
-    arrays = writable.case(make(**case))
-    extra = {"ridge": 0.1} if operation == "lla" else {}
+    if operation == "lla by conjugate gradients" and case in ("lanes copy", "float32"):
+        pytest.skip("the portable kernel has no conjugate gradients")
+    arrays = writable.case(make(**CASES[case]))
+    operation, extra = OPERATIONS[operation]
     expected = writable.get(call(plx, operation, arrays, **extra))
     request.getfixturevalue("delayed")
     for _ in writable.disturbances():

@@ -14,7 +14,7 @@ __device__ __forceinline__ int upper_row(int thread) { return thread / 32 * 16 +
 template <int KEY_COLUMNS>
 struct Moments {
   static constexpr int VALUES = D / 2, ALL = VALUES + KEY_COLUMNS / 2;
-  float c[ALL];
+  float (&c)[D];
   // The first warpgroup, whose moments are fewer, sees to the scores too.
   static constexpr bool IS_FIRST = KEY_COLUMNS == 64;
 
@@ -147,7 +147,9 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     if (KEY_COLUMNS == D && tile > 0 && warp < COPYING_WARPS && tile - 1 + SLOTS < tiles) {
       // The tile that takes its place.
       if constexpr (MATRIX_WARPGROUPS > 1) mbarrier_wait(shared_address(&shared.x_empty[before]), parity_before);
-      if (thread % 32 < BOXES) bring(shared, call, maps, source, warp, tile - 1 + SLOTS, before, thread % 32);
+      // Read anew with pages, where registers are short.
+      constexpr bool ANEW = CONJUGATE_GRADIENTS && PAGED;
+      if (thread % 32 < BOXES) bring(shared, call, maps, ANEW ? Source(shared) : source, warp, tile - 1 + SLOTS, before, thread % 32);
       __syncwarp();
     }
     delay();

@@ -16,6 +16,7 @@ struct Call {
   // Partial moments of splits, and a counter for each row that its last reader resets.
   float* partials;
   unsigned* counters;
+  void* mail;  // of rows whose blocks solve them together
   long long q_stride[3], k_stride[3], v_stride[3], out_stride[3];
   long long ridge_stride[3];  // batch, position, head
   long long page_table_stride;

@@ -21,6 +21,11 @@ constexpr int THREADS = MATRIX_THREADS + TRANSFORM_THREADS;
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_MULTIPROCESSOR = D == 64 ? 2 : 1;
 constexpr int MATRIX_REGISTERS = 160;  // of a thread, of 256 for a matrix thread and a transform thread
+constexpr int SOLVING_REGISTERS = 208;  // the same of conjugate gradients
+// Whether a row's blocks solve its system together, each with the moments of its own keys.
+constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
+constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
+static_assert(!TOGETHER || CLUSTER == 1, "those exchange through global memory");
 // Below this many keys a block, merging costs more than it saves.
 constexpr int MIN_SPLIT_KEYS = 512;
 
@@ -79,6 +84,12 @@ struct Shared {
         alignas(16) float inverse[2][16][INVERSE_PITCH];  // the last two steps' M
       };
     };
+    // Of conjugate gradients: the block of the moments below the diagonal, and the vector that they are multiplied by.
+    struct {
+      float below[64][68];
+      alignas(16) float published[4][D / 4 + 4];
+      alignas(16) float dots[MATRIX_THREADS / 32];
+    };
   };
   alignas(1024) unsigned char query[RUNS][VECTOR];
   union {
@@ -108,6 +119,8 @@ struct Shared {
   unsigned out_of_range;  // X was, in this pass
   unsigned exact;         // the scale is that of the largest number of all
   unsigned is_last;
+  unsigned solved_by_steps;
+  unsigned tag, blocks;  // of the row's mail, and that share the row
   unsigned bad_page;
   alignas(8) unsigned long long raw_full[SLOTS];
   unsigned long long x_full[SLOTS];

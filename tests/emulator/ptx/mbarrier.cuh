@@ -9,6 +9,7 @@ inline void fence_mbarrier_init() {}
 inline void mbarrier_arrive_expect(unsigned barrier, unsigned bytes) {
   emulator::MemoryBarrier& b = emulator::memory_barrier(emulator::block(), barrier);
   b.bytes += bytes, b.missing--;
+  emulator::warp().looks = false;
   races::arrive(&b);
   emulator::settle(b);
 }

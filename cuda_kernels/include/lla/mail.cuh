@@ -1,0 +1,81 @@
+#pragma once
+// Numbers that the blocks of a row send each other while they run, all of them at once on the device. A number travels
+// with a tag in one word of 8 bytes, so that no fence and no counter is waited for: it is there when its tag is.
+//
+// Exchanges of a row are numbered, and take two slots in turn: who sends the one after next has what all others sent next,
+// before which they read this one. The tag holds the exchange and how often the row's mail was used. So what lies there from
+// before is never taken for what is waited for, whatever the kernel that left it had for a row.
+
+#include "lla/shape.cuh"
+#include "ptx/relaxed.cuh"
+
+constexpr int MAIL_WORDS = 3 * 128 + 2;  // of a block at a time, at most
+constexpr int MOST_EXCHANGES = 128;
+
+struct Mail {
+  unsigned long long words[2][SHARERS][MAIL_WORDS];
+  unsigned long long uses;
+};
+static_assert(sizeof(Mail) == 8 * (2 * SHARERS * MAIL_WORDS + 1), "lla.py counts on it");
+
+__device__ __forceinline__ Mail* mail_of_row(const lla::Call& call) {
+  return static_cast<Mail*>(call.mail) + (block_index() >> call.splits_log2);
+}
+
+// The tag of exchange 0, of mail that was never used too, which is zero.
+__device__ __forceinline__ unsigned first_tag(const Mail* mail) {
+  return (unsigned(load_relaxed(&mail->uses)) + 1) * MOST_EXCHANGES;
+}
+
+// By a thread of one block, when all blocks of the row have their tag.
+__device__ __forceinline__ void count_use(Mail* mail, unsigned tag) { store_relaxed(&mail->uses, tag / MOST_EXCHANGES); }
+
+// One block's view of its row's mail. tag: of exchange 0.
+struct Exchange {
+  Mail* mail;
+  unsigned tag;
+  int split, blocks;  // of the blocks that share the row
+
+  __device__ __forceinline__ Exchange(const Shared& shared, const lla::Call& call)
+      : mail(mail_of_row(call)), tag(shared.tag),
+        split(block_index() & (call.splits - 1)), blocks(shared.blocks) {}
+
+  __device__ __forceinline__ void send(int number, int word, float x) const {
+    store_relaxed(&mail->words[number % 2][split][word],
+                  static_cast<unsigned long long>(tag + number) << 32 | __float_as_uint(x));
+  }
+
+  // What COUNT blocks from `first` on sent; 0 of those that do not take part. By whole warps.
+  template <int COUNT>
+  __device__ __forceinline__ void receive(int number, int first, int word, float (&x)[COUNT]) const {
+    const unsigned long long* words = &mail->words[number % 2][first][word];
+    const unsigned wanted = tag + number;
+    bool missing;
+    do {
+      missing = false;
+      unsigned long long found[COUNT];
+#pragma unroll
+      for (int b = 0; b < COUNT; b++) found[b] = first + b < blocks ? load_relaxed(words + b * MAIL_WORDS) : static_cast<unsigned long long>(wanted) << 32;
+#pragma unroll
+      for (int b = 0; b < COUNT; b++) {
+        x[b] = __uint_as_float(static_cast<unsigned>(found[b]));
+        missing |= static_cast<unsigned>(found[b] >> 32) != wanted;
+      }
+      // A warp's lanes go on together.
+    } while (__any_sync(~0u, missing));
+  }
+
+  // The sum over all blocks; the same bits in all of them.
+  __device__ __forceinline__ float receive_sum(int number, int word) const {
+    constexpr int AT_ONCE = SHARERS < 8 ? SHARERS : 8;
+    float sum = 0.0f;
+#pragma unroll
+    for (int first = 0; first < SHARERS; first += AT_ONCE) {
+      float x[AT_ONCE];
+      receive(number, first, word, x);
+#pragma unroll
+      for (int b = 0; b < AT_ONCE; b++) sum += x[b];
+    }
+    return sum;
+  }
+};
