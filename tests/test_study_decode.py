@@ -1,8 +1,12 @@
 """The decode study measures what it says, on tiny points; no test depends on how fast the machine is."""
 
+import functools
+import gc
 import importlib.util
 import sys
+import weakref
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,6 +18,7 @@ from parallax_core.distributed import decode, decode_arrays, decode_peers
 from parallax_core.distributed.decode import Options, measure
 from parallax_core.distributed.decode_config import DecodeConfig, decode_points, load_decode_config
 from parallax_core.distributed.decode_findings import find_decode
+from parallax_core.distributed.decode_graphs import CupyTimer, TorchTimer
 from parallax_core.distributed.decode_point import DecodePoint, Shape
 from parallax_core.distributed.decode_report import SCHEMA, write_decode_report
 from parallax_core.distributed.decode_timing import LEAST_ROUNDS, CpuTimer, in_turns, round_calls
@@ -125,6 +130,21 @@ def test_only_the_peers_that_are_asked_for_are_timed():
     assert Options.of(DecodeConfig(peers=["fla"]), "gpu").peers == ("fla",)
     with pytest.raises(ConfigError, match="peers"):
         parse(DecodeConfig, "peers: [fa4]")
+
+
+@pytest.mark.parametrize("library, timer", [("torch", TorchTimer), ("cupy", CupyTimer)])
+def test_a_captured_graph_keeps_what_its_calls_hold(library, timer, monkeypatch):
+    """A graph has the addresses of arrays alone: those of a peer would be freed with its call."""
+    monkeypatch.setattr(pytest.importorskip(library), "cuda", MagicMock())
+    call = functools.partial(int)
+    held = weakref.ref(call)
+    turn = timer().prepare([call], 1)
+    del call
+    gc.collect()
+    assert held() is not None
+    del turn
+    gc.collect()
+    assert held() is None
 
 
 @pytest.mark.gpu
