@@ -16,10 +16,11 @@
 #ifndef MOST_STEPS
 #define MOST_STEPS 0
 #endif
+static_assert(MOST_STEPS + 1 < MOST_EXCHANGES, "each has an exchange, after that of the sums");
 constexpr float TOLERANCE = 1.0f / 4096;
 
-// The numbers of a step that are the same in all threads. Their warps are compiled apart, and must come to the same bits: nothing
-// here is left to a compiler's choice of contractions.
+// The numbers of a step that are the same in all threads. Their warps are compiled apart, and must come to the same bits:
+// nothing here is left to a compiler's choice of contractions.
 struct Progress {
   float gamma = 0.0f, inverse_gamma = 0.0f;  // the residual's square
   float curvature = 0.0f, alpha = 0.0f, beta = 0.0f;

@@ -55,7 +55,10 @@ struct Exchange {
       missing = false;
       unsigned long long found[COUNT];
 #pragma unroll
-      for (int b = 0; b < COUNT; b++) found[b] = first + b < blocks ? load_relaxed(words + b * MAIL_WORDS) : static_cast<unsigned long long>(wanted) << 32;
+      for (int b = 0; b < COUNT; b++) {
+        const bool is_there = first + b < blocks;
+        found[b] = is_there ? load_relaxed(words + b * MAIL_WORDS) : static_cast<unsigned long long>(wanted) << 32;
+      }
 #pragma unroll
       for (int b = 0; b < COUNT; b++) {
         x[b] = __uint_as_float(static_cast<unsigned>(found[b]));

@@ -149,7 +149,8 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
       if constexpr (MATRIX_WARPGROUPS > 1) mbarrier_wait(shared_address(&shared.x_empty[before]), parity_before);
       // Read anew with pages, where registers are short.
       constexpr bool ANEW = CONJUGATE_GRADIENTS && PAGED;
-      if (thread % 32 < BOXES) bring(shared, call, maps, ANEW ? Source(shared) : source, warp, tile - 1 + SLOTS, before, thread % 32);
+      const Source from = ANEW ? Source(shared) : source;
+      if (thread % 32 < BOXES) bring(shared, call, maps, from, warp, tile - 1 + SLOTS, before, thread % 32);
       __syncwarp();
     }
     delay();
