@@ -28,7 +28,7 @@ _LARGE_CLUSTER = 8
 _MOST_TOGETHER = 16
 """Blocks that solve a row's system together."""
 _MAIL_WORDS = 386
-"""What such a block sends at a time, at most, of 8 bytes each; the kernel has the same number."""
+"""What such a block sends at a time, at most, of 8 bytes each."""
 _MOST_STEPS = 64
 """Of conjugate gradients, before the system is factored."""
 _SM90_SPLIT_KEYS, _PORTABLE_SPLIT_KEYS = 512, 256
@@ -155,30 +155,34 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         wanted = -(-problem.kv_len // max(layout.split_size, _SM90_SPLIT_KEYS))
     else:
         wanted = min(at_once // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
-    most = _MOST_SPLITS
-    if solver == "cg":
+    by_steps, most = solver == "cg", _MOST_SPLITS
+    if by_steps:
         # Blocks of a pinned size may be more than run at once; then a row's bits depended on its batch.
         most = 1 if layout.split_size else _MOST_TOGETHER
     splits_log2 = max(0, min(wanted, most).bit_length() - 1)
     splits = 1 << splits_log2
-    together = solver == "cg" and splits > 1
+    together = by_steps and splits > 1
     # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
     large = not layout.split_size and 2 * rows * splits <= at_once
-    cluster = 1 if solver == "cg" else min(splits, _LARGE_CLUSTER if large else 2)
+    cluster = 1 if by_steps else min(splits, _LARGE_CLUSTER if large else 2)
     box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
         BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],
-        SOLVERS=splits if solver == "cg" else 0, **_masks(problem),
+        SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
+        MAIL_BYTES=_mail_bytes(splits) * together, **_masks(problem),
     )  # fmt: skip
-    if solver == "cg":
-        defines["MOST_STEPS"] = _MOST_STEPS
     clusters = splits // cluster
     floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
     return Shape(
         "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], SM90_SHARED_BYTES[D], floats,
         rows, box, *(_mail(splits_log2, layout.multiprocessors) if together else (0, 0)),
     )  # fmt: skip
+
+
+def _mail_bytes(splits: int) -> int:
+    """Of a row; the size of the kernel's own structure, which a static assertion compares."""
+    return 8 * (2 * splits * _MAIL_WORDS + 1)
 
 
 def _mail(splits_log2: int, multiprocessors: int) -> tuple[int, int]:
@@ -189,7 +193,7 @@ def _mail(splits_log2: int, multiprocessors: int) -> tuple[int, int]:
 
     def size(log2: int) -> int:
         rows = max(_SM90_BLOCKS.values()) * multiprocessors >> log2
-        return rows * 8 * (2 * (_MAIL_WORDS << log2) + 1)
+        return rows * _mail_bytes(1 << log2)
 
     cuts = range(1, _MOST_TOGETHER.bit_length())
     return sum(map(size, cuts)), sum(map(size, range(1, splits_log2)))

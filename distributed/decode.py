@@ -124,15 +124,12 @@ def _times(seconds: np.ndarray) -> dict[str, float]:
 
 
 def _own_call(point: DecodePoint, problem: DecodeProblem) -> decode_peers.Call:
-    q, r = problem.q, problem.r
-    paged = {}
-    if problem.page_table is not None:
-        paged = {"page_table": problem.page_table, "cache_seqlens": problem.lengths}
+    q, r, paged = problem.q, problem.r, problem.paged
     if point.operation == "parallax":
         return lambda k, v: parallax_core.parallax_decode(q, r, k, v, **paged)
     if point.operation == "softmax":
         return lambda k, v: parallax_core.softmax_decode(q, k, v, **paged)
-    return lambda k, v: parallax_core.lla_decode(q, k, v, ridge=point.ridge, **paged)
+    return lambda k, v: parallax_core.lla_decode(q, k, v, ridge=problem.ridge, **paged)
 
 
 class _ReferenceRows:

@@ -156,6 +156,13 @@ class DecodeProblem:
     framework: Framework
     ridge: float
 
+    @property
+    def paged(self) -> dict[str, Any]:
+        """What our own calls are given beside keys and values in pages."""
+        if self.page_table is None:
+            return {}
+        return {"page_table": self.page_table, "cache_seqlens": self.lengths}
+
 
 def build(point: DecodePoint, arrays: Framework, rotation: int) -> DecodeProblem:
     """Draw the arrays of a point.

@@ -24,8 +24,8 @@ class UnavailableError(RuntimeError):
 class Peer(NamedTuple):
     """A library's decode call.
 
-    name: in rows. title: in reports. computes: the operation. gpu: a peer of the
-    GPU, or of the CPU. bind: from the problem and the path of FlashAttention-3 to the call.
+    name: in rows. title: in reports. computes: the operation. gpu: a peer of the GPU, or of the CPU. bind:
+    from the problem and the path of FlashAttention-3 to the call.
     """
 
     name: str
@@ -148,10 +148,7 @@ def _fla(problem: DecodeProblem, _: str | None) -> Call:
 
 
 def _conjugate_gradients(problem: DecodeProblem, _: str | None) -> Call:
-    q, ridge = problem.q, problem.ridge
-    paged = {}
-    if problem.page_table is not None:
-        paged = {"page_table": problem.page_table, "cache_seqlens": problem.lengths}
+    q, ridge, paged = problem.q, problem.ridge, problem.paged
 
     def call(k, v):
         try:

@@ -2,13 +2,16 @@
 //
 // A row's moments about an origin are products of one tile with itself: X holds sqrt(p) (k - k0) and
 // sqrt(p) (v - v0) in float16, and X_k^T [X_k X_v] accumulates in registers of the matrix
-// warpgroups (moments.cuh) while the transform warps write the next tile (weigh.cuh). Blocks that share a row add up
-// their moments (merge.cuh). Then all warps of a block solve the row's ridge system (factor.cuh).
+// warpgroups (moments.cuh) while the transform warps write the next tile (weigh.cuh). Then either the blocks of a row
+// add up their moments (merge.cuh), and all warps of one solve its ridge system (factor.cuh); or the matrix warps solve
+// it by conjugate gradients, those of all blocks together, and leave to the factorisation what does not get there
+// (conjugate.cuh).
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
 // shared memory), PAGED, BOX (keys of a copy), INDEXED and PACKED (whether there are lengths or paddings, and packed
-// sequences), HALF_IS_FLOAT16, SHARED_BYTES. Grid: rows * splits blocks; splits a power of two and a multiple of
-// CLUSTER.
+// sequences), HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
+// MOST_STEPS (of these), MAIL_BYTES (of a row whose blocks send each other mail). Grid: rows * splits blocks; splits a
+// power of two and a multiple of CLUSTER.
 
 #include "lla/conjugate.cuh"
 #include "lla/copies.cuh"
@@ -157,9 +160,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
     shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
-    if constexpr (TOGETHER) {
-      shared.blocks = clusters;
-    }
+    if constexpr (TOGETHER) shared.blocks = clusters;
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);

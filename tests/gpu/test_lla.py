@@ -73,10 +73,7 @@ def steps(monkeypatch):
 )  # fmt: skip
 def test_random_calls_by_conjugate_gradients_agree_with_the_reference(framework, case, ridge):
     assume(case.k_cache.shape[-1] == case.v_cache.shape[-1])
-    expected = call(plx.reference, "lla", case, ridge=ridge)
-    bound = solved_budget(case, np.full(case.q.shape[:3], ridge))
-    o = call(plx, "lla", framework.case(case), ridge=ridge, solver="cg")
-    hold(framework.get(o), expected, bound)
+    check_steps(framework, case, ridge)
 
 
 @most_steps

@@ -13,9 +13,6 @@
 #include "lla/moments.cuh"
 #include "lla/shape.cuh"
 
-#ifndef MOST_STEPS
-#define MOST_STEPS 0
-#endif
 static_assert(MOST_STEPS + 1 < MOST_EXCHANGES, "each has an exchange, after that of the sums");
 constexpr float TOLERANCE = 1.0f / 4096;
 

@@ -16,7 +16,7 @@ struct Mail {
   unsigned long long words[2][SHARERS][MAIL_WORDS];
   unsigned long long uses;
 };
-static_assert(sizeof(Mail) == 8 * (2 * SHARERS * MAIL_WORDS + 1), "lla.py counts on it");
+static_assert(!TOGETHER || sizeof(Mail) == MAIL_BYTES, "lla.py makes room for another size");
 
 __device__ __forceinline__ Mail* mail_of_row(const lla::Call& call) {
   return static_cast<Mail*>(call.mail) + (block_index() >> call.splits_log2);
