@@ -14,6 +14,7 @@ class Device(NamedTuple):
 
     capability: tuple[int, int]
     multiprocessors: int
+    cache_bytes: int  # of the second level
 
 
 def availability() -> str | None:
@@ -47,4 +48,5 @@ def properties(index: int) -> Device:
     import cupy
 
     found = cupy.cuda.runtime.getDeviceProperties(index)
-    return Device((found["major"], found["minor"]), found["multiProcessorCount"])
+    capability = found["major"], found["minor"]
+    return Device(capability, found["multiProcessorCount"], found["l2CacheSize"])

@@ -11,7 +11,7 @@ import numpy as np
 
 from parallax_core.problem import BFLOAT16, Problem
 
-from .layout import Layout, has_tensor_maps
+from .layout import Layout, has_tensor_maps, overflows_cache
 from .parameters import PROBLEM
 
 STEP = 16
@@ -149,6 +149,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     }
     if boxes:
         defines |= {"CLUSTER": cluster, "BOX": box}
+        defines["READ_ONCE"] = int(row_blocks == 1 and overflows_cache(problem, layout))
     else:
         defines["ALIGNED"] = int(
             layout.aligned and all(d * size % 16 == 0 for d in (problem.head_dim, problem.value_dim))

@@ -12,6 +12,7 @@ Strides = tuple[int, int, int]
 class Layout(NamedTuple):
     """Device and memory layout of a call.
 
+    cache_bytes: of the device's second-level cache.
     q, r, k, v, out: strides of the first three axes in elements, 0 along axes of size 1, of either sign; the
     last axis is dense; r is None without a probe, v where no values are asked for. aligned: the addresses of
     k and v, and their strides in bytes, are multiples of 16; aligned_queries: those of q and r. index_bits:
@@ -22,6 +23,7 @@ class Layout(NamedTuple):
     device: int
     capability: tuple[int, int]
     multiprocessors: int
+    cache_bytes: int
     q: Strides
     r: Strides | None
     k: Strides
@@ -54,3 +56,13 @@ def has_tensor_maps(problem: Problem, layout: Layout) -> bool:
         for strides in (layout.k, layout.v)
         for size, stride in zip(sizes, strides)
     )
+
+
+def overflows_cache(problem: Problem, layout: Layout) -> bool:
+    """Whether the keys and values of a call are more than the second-level cache holds.
+
+    Pages are not counted, since sequences may share them.
+    """
+    keys = problem.batch * problem.kv_len * problem.kv_heads
+    size = keys * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
+    return problem.page_size is None and size > layout.cache_bytes

@@ -14,7 +14,7 @@ from parallax_core.errors import BackendUnavailableError
 from parallax_core.problem import BFLOAT16, Problem
 
 from . import compiler, tensor_map, workspace
-from .layout import Layout, Strides, has_tensor_maps
+from .layout import Layout, Strides, has_tensor_maps, overflows_cache
 from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
 
 SM90_THREADS = {64: 256, 128: 512}
@@ -169,6 +169,7 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
         BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],
+        READ_ONCE=int(problem.group_size * problem.q_len == 1 and overflows_cache(problem, layout)),
         SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
         MAIL_BYTES=_mail_bytes(splits) * together, **_masks(problem),
     )  # fmt: skip

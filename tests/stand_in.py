@@ -106,7 +106,7 @@ def stand_in(capability=(9, 0), multiprocessors=132):
 
     Gives what further patches go through.
     """
-    own, old = device.Device(capability, multiprocessors), device.Device((7, 5), 72)
+    own, old = device.Device(capability, multiprocessors, 50 << 20), device.Device((7, 5), 72, 4 << 20)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpu_exchange._frameworks, Array, Framework())
         patch.setattr(calls, "runtime", Runtime)

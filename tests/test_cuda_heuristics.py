@@ -14,6 +14,7 @@ from parallax_core.problem import BFLOAT16, Problem
 HALVES = BFLOAT16, np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 MULTIPROCESSORS = 132
+CACHE_BYTES = 50 << 20
 
 
 class Described:
@@ -44,7 +45,8 @@ def call_of(
         return length * heads * size, *rows
 
     layout = Layout(
-        device=0, capability=capability, multiprocessors=MULTIPROCESSORS, q=strides(q_heads, q_len, head_dim),
+        device=0, capability=capability, multiprocessors=MULTIPROCESSORS, cache_bytes=CACHE_BYTES,
+        q=strides(q_heads, q_len, head_dim),
         r=None if probe_dtype is None else strides(q_heads, q_len, head_dim),
         k=strides(kv_heads, kv_len, head_dim), v=strides(kv_heads, kv_len, value_dim),
         out=strides(q_heads, q_len, value_dim), aligned=aligned, aligned_queries=aligned, index_bits={},

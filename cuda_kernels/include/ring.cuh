@@ -147,8 +147,8 @@ struct Ring {
       mbarrier_arrive_expect(barrier, outer >= 0 ? (both ? 2 * bytes : bytes) : 0);
       if (outer >= 0) {
         const TensorMap& map = values_next ? maps->v : maps->k;
-        box_copy(shared_address(to), map, 0, place, 0, item.unit, int(outer), barrier);
-        if (both) box_copy(shared_address(to) + bytes, map, 0, place + BOX, 0, item.unit, int(outer), barrier);
+        box_copy<READ_ONCE>(shared_address(to), map, 0, place, 0, item.unit, int(outer), barrier);
+        if (both) box_copy<READ_ONCE>(shared_address(to) + bytes, map, 0, place + BOX, 0, item.unit, int(outer), barrier);
       }
     }
   }

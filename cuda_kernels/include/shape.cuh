@@ -22,6 +22,7 @@
 //   PROBLEM_BYTES  size of the structure that it passes
 //   VECTORS      1: rows of q and r are whole vectors of 16 aligned bytes
 //   BOX          keys that the copy engine brings at a time, 8 or 16
+//   READ_ONCE    1: each key is read once, and more of them than the second-level cache holds
 // and from the kernel: BOXES 1 where the copy engine brings the keys, ALIGNED 1 where 16 bytes can be copied at a time.
 
 #include "ptx/numbers.cuh"

@@ -3,6 +3,7 @@
 #define BOXES 0
 #define CLUSTER 1
 #define BOX 16
+#define READ_ONCE 0
 #include "attend.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS) attend_kernel(const __grid_constant__ Problem p) {

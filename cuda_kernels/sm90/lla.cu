@@ -8,7 +8,8 @@
 // (conjugate.cuh).
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
-// shared memory), PAGED, BOX (keys of a copy), INDEXED and PACKED (whether there are lengths or paddings, and packed
+// shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is
+// read once, and more of them than the second-level cache holds), INDEXED and PACKED (whether there are lengths or paddings, and packed
 // sequences), HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
 // MOST_STEPS (of these), MAIL_BYTES (of a row whose blocks send each other mail). Grid: rows * splits blocks; splits a
 // power of two and a multiple of CLUSTER.
@@ -34,7 +35,7 @@ __device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
   if (thread < 2 * D) shared.origin[thread] = 0.0f;
   if (thread < 32) {
     end_pass(shared, thread);
-    if (thread == 0) begin_pass(shared, 0, 1), shared.exact = 1;
+    if (thread == 0) begin_barriers(shared, 0, BARRIERS, 1), begin_pass(shared), shared.exact = 1;
   }
   meet(shared.met, parity);
   barrier_sync(id, threads);
@@ -91,10 +92,8 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
 }
 
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
-  do {
-    bring_first(shared, call, maps, tiles);
-    weigh(shared, call, tiles);
-  } while (again(shared, TRANSFORM, TRANSFORM_THREADS));
+  while (weigh(shared, call, tiles), again(shared, TRANSFORM, TRANSFORM_THREADS))
+    bring_first(shared, call, maps, Source(shared), tiles);
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
@@ -108,15 +107,23 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   meet(shared.met, shared.exact ^ !TOGETHER);
 }
 
-// A thread's 16 bytes of the query with the zeros beside it, as the matrix units take it; by the first threads.
+// A thread's 16 bytes of the query with the zeros beside it, as the matrix units take it; by the first threads. They are on
+// their way until they are packed.
 constexpr int QUERY_PIECES = RUNS * VECTOR / 16;
-__device__ __forceinline__ uint4 piece_of_query(const half_bits* query, int thread) {
-  const int run = thread / (VECTOR / 16), in_run = thread % (VECTOR / 16);
-  // Row 0 is not swizzled.
-  if (in_run >= 8) return {0, 0, 0, 0};
-  const half_bits* q = query + run * 64 + in_run * 8;
-  return {q[0] | unsigned(q[1]) << 16, q[2] | unsigned(q[3]) << 16, q[4] | unsigned(q[5]) << 16, q[6] | unsigned(q[7]) << 16};
-}
+struct QueryPiece {
+  half_bits q[8];
+
+  __device__ __forceinline__ void load(const half_bits* query, int thread) {
+    const int run = thread / (VECTOR / 16), in_run = thread % (VECTOR / 16);
+    // Row 0 is not swizzled.
+    const bool is_there = thread < QUERY_PIECES && in_run < 8;
+#pragma unroll
+    for (int e = 0; e < 8; e++) q[e] = is_there ? query[run * 64 + in_run * 8 + e] : half_bits(0);
+  }
+  __device__ __forceinline__ uint4 packed() const {
+    return {q[0] | unsigned(q[1]) << 16, q[2] | unsigned(q[3]) << 16, q[4] | unsigned(q[5]) << 16, q[6] | unsigned(q[7]) << 16};
+  }
+};
 
 extern "C" __global__ void
 #if CLUSTER > 1
@@ -149,13 +156,22 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const int tiles = max(0, end - begin + TILE - 1) / TILE;
 
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
-  // By all warps: one after the other, barriers take 80 clocks each.
-  if (threadIdx.x % 32 == 0) begin_pass(shared, warp, WARPS);
-  // On its way meanwhile, but not before: a fence waits for loads.
-  uint4 query;
-  unsigned tag = 0;
-  if (TOGETHER && threadIdx.x == 0) tag = first_tag(mail_of_row(call));
-  if (threadIdx.x < QUERY_PIECES) query = piece_of_query(query_of(call, row), threadIdx.x);
+  QueryPiece query;
+  unsigned long long uses = 0;
+  constexpr int MATRIX_WARPS = MATRIX_THREADS / 32;
+  if (warpgroup < MATRIX_WARPGROUPS) {
+    // By all warps: one after the other, barriers take 80 clocks each.
+    if (threadIdx.x % 32 == 0) begin_barriers(shared, SLOTS + warp, BARRIERS, MATRIX_WARPS);
+    // Not before: a fence waits for loads.
+    if (TOGETHER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
+    query.load(query_of(call, row), threadIdx.x);
+  } else {
+    if (threadIdx.x % 32 == 0) begin_barriers(shared, warp - MATRIX_WARPS, SLOTS, TRANSFORM_WARPS);
+    if (threadIdx.x == MATRIX_THREADS) begin_pass(shared);
+    barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+    // Of all that a block does, the keys take longest to come.
+    bring_first(shared, call, maps, Source(begin, end, row.batch, row.kv_head), tiles);
+  }
   if (threadIdx.x == 0) {
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
     shared.batch = row.batch, shared.kv_head = row.kv_head;
@@ -168,12 +184,12 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   __syncthreads();
   // Read after the keys, by when it has come.
-  if (TOGETHER && threadIdx.x == 0) shared.tag = tag;
+  if (TOGETHER && threadIdx.x == 0) shared.tag = first_tag(uses);
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   const bool whole = clusters * CLUSTER == 1;
   if (warpgroup < MATRIX_WARPGROUPS) {
-    if (threadIdx.x < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[threadIdx.x] = query;
+    if (threadIdx.x < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[threadIdx.x] = query.packed();
     fence_async_proxy();
     barrier_sync(MATRIX, MATRIX_THREADS);
     if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();

@@ -13,8 +13,9 @@ static_assert(COPYING_WARPS <= 4);
 struct Source {
   int begin, end, batch, kv_head;
 
+  __device__ __forceinline__ Source(int begin, int end, int batch, int kv_head) : begin(begin), end(end), batch(batch), kv_head(kv_head) {}
   __device__ __forceinline__ explicit Source(const Shared& shared)
-      : begin(shared.begin), end(shared.end), batch(shared.batch), kv_head(shared.kv_head) {}
+      : Source(shared.begin, shared.end, shared.batch, shared.kv_head) {}
 };
 
 // Brings a box of run `run` of a tile to its slot, and counts it where all of the tile's are waited for.
@@ -37,29 +38,31 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
   mbarrier_arrive_expect(barrier, present ? BOX * 128 : 0);
   if (!present) return;
   const unsigned to = shared_address(shared.ring[slot]) + run * RUN + box * BOX * 128;
-  box_copy(to, run < RUNS ? maps.v : maps.k, 0, place, column_of_place(run) % D / 64, from.kv_head, outer, barrier);
+  box_copy<READ_ONCE>(to, run < RUNS ? maps.v : maps.k, 0, place, column_of_place(run) % D / 64, from.kv_head, outer, barrier);
 }
 
 // The first tiles of a pass; by the transform warps.
-__device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
+__device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tiles) {
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, tile = thread % 32 / BOXES;
-  if (warp < COPYING_WARPS && tile < min(SLOTS, tiles))
-    bring(shared, call, maps, Source(shared), warp, tile, tile, thread % BOXES);
+  if (warp < COPYING_WARPS && tile < min(SLOTS, tiles)) bring(shared, call, maps, from, warp, tile, tile, thread % BOXES);
   __syncwarp();
 }
 
 constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES;
 
-// The barriers of a pass, which follow one another, from number `first` on; by a thread. The first one has the rest too.
-__device__ __forceinline__ void begin_pass(Shared& shared, int first, int step) {
+// Every `step`-th of the barriers of a pass, which follow one another: those of what is brought are the first SLOTS; by a thread.
+__device__ __forceinline__ void begin_barriers(Shared& shared, int first, int end, int step) {
 #pragma unroll 1
-  for (int b = first; b < BARRIERS; b += step)
+  for (int b = first; b < end; b += step)
     mbarrier_init(shared_address(&shared.raw_full[0]) + 8 * b, b < SLOTS       ? COPYING_WARPS * BOXES
                                                                : b < 2 * SLOTS ? GROUP_WARPS * OF_WARP
                                                                : b < 3 * SLOTS ? MATRIX_WARPGROUPS * OF_WARPGROUP
                                                                                : 4 * OF_WARP);
   fence_mbarrier_init();
-  if (first > 0) return;
+}
+
+// The rest of what a pass begins with.
+__device__ __forceinline__ void begin_pass(Shared& shared) {
   shared.inverse_scale[0] = shared.inverse_scale[1] = 1.0f, shared.largest[0] = shared.largest[1] = 0;
   shared.out_of_range = shared.bad_page = 0;
 }

@@ -23,9 +23,7 @@ __device__ __forceinline__ Mail* mail_of_row(const lla::Call& call) {
 }
 
 // The tag of exchange 0, of mail that was never used too, which is zero.
-__device__ __forceinline__ unsigned first_tag(const Mail* mail) {
-  return (unsigned(load_relaxed(&mail->uses)) + 1) * MOST_EXCHANGES;
-}
+__device__ __forceinline__ unsigned first_tag(unsigned long long uses) { return (unsigned(uses) + 1) * MOST_EXCHANGES; }
 
 // By a thread of one block, when all blocks of the row have their tag.
 __device__ __forceinline__ void count_use(Mail* mail, unsigned tag) { store_relaxed(&mail->uses, tag / MOST_EXCHANGES); }

@@ -5,14 +5,30 @@ struct alignas(64) TensorMap {
   char bytes[128];
 };
 
-// A box of a tensor of five axes by the copy engine (sm_90), completing on an mbarrier; places outside are 0.
+// Of lines of the second-level cache that are the first to make way for others.
+__device__ __forceinline__ unsigned long long evicted_first() {
+  unsigned long long policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+
+// A box of a tensor of five axes by the copy engine (sm_90), completing on an mbarrier; places outside are 0. ONCE: what is
+// read once shall not drive out of the cache what every launch reads, its instructions among them.
+template <bool ONCE>
 __device__ __forceinline__ void box_copy(unsigned to, const TensorMap& map, int c0, int c1, int c2, int c3, int c4,
                                          unsigned barrier) {
-  asm volatile(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], "
-      "[%7];" ::"r"(to),
-      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
-      : "memory");
+  if constexpr (ONCE)
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(to),
+        "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier), "l"(evicted_first())
+        : "memory");
+  else
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::"r"(to),
+        "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
+        : "memory");
 }
 
 // Brings a map's description near, which the first copy would wait for.

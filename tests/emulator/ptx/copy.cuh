@@ -15,7 +15,8 @@ template <int PENDING>
 void copy_wait() { emulator::running->copies.wait(PENDING); }
 
 // Runs of 64 half-precision channels of `box` positions, whose 16-byte pieces are swapped by the address's bits 7 to 9.
-inline void box_copy(unsigned to, const TensorMap& map, int channel, int position, int run, int unit, int outer, unsigned barrier) {
+template <bool ONCE>
+void box_copy(unsigned to, const TensorMap& map, int channel, int position, int run, int unit, int outer, unsigned barrier) {
   emulator::Block& block = emulator::block();
   const auto copy = [=, &block, &map, issued = races::now()] {
     races::act(issued);
