@@ -76,7 +76,8 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
   if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
   if constexpr (D == 128) take_registers<SOLVING_REGISTERS>();
   const lla::RowIndex row(call, block_index() >> call.splits_log2);
-  const bool solved = solve_by_steps(shared, call, row, c);
+  MatrixMeeting meet_others(shared);
+  const bool solved = solve_by_steps(shared, meet_others, call, row, c);
   if (thread_index() == 0) {
     shared.solved_by_steps = solved;
     if constexpr (TOGETHER) {
@@ -85,7 +86,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
       if (exchange.split == 0) count_use(exchange.mail, exchange.tag);
     }
   }
-  if (!solved) leave_to_factorisation(shared, c, !TOGETHER || shared.blocks == 1, row.ridge(call));
+  if (!solved) leave_to_factorisation(shared, meet_others, c, !TOGETHER || shared.blocks == 1, row.ridge(call));
   meet(shared.met, shared.exact ^ !TOGETHER);
   if constexpr (D == 128)
     if (!solved) give_registers<128>();
@@ -158,7 +159,6 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), warpgroup = warp / 4;
   QueryPiece query;
   unsigned long long uses = 0;
-  constexpr int MATRIX_WARPS = MATRIX_THREADS / 32;
   if (warpgroup < MATRIX_WARPGROUPS) {
     // By all warps: one after the other, barriers take 80 clocks each.
     if (threadIdx.x % 32 == 0) begin_barriers(shared, SLOTS + warp, BARRIERS, MATRIX_WARPS);
@@ -179,6 +179,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if constexpr (TOGETHER) shared.blocks = clusters;
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
+#ifdef MEET_IN_MEMORY
+    mbarrier_init(shared_address(&shared.multiplied), MATRIX_WARPS * OF_WARP);
+#endif
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;

@@ -29,15 +29,17 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def every_lane_arrives():
-    """Kernels that racecheck can follow, where ``PARALLAX_RACECHECK=1``."""
-    if os.environ.get("PARALLAX_RACECHECK") != "1":
+def checked_kernels():
+    """Kernels that racecheck or synccheck can follow, where ``PARALLAX_RACECHECK=1`` or ``PARALLAX_SYNCCHECK=1``."""
+    defines = {"PARALLAX_RACECHECK": "-DEVERY_LANE_ARRIVES", "PARALLAX_SYNCCHECK": "-DMEET_IN_MEMORY"}
+    wanted = [define for name, define in defines.items() if os.environ.get(name) == "1"]
+    if not wanted:
         yield
         return
     from compile_options import add_options
 
     with pytest.MonkeyPatch.context() as patch:
-        add_options(patch, "-DEVERY_LANE_ARRIVES", "--generate-line-info")
+        add_options(patch, *wanted, "--generate-line-info")
         yield
 
 

@@ -67,6 +67,22 @@ __device__ __forceinline__ float sum_of_rows(float x) {
   return x + __shfl_xor_sync(~0u, x, 16);
 }
 
+// Where the matrix warps wait for one another, at two places of the program: the warpgroups' functions are two. A hardware
+// barrier may be, and is a tenth of all the time faster here than one in memory; but compute-sanitizer's synccheck wants one
+// place. MEET_IN_MEMORY is for that.
+struct MatrixMeeting {
+#ifdef MEET_IN_MEMORY
+  const Shared& shared;
+  unsigned parity = 0;
+
+  __device__ __forceinline__ explicit MatrixMeeting(Shared& shared) : shared(shared) {}
+  __device__ __forceinline__ void operator()() { meet(shared.multiplied, parity), parity ^= 1; }
+#else
+  __device__ __forceinline__ explicit MatrixMeeting(Shared&) {}
+  __device__ __forceinline__ void operator()() { barrier_sync(MATRIX, MATRIX_THREADS); }
+#endif
+};
+
 // Gives all matrix warps a vector to multiply by; before a barrier. A lane takes pairs of neighbouring columns.
 __device__ __forceinline__ void publish(Shared& shared, int thread, float x) {
   const int row = row_of_vectors(thread);
@@ -104,9 +120,9 @@ __device__ __forceinline__ float square_of_published(const Shared& shared, int l
 }
 
 // Over all rows, in every thread, of the warp's sums. Ends a step: what was published may be replaced.
-__device__ __forceinline__ float sum_of_warps(Shared& shared, int thread, float x) {
+__device__ __forceinline__ float sum_of_warps(Shared& shared, MatrixMeeting& meet_others, int thread, float x) {
   if (thread % 32 == 0) shared.dots[thread / 32] = x;
-  barrier_sync(MATRIX, MATRIX_THREADS);
+  meet_others();
   float sums[4];
 #pragma unroll
   for (int w = 0; w < MATRIX_THREADS / 32; w++) sums[w % 4] = w < 4 ? shared.dots[w] : sums[w % 4] + shared.dots[w];
@@ -174,7 +190,7 @@ struct Centring {
 
 // The keys' moments about the mean and divided by their weight, in place; with heads of 128 the first warpgroup is given
 // the columns that it lacks.
-__device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], int thread) {
+__device__ __forceinline__ void complete_moments(Shared& shared, MatrixMeeting& meet_others, float (&c)[D], int thread) {
   const int upper = upper_row(thread), column = thread % 4 * 2;
   const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[0]);
   const float inverse_of_all = centre.inverse_of_all(shared);
@@ -202,7 +218,7 @@ __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], 
           *reinterpret_cast<float2*>(&shared.below[upper - 64 + 8 * h][8 * j + column]) = {pair[2 * h], pair[2 * h + 1]};
       }
     }
-    barrier_sync(MATRIX, MATRIX_THREADS);
+    meet_others();
     if (thread < 128) {
 #pragma unroll
       for (int j = 0; j < 8; j++)
@@ -283,11 +299,11 @@ __device__ __forceinline__ float receive_row(const Exchange& exchange, int threa
 }
 
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
-__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const lla::RowIndex& row, float (&c)[D]) {
+__device__ __forceinline__ bool solve_by_steps(Shared& shared, MatrixMeeting& meet_others, const lla::Call& call, const lla::RowIndex& row, float (&c)[D]) {
   const int thread = thread_index();
   const float ridge = row.ridge(call);
   const Exchange exchange(shared, call);
-  complete_moments(shared, c, thread);
+  complete_moments(shared, meet_others, c, thread);
 
   float r = right_side(shared, row_of_vectors(thread)), x = 0.0f, p = 0.0f, s = 0.0f;
   Progress progress(ridge);
@@ -296,7 +312,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
 #pragma unroll 1
   for (; step < MOST_STEPS; step++) {
     publish(shared, thread, r);
-    barrier_sync(MATRIX, MATRIX_THREADS);
+    meet_others();
     float y = multiply_published(shared, c, thread);
     if constexpr (TOGETHER) send_row(exchange, thread, 1 + step, 0, y);
     // Beside the product, whose latency hides it.
@@ -305,17 +321,17 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     if (small || !(progress.gamma < -minus_infinity())) break;
     if constexpr (TOGETHER) y = receive_row(exchange, thread, 1 + step, 0);
     const float w = y + ridge * r;
-    progress.advance(sum_of_warps(shared, thread, sum_of_rows(r * w)));
+    progress.advance(sum_of_warps(shared, meet_others, thread, sum_of_rows(r * w)));
     s = w + progress.beta * s;
     p = r + progress.beta * p;
     x += progress.alpha * p;
     r -= progress.alpha * s;
   }
-  barrier_sync(MATRIX, MATRIX_THREADS);
+  meet_others();
   if (!small) return false;
 
   publish(shared, thread, x);
-  barrier_sync(MATRIX, MATRIX_THREADS);
+  meet_others();
   float y = multiply_published(shared, c, thread);
   // Beside what was sent in this step and is not received.
   if constexpr (TOGETHER) send_row(exchange, thread, 1 + step, D, y);
@@ -327,13 +343,13 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     return sum;
   };
   if constexpr (TOGETHER) {
-    barrier_sync(MATRIX, MATRIX_THREADS);
+    meet_others();
     if (thread < D) exchange.send(1 + step, 2 * D + thread, sum_of_values());
     y = receive_row(exchange, thread, 1 + step, D);
   }
   // Made anew: the registers are full.
   const float residual = right_side(shared, row_of_vectors(thread_index())) - (y + ridge * x);
-  const float square = sum_of_warps(shared, thread, sum_of_rows(residual * residual));
+  const float square = sum_of_warps(shared, meet_others, thread, sum_of_rows(residual * residual));
   if (!progress.is_small(square, ridge, 2.0f * TOLERANCE)) return false;
   if (thread < D) {
     const auto write = [&](float sum) {
@@ -351,7 +367,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
 
 // The moments as they are for the factorisation, of a whole row with the ridge, or to be merged with those of other blocks; by
 // the matrix warps, after solve_by_steps.
-__device__ __forceinline__ void leave_to_factorisation(Shared& shared, const float (&c)[D], bool whole, float ridge) {
+__device__ __forceinline__ void leave_to_factorisation(Shared& shared, MatrixMeeting& meet_others, const float (&c)[D], bool whole, float ridge) {
   const int thread = thread_index(), upper = upper_row(thread);
   const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
   const float inverse_of_all = centre.inverse_of_all(shared);
@@ -359,7 +375,7 @@ __device__ __forceinline__ void leave_to_factorisation(Shared& shared, const flo
   const float mean[2] = {shared.sums[upper] * centre.inverse_d1, shared.sums[upper + 8] * centre.inverse_d1};
   const float rows_apart[2] = {apart(shared)[upper], apart(shared)[upper + 8]};
   // What lies where the moments go has been read.
-  barrier_sync(MATRIX, MATRIX_THREADS);
+  meet_others();
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
     const int column = 8 * j + thread % 4 * 2;
@@ -378,7 +394,7 @@ __device__ __forceinline__ void leave_to_factorisation(Shared& shared, const flo
     }
   }
   if constexpr (TOGETHER) {
-    barrier_sync(MATRIX, MATRIX_THREADS);
+    meet_others();
     static_assert(MATRIX_THREADS == 2 * D, "a thread for every column of the sums");
     shared.own.mean[thread] = shared.total.mean[thread];
     if (thread == 0) shared.own.d1 *= centre.weight, shared.own.m = shared.total.m;

@@ -146,7 +146,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     if (IS_FIRST && more) give_next();
     if (KEY_COLUMNS == D && tile > 0 && warp < COPYING_WARPS && tile - 1 + SLOTS < tiles) {
       // The tile that takes its place.
-      if constexpr (MATRIX_WARPGROUPS > 1) mbarrier_wait(shared_address(&shared.x_empty[before]), parity_before);
+      mbarrier_wait(shared_address(&shared.x_empty[before]), parity_before);
       // Read anew with pages, where registers are short.
       constexpr bool ANEW = CONJUGATE_GRADIENTS && PAGED;
       const Source from = ANEW ? Source(shared) : source;

@@ -14,7 +14,7 @@ constexpr bool BFLOAT = !HALF_IS_FLOAT16;
 constexpr int D = HEAD_DIM;
 static_assert(D == 64 || D == 128, "one matrix warpgroup takes 64 key channels");
 constexpr int MATRIX_WARPGROUPS = D / 64;
-constexpr int MATRIX_THREADS = 128 * MATRIX_WARPGROUPS;
+constexpr int MATRIX_THREADS = 128 * MATRIX_WARPGROUPS, MATRIX_WARPS = MATRIX_THREADS / 32;
 constexpr int TRANSFORM_WARPS = D == 64 ? 4 : 8;
 constexpr int TRANSFORM_THREADS = 32 * TRANSFORM_WARPS;
 constexpr int THREADS = MATRIX_THREADS + TRANSFORM_THREADS;
@@ -128,6 +128,9 @@ struct Shared {
   unsigned long long scores_full[SCORE_STAGES];
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
+#ifdef MEET_IN_MEMORY
+  unsigned long long multiplied;  // of the matrix warps, in conjugate gradients
+#endif
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));
