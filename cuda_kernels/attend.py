@@ -11,7 +11,7 @@ from cupy.cuda import driver
 
 from parallax_core.problem import Problem
 
-from . import compiler, heuristics, tensor_map, workspace
+from . import compiler, early_launch, heuristics, tensor_map, workspace
 from .heuristics import Shape
 from .layout import Layout
 from .parameters import PACK_POINTERS, PROBLEM, masks_of
@@ -36,6 +36,11 @@ class Plan:
         self.shape = shape
         self._kernel, self._device, self._function = kernel, layout.device, kernel.function
         self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
+        self._early = None
+        if early_launch.supported(layout.capability):
+            self._early = early_launch.EarlyLaunch(
+                kernel.function, shape.grid, 32 * shape.warps, shape.shared_bytes
+            )
         self._room = workspace.Room(4 * shape.parts * shape.part_floats, shape.counters)
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape)
@@ -59,7 +64,10 @@ class Plan:
             PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)
             if self._maps is not None:
                 self._arguments[1] = self._maps.address(arrays[2], arrays[3])
-            driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)
+            if self._early is not None and early_launch.allowed():
+                self._early.launch(stream, self._arguments_address)
+            else:
+                driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)
 
 
 def _record(problem: Problem, layout: Layout, shape: Shape) -> np.ndarray:

@@ -13,7 +13,7 @@ from cupy.cuda import driver
 from parallax_core.errors import BackendUnavailableError
 from parallax_core.problem import BFLOAT16, Problem
 
-from . import compiler, tensor_map, workspace
+from . import compiler, early_launch, tensor_map, workspace
 from .layout import Layout, Strides, has_tensor_maps, overflows_cache
 from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
 
@@ -89,6 +89,15 @@ class Plan:
         self._room = workspace.Room(
             4 * shape.partial_floats, shape.rows if shape.partial_floats else 0, shape.mail_bytes
         )
+        # Rows that blocks solve together must all run at once, which is another kind of launch.
+        self._early = {}
+        if shape.box and not shape.mail_bytes and early_launch.supported(layout.capability):
+            self._early = {
+                blocks: early_launch.EarlyLaunch(
+                    self._kernel.function, (blocks, 1, 1), shape.threads, shape.shared_bytes
+                )
+                for _, blocks in self._launches
+            }
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape, ridge)
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
@@ -119,6 +128,8 @@ class Plan:
                 arguments = function, blocks, 1, 1, shape.threads, 1, 1, shape.shared_bytes, stream
                 if shape.mail_bytes:
                     driver.launchCooperativeKernel(*arguments, self._arguments_address)
+                elif self._early and early_launch.allowed():
+                    self._early[blocks].launch(stream, self._arguments_address)
                 else:
                     driver.launchKernel(*arguments, self._arguments_address, 0)
 

@@ -8,6 +8,7 @@
 #include "float_tile.cuh"
 #include "half_tile.cuh"
 #include "merge.cuh"
+#include "ptx/dependents.cuh"
 #include "queries.cuh"
 #include "ring.cuh"
 
@@ -277,6 +278,10 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
+  Ring ring;
+  ring.prepare(maps, shared);
+  // Nothing before has touched global memory.
+  wait_for_launch_ahead();
   Item item;
   Schedule schedule;
   if constexpr (GRID == 0) {
@@ -298,8 +303,6 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     item = item_of(p, batch, unit, block, 0, keys);
     schedule.begin = 0, schedule.end = item.steps;
   }
-  Ring ring;
-  ring.prepare(maps, shared);
   // Before the streams of keys, behind which it would wait. Of few rows few warps have a part in it.
   Queries queries;
   queries.fetch(p, Rows(p, item));
@@ -381,6 +384,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       ring.release(p);
     }
 
+    if (SINGLE || end >= schedule.end) let_next_launch_begin();
     // Whose parts make up the item, and which of them this block's is.
     int parts = 1, own = 0, owner = 0;
     unsigned* counter = p.counters;

@@ -21,6 +21,7 @@
 #include "lla/moments.cuh"
 #include "lla/shape.cuh"
 #include "lla/weigh.cuh"
+#include "ptx/dependents.cuh"
 #include "ptx/registers.cuh"
 
 // Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass. `id`, `threads`: a
@@ -98,6 +99,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
+  let_next_launch_begin();
   if constexpr (TOGETHER) {
     share_sums(shared, Exchange(shared, call), column, mean);
     meet(shared.met, shared.exact ^ 1);
@@ -135,6 +137,8 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
   if (threadIdx.x == 0) prefetch_map(maps.k), prefetch_map(maps.v);
+  // Nothing before has touched global memory.
+  wait_for_launch_ahead();
 
   const int split = blockIdx.x & (call.splits - 1);
   const lla::Row row(call, blockIdx.x >> call.splits_log2);

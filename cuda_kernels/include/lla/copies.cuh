@@ -1,6 +1,9 @@
 #pragma once
 // Keys and values from memory to the ring, by the copy engine: a run of them by a warp, a box of it by a lane. The first
-// ones are brought by transform warps, all others by those of the last matrix warpgroup, which have the time.
+// tiles are brought by transform warps, all others by those of the last matrix warpgroup, which have the time.
+//
+// The ring is not filled at once. All blocks begin together, and what they ask for comes in no order: the first tile would
+// come with the last, and with it the instructions that the block has yet to fetch.
 
 #include "lla/shape.cuh"
 #include "maps.cuh"
@@ -41,11 +44,20 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
   box_copy<READ_ONCE>(to, run < RUNS ? maps.v : maps.k, 0, place, column_of_place(run) % D / 64, from.kv_head, outer, barrier);
 }
 
-// The first tiles of a pass; by the transform warps.
-__device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tiles) {
-  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, tile = thread % 32 / BOXES;
-  if (warp < COPYING_WARPS && tile < min(SLOTS, tiles)) bring(shared, call, maps, from, warp, tile, tile, thread % BOXES);
+// Tiles FIRST to LAST of a pass, each to the slot of its number; by COPYING_WARPS warps.
+template <int FIRST, int LAST>
+__device__ __forceinline__ void bring_tiles(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tiles, int warp, int lane) {
+  const int tile = FIRST + lane / BOXES;
+  if (warp < COPYING_WARPS && tile < min(LAST, tiles)) bring(shared, call, maps, from, warp, tile, tile, lane % BOXES);
   __syncwarp();
+}
+
+// Tiles that are brought before the first one is there; with heads of 64 two blocks hide that from one another.
+constexpr int AT_FIRST = D == 64 ? SLOTS : 2;
+
+__device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tiles) {
+  const int thread = thread_index() - MATRIX_THREADS;
+  bring_tiles<0, AT_FIRST>(shared, call, maps, from, tiles, thread / 32, thread % 32);
 }
 
 constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES;

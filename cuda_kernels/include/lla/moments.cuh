@@ -130,11 +130,19 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     ahead++;
     if (++ahead_slot == SLOTS) ahead_slot = 0, ahead_parity ^= 1;
   };
+  const int warp = __shfl_sync(~0u, thread / 32, 0);
+  // When the first tile is there.
+  const auto fill_ring = [&] { bring_tiles<AT_FIRST, SLOTS>(shared, call, maps, source, tiles, warp, thread % 32); };
   if constexpr (IS_FIRST) {
 #pragma unroll 1
-    while (ahead < min(SCORES_AHEAD, tiles)) next_scores(), give_next();
+    while (ahead < min(SCORES_AHEAD, tiles)) {
+      next_scores(), give_next();
+      if (KEY_COLUMNS == D && ahead == 1) fill_ring();
+    }
+  } else if (tiles > AT_FIRST) {
+    mbarrier_wait(shared_address(&shared.raw_full[0]), 0);
+    fill_ring();
   }
-  const int warp = __shfl_sync(~0u, thread / 32, 0);
   unsigned slot = 0, parity = 0, move = 0, before = 0, parity_before = 0;
 #pragma unroll 1
   for (unsigned tile = 0; tile < tiles; tile++) {

@@ -71,7 +71,7 @@ __device__ __forceinline__ float agreed_scale(Shared& shared, int kind, int expo
   const bool is_near_1 = exponent == ROOMY && own >= 127 - 2 && own < 127 + 7;
   const int power = is_near_1 ? 127 : max(min(254 + exponent - own, LARGEST), SMALLEST);
   // Others read it after a barrier at least.
-  if (thread_index() - MATRIX_THREADS == kind * D) shared.inverse_scale[kind] = bits ? __uint_as_float(254 - power << 23) : 1.0f / otherwise;
+  if (thread_index() - MATRIX_THREADS == kind * D) shared.inverse_scale[kind] = bits ? __uint_as_float(254 - power << 23) : reciprocal_fast(otherwise);
   return bits ? __uint_as_float(power << 23) : otherwise;
 }
 
