@@ -1,7 +1,8 @@
 """Launches that begin while the one ahead of them in their stream ends: programmatic dependent launch.
 
-Such a launch is set up meanwhile, and its kernel waits on the device for the one ahead before it reads or writes
-any memory; a stream's order holds as ever. ``PARALLAX_EARLY_LAUNCH=0`` turns it off, as does :func:`forbidden`.
+Such a launch is set up meanwhile, and its kernel waits on the device for the one ahead before it reads or
+writes any memory; a stream's order holds as ever. ``PARALLAX_EARLY_LAUNCH=0`` turns it off, and :func:`allow`
+for a while.
 """
 
 from __future__ import annotations
@@ -11,9 +12,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-
-from cuda.bindings import driver
-from cupy.cuda import runtime
 
 MINIMUM_CAPABILITY = (9, 0)
 MINIMUM_DRIVER = 12040
@@ -25,9 +23,9 @@ allowed = _allowed.get
 
 
 @contextmanager
-def forbidden() -> Iterator[None]:
-    """No launch inside is early."""
-    token = _allowed.set(False)
+def allow(early: bool) -> Iterator[None]:
+    """Whether launches inside may be early."""
+    token = _allowed.set(early)
     try:
         yield
     finally:
@@ -41,6 +39,8 @@ def supported(capability: tuple[int, int]) -> bool:
 
 @functools.cache
 def _driver_version() -> int:
+    from cupy.cuda import runtime
+
     return runtime.driverGetVersion()
 
 
@@ -48,6 +48,8 @@ class EarlyLaunch:
     """The launch of a kernel in one shape; not for several threads at once."""
 
     def __init__(self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int):
+        from cuda.bindings import driver
+
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
@@ -56,11 +58,11 @@ class EarlyLaunch:
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
         config.attrs, config.numAttrs = [attribute], 1
-        self._function = function
+        self._function, self._launch = function, driver.cuLaunchKernelEx
 
     def launch(self, stream: int, arguments: int) -> None:
         """Launch on a stream. arguments: the address of those of the kernel."""
         self._config.hStream = stream
-        (error,) = driver.cuLaunchKernelEx(self._config, self._function, arguments, 0)
+        (error,) = self._launch(self._config, self._function, arguments, 0)
         if error:
             raise RuntimeError(f"cuLaunchKernelEx: {error.name}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -80,11 +81,15 @@ def _measured(point: DecodePoint, arrays: Framework, options: Options) -> dict[s
         turns[name] = turn
         measured[name] = {"error": error, "host_us": None if seconds is None else 1e6 * seconds}
 
-    enter("", point.operation, _own_call(point, problem))
+    with _launches(arrays, early=False):
+        enter("", point.operation, _own_call(point, problem))
     peers = [peer for peer in decode_peers.peers_of(point, arrays.on_gpu) if peer.name in options.peers]
     for peer in peers:
         try:
-            enter(peer.name, peer.computes, peer.bind(problem, options.fa3))
+            early = peer.bind is None
+            call = _own_call(point, problem) if early else peer.bind(problem, options.fa3)
+            with _launches(arrays, early):
+                enter(peer.name, peer.computes or point.operation, call)
         except Exception as error:  # a peer that is absent or refuses is part of the row
             reason = str(error).strip().partition("\n")[0]
             absent[peer.name] = (
@@ -121,6 +126,15 @@ def _measured(point: DecodePoint, arrays: Framework, options: Options) -> dict[s
 def _times(seconds: np.ndarray) -> dict[str, float]:
     low, median, high = np.percentile(seconds, [25, 50, 75]) * 1e6
     return {"us": float(median), "us_low": float(low), "us_high": float(high)}
+
+
+def _launches(arrays: Framework, early: bool) -> AbstractContextManager[None]:
+    """Inside, our launches begin while the ones ahead of them end, or do not."""
+    if not arrays.on_gpu:
+        return nullcontext()
+    from parallax_core.cuda_kernels import early_launch
+
+    return early_launch.allow(early)
 
 
 def _own_call(point: DecodePoint, problem: DecodeProblem) -> decode_peers.Call:

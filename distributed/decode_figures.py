@@ -11,8 +11,15 @@ from .figure_style import STYLE, svg
 
 OWN = "#0072B2"
 OPERATION = {"parallax": "Parallax", "softmax": "softmax", "lla": "LLA"}
-COLOUR = {"fa2": "#E69F00", "fa3": "#D55E00", "fla": "#CC79A7", "cg": "#009E73", "sdpa": "#E69F00"}
-MARKER = {"fa2": "^", "fa3": "v", "fla": "D", "cg": "o", "sdpa": "^"}
+COLOUR = {
+    "fa2": "#E69F00",
+    "fa3": "#D55E00",
+    "fla": "#CC79A7",
+    "cg": "#009E73",
+    "early": "#56B4E9",
+    "sdpa": "#E69F00",
+}
+MARKER = {"fa2": "^", "fa3": "v", "fla": "D", "cg": "o", "early": "s", "sdpa": "^"}
 
 
 def sizes(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""The attention libraries that the decode study times beside parallax-core, and its other solver."""
+"""What the decode study times beside parallax-core: other libraries, its other solver, its early launches."""
 
 from __future__ import annotations
 
@@ -22,22 +22,24 @@ class UnavailableError(RuntimeError):
 
 
 class Peer(NamedTuple):
-    """A library's decode call.
+    """A library's decode call, or another way to ours.
 
-    name: in rows. title: in reports. computes: the operation. gpu: a peer of the GPU, or of the CPU. bind:
-    from the problem and the path of FlashAttention-3 to the call.
+    name: in rows. title: in reports. computes: the operation; None for that of any point. gpu: a peer of the
+    GPU, or of the CPU. bind: from the problem and the path of FlashAttention-3 to the call; None for our own
+    call, launched early.
     """
 
     name: str
     title: str
-    computes: str
+    computes: str | None
     gpu: bool
-    bind: Callable[[DecodeProblem, str | None], Call]
+    bind: Callable[[DecodeProblem, str | None], Call] | None
 
 
 def peers_of(point: DecodePoint, gpu: bool) -> list[Peer]:
     """The peers of a point on the GPU or the CPU: softmax's of every operation, the others of their own."""
-    return [peer for peer in PEERS if peer.gpu == gpu and peer.computes in ("softmax", point.operation)]
+    computed = "softmax", point.operation, None
+    return [peer for peer in PEERS if peer.gpu == gpu and peer.computes in computed]
 
 
 def _sdpa_flash(problem: DecodeProblem, _: str | None) -> Call:
@@ -169,5 +171,6 @@ PEERS = (
     Peer("fa3", "FlashAttention-3 of vLLM", "softmax", True, _flash_attention_3),
     Peer("fla", "Parallax of fla-core", "parallax", True, _fla),
     Peer("cg", "LLA of parallax-core by conjugate gradients", "lla", True, _conjugate_gradients),
+    Peer("early", "parallax-core, launched early", None, True, None),
     Peer("sdpa", "SDPA of PyTorch", "softmax", False, _sdpa_any),
 )

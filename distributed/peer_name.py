@@ -10,4 +10,5 @@ class PeerName(StrEnum):
     fa3 = "fa3"
     fla = "fla"
     cg = "cg"
+    early = "early"
     sdpa = "sdpa"

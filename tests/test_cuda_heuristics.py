@@ -157,7 +157,7 @@ def test_a_pinned_split_does_not_depend_on_the_batch():
 
 
 def test_only_what_is_read_once_makes_way_in_the_cache():
-    """More keys than the second-level cache holds, of which no other block and no other sequence reads any again."""
+    """More keys than the second-level cache holds, which no other block or sequence reads again."""
 
     def read_once(**call):
         return dict(shape_of(**call)[1].defines)["READ_ONCE"]

@@ -497,3 +497,14 @@ def test_tensors_are_read_by_their_attributes_or_refused():
         assert read.allocator(y, (2, 5))(y).dtype == dtype
         assert read.allocator(y, (2, 5), FLOAT32)(y).dtype == torch.float32
         assert read.allocator(y.transpose(1, 2), (2, 4, 3, 6))(y.transpose(1, 2)).is_contiguous()
+
+
+def test_early_launches_are_allowed_for_a_while():
+    early_launch = pytest.importorskip("parallax_core.cuda_kernels.early_launch")
+    default = early_launch.allowed()
+    with early_launch.allow(False):
+        assert not early_launch.allowed()
+        with early_launch.allow(True):
+            assert early_launch.allowed()
+        assert not early_launch.allowed()
+    assert early_launch.allowed() == default

@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def checked_kernels():
-    """Kernels that racecheck or synccheck can follow, where ``PARALLAX_RACECHECK=1`` or ``PARALLAX_SYNCCHECK=1``."""
+    """Kernels that a sanitizer can follow, with ``PARALLAX_RACECHECK=1`` or ``PARALLAX_SYNCCHECK=1``."""
     defines = {"PARALLAX_RACECHECK": "-DEVERY_LANE_ARRIVES", "PARALLAX_SYNCCHECK": "-DMEET_IN_MEMORY"}
     wanted = [define for name, define in defines.items() if os.environ.get(name) == "1"]
     if not wanted:

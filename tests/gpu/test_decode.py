@@ -409,6 +409,39 @@ def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_to
             assert torch.equal(result, want)
 
 
+@pytest.mark.parametrize("capacity", [300, 4096, 20000])
+@pytest.mark.parametrize("head_dim", [64, 80, 128])
+def test_launches_that_begin_early_see_what_the_ones_ahead_wrote(cuda_torch, capacity, head_dim):
+    """Calls whose query is the output of the one ahead, and that write to the cache between them."""
+    torch = cuda_torch.module
+    early_launch = pytest.importorskip("parallax_core.cuda_kernels.early_launch")
+    case = make(capacity=capacity, batch=2, head_dim=head_dim)
+    q, r, k, v = (cuda_torch.put(x) for x in (case.q, case.r, case.k_cache, case.v_cache))
+    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+
+    def chain():
+        o, keys = q, k.clone()
+        for n in range(8):
+            o = plx.parallax_decode(o, r, keys, v)
+            o = plx.lla_decode(o, keys, v, ridge=0.5)
+            o = plx.softmax_decode(o, keys, v, out=torch.empty_like(o))
+            # Ours behind a kernel of PyTorch's, and ahead of one.
+            keys[:, n] = o.reshape(o.shape[0], kv_heads, group, head_dim).sum(2)
+        return o, keys
+
+    with early_launch.allow(False):
+        expected = chain()
+    assert not expected[0].isnan().any()
+    for _ in range(10):
+        assert all(map(torch.equal, chain(), expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = chain()
+    for _ in range(10):
+        graph.replay()
+        assert all(map(torch.equal, result, expected))
+
+
 def test_cupy_captures_too(cuda_cupy):
     cupy = cuda_cupy.module
     case = make(capacity=3000)
