@@ -6,7 +6,11 @@
 
 static_assert(!FLOAT, "float32 goes without matrix units, and through the portable kernel");
 
-extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
+#endif
+__launch_bounds__(THREADS, BLOCKS)
     attend_kernel(const __grid_constant__ Problem p, const __grid_constant__ Maps maps) {
   attend(p, &maps);
 }
