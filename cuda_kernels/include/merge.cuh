@@ -81,8 +81,8 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
                                             PartAt part_at) {
   // A thread merges WIDTH channels of a row over every TEAMS-th part: the latency of the second-level cache is all
   // there is to wait for, and should be waited for once.
-  constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
-  constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4), UNROLL = TEAMS == 1 ? 8 : 4;
+  constexpr int WIDTH = SLICE % 2 ? 1 : SLICE % 4 == 0 && RECORDS * SLICE >= 4 * THREADS ? 4 : 2, UNITS = RECORDS * SLICE / WIDTH;
+  constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4), UNROLL = TEAMS == 1 && WIDTH < 4 ? 8 : 4;
   const int team = TEAMS == 1 ? 0 : threadIdx.x / UNITS;
 #pragma unroll 1
   for (int first = 0; first < UNITS * TEAMS; first += THREADS) {
@@ -102,11 +102,14 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
           if (i >= parts) continue;
           const Part part = part_at(i);
           x[u] = Statistics::of(__ldcg(part.statistics(number)));
-          if constexpr (WIDTH == 2) {
-            const float4 y = __ldcg(reinterpret_cast<const float4*>(part.sums(number) + channel));
-            sums[u][0] = make_float2(y.x, y.y), sums[u][WIDTH - 1] = make_float2(y.z, y.w);
-          } else
+          if constexpr (WIDTH == 1)
             sums[u][0] = __ldcg(part.sums(number) + channel);
+          else
+#pragma unroll
+            for (int e = 0; e < WIDTH; e += 2) {
+              const float4 y = __ldcg(reinterpret_cast<const float4*>(part.sums(number) + channel + e));
+              sums[u][e] = make_float2(y.x, y.y), sums[u][e + 1] = make_float2(y.z, y.w);
+            }
         }
         state.add(x, sums);
       }
@@ -169,35 +172,46 @@ __device__ __forceinline__ void weigh_warps(char* shared) {
 // row's channels from `from` on.
 template <class Write>
 __device__ __forceinline__ void merge_warps(const char* shared, int from, Write write) {
-  // The rows of a channel follow one another, as the lanes that wrote them do; two of them are loaded at a time.
-  constexpr int PAIR = QUERIES > 1 ? 2 : 1;
+  // The rows of a channel follow one another, as the lanes that wrote them do; two of them are loaded at a time. A thread
+  // has the same two of all its channels where the groups of rows divide the threads: their factors are loaded once.
+  constexpr int PAIR = QUERIES > 1 ? 2 : 1, GROUPS = RECORDS / QUERIES;
+  constexpr int TEAMS = WARPS % GROUPS == 0 ? GROUPS : 1, TEAM = THREADS / TEAMS;
 #pragma unroll 1
-  for (int first = threadIdx.x * PAIR; first < RECORDS * EXCHANGE_CHANNELS; first += THREADS * PAIR) {
-    const int channel = from + first / QUERIES % EXCHANGE_CHANNELS, number = first / (EXCHANGE_CHANNELS * QUERIES) * QUERIES + first % QUERIES;
-    if (channel >= VALUE_DIM) continue;
-    RowState<1> state[PAIR];
+  for (int group = threadIdx.x / TEAM; group < GROUPS; group += TEAMS) {
+    const int number = group * QUERIES + threadIdx.x * PAIR % QUERIES;
+    float2 factors[PAIR][WARPS];
+    Statistics totals[PAIR];
 #pragma unroll
     for (int e = 0; e < PAIR; e++) {
-      state[e].s = Statistics::of(reinterpret_cast<const float4*>(shared + TOTALS_AT)[number + e]);
-      state[e].O1[0] = state[e].O2[0] = 0;
+      totals[e] = Statistics::of(reinterpret_cast<const float4*>(shared + TOTALS_AT)[number + e]);
+#pragma unroll
+      for (int w = 0; w < WARPS; w++) factors[e][w] = reinterpret_cast<const float2*>(shared + FACTORS_AT)[(number + e) * WARPS + w];
     }
+#pragma unroll 1
+    for (int first = threadIdx.x % TEAM * PAIR; first < EXCHANGE_CHANNELS * QUERIES; first += TEAM * PAIR) {
+      const int channel = from + first / QUERIES;
+      if (channel >= VALUE_DIM) continue;
+      RowState<1> state[PAIR];
 #pragma unroll
-    for (int w = 0; w < WARPS; w++) {
-      const float2* exchange = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH);
-      float2 sums[PAIR];
-      if constexpr (PAIR == 2) {
-        const float4 x = *reinterpret_cast<const float4*>(exchange + first);
-        sums[0] = make_float2(x.x, x.y), sums[PAIR - 1] = make_float2(x.z, x.w);
-      } else
-        sums[0] = exchange[first];
+      for (int e = 0; e < PAIR; e++) state[e].s = totals[e], state[e].O1[0] = state[e].O2[0] = 0;
 #pragma unroll
-      for (int e = 0; e < PAIR; e++) {
-        const float2 factor = reinterpret_cast<const float2*>(shared + FACTORS_AT)[(number + e) * WARPS + w];
-        state[e].O1[0] += factor.x * sums[e].x, state[e].O2[0] += factor.x * (sums[e].y + factor.y * sums[e].x);
+      for (int w = 0; w < WARPS; w++) {
+        const float2* exchange = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH) + group * EXCHANGE_CHANNELS * QUERIES;
+        float2 sums[PAIR];
+        if constexpr (PAIR == 2) {
+          const float4 x = *reinterpret_cast<const float4*>(exchange + first);
+          sums[0] = make_float2(x.x, x.y), sums[PAIR - 1] = make_float2(x.z, x.w);
+        } else
+          sums[0] = exchange[first];
+#pragma unroll
+        for (int e = 0; e < PAIR; e++) {
+          const float2 factor = factors[e][w];
+          state[e].O1[0] += factor.x * sums[e].x, state[e].O2[0] += factor.x * (sums[e].y + factor.y * sums[e].x);
+        }
       }
-    }
 #pragma unroll
-    for (int e = 0; e < PAIR; e++) write(number + e, channel, state[e]);
+      for (int e = 0; e < PAIR; e++) write(number + e, channel, state[e]);
+    }
   }
 }
 
@@ -207,22 +221,34 @@ template <class Write>
 __device__ __forceinline__ void merge_cluster(char* shared, int rank, Write write) {
   constexpr int WIDTH = SLICE % 2 ? 1 : 2, UNITS = RECORDS * SLICE / WIDTH;
   const unsigned result = shared_address(shared + RESULT_AT);
+  struct {
+    Statistics x;
+    float2 sums[WIDTH];
+  } next;
+  const auto load = [&](int i) {
+    next = {Statistics::none(), {}};
+    if (i >= UNITS * CLUSTER) return;
+    const int number = i / CLUSTER * WIDTH / SLICE, channel = i / CLUSTER * WIDTH % SLICE;
+    const unsigned there = cluster_address(result, i % CLUSTER);
+    next.x = Statistics::of(cluster_load4(there + number * 16));
+    const unsigned place = there + RECORDS * 16 + (number * VALUE_DIM + rank * SLICE + channel) * 8;
+    if constexpr (WIDTH == 2) {
+      const float4 y = cluster_load4(place);
+      next.sums[0] = make_float2(y.x, y.y), next.sums[WIDTH - 1] = make_float2(y.z, y.w);
+    } else
+      next.sums[0] = cluster_load2(place);
+  };
+  load(threadIdx.x);
 #pragma unroll 1
   for (int first = 0; first < UNITS * CLUSTER; first += THREADS) {
     const int i = first + threadIdx.x, source = i % CLUSTER, unit = i / CLUSTER * WIDTH;
     const int number = unit / SLICE, channel = unit % SLICE;
-    Statistics x = Statistics::none();
-    float2 sums[WIDTH] = {};
-    if (i < UNITS * CLUSTER) {
-      const unsigned there = cluster_address(result, source);
-      x = Statistics::of(cluster_load4(there + number * 16));
-      const unsigned place = there + RECORDS * 16 + (number * VALUE_DIM + rank * SLICE + channel) * 8;
-      if constexpr (WIDTH == 2) {
-        const float4 y = cluster_load4(place);
-        sums[0] = make_float2(y.x, y.y), sums[WIDTH - 1] = make_float2(y.z, y.w);
-      } else
-        sums[0] = cluster_load2(place);
-    }
+    const Statistics x = next.x;
+    float2 sums[WIDTH];
+#pragma unroll
+    for (int e = 0; e < WIDTH; e++) sums[e] = next.sums[e];
+    // On its way while this one is merged.
+    if constexpr (UNITS * CLUSTER > THREADS) load(i + THREADS);
     const unsigned peers = ((1u << CLUSTER) - 1) << (threadIdx.x % 32 / CLUSTER * CLUSTER);
     const unsigned seen = __ballot_sync(~0u, !x.saw_nothing()) & peers;
     RowState<WIDTH> state;

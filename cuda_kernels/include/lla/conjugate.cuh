@@ -14,7 +14,8 @@
 #include "lla/shape.cuh"
 
 static_assert(MOST_STEPS + 1 < MOST_EXCHANGES, "each has an exchange, after that of the sums");
-constexpr float TOLERANCE = 1.0f / 4096;
+// Of what the slope adds to an output: a quarter of its last bit in bfloat16, and that bit in float16.
+constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
 
 // The numbers of a step that are the same in all threads. Their warps are compiled apart, and must come to the same bits:
 // nothing here is left to a compiler's choice of contractions.
