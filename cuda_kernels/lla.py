@@ -259,6 +259,7 @@ def _record(problem: Problem, layout: Layout, shape: Shape, ridge: float | Strid
         q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads, group_size=problem.group_size,
         head_dim=problem.head_dim, value_dim=_value_dim(problem), page_size=problem.page_size or 0,
         splits=shape.splits, splits_log2=shape.splits.bit_length() - 1,
+        blocks_at_once=layout.multiprocessors * _SM90_BLOCKS.get(problem.head_dim, 1),
         scale=problem.scale, **masks_of(problem, layout),
     )  # fmt: skip
     fields["ridge_stride" if isinstance(ridge, tuple) else "ridge_value"] = ridge

@@ -94,15 +94,8 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
 }
 
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
-  // Where nothing but the solver needs registers any more, it need not wait for them.
-  constexpr bool GIVES_AT_ONCE = CONJUGATE_GRADIENTS && !TOGETHER && D == 128;
-  while (true) {
-    weigh(shared, call, tiles);
-    if constexpr (GIVES_AT_ONCE) give_registers<256 - SOLVING_REGISTERS>();
-    if (!again(shared, TRANSFORM, TRANSFORM_THREADS)) break;
-    if constexpr (GIVES_AT_ONCE) take_registers<256 - MATRIX_REGISTERS>();
+  while (weigh(shared, call, tiles), again(shared, TRANSFORM, TRANSFORM_THREADS))
     bring_first(shared, call, maps, Source(shared), tiles);
-  }
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
@@ -113,7 +106,8 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   } else {
     shared.own.mean[column] = shared.total.mean[column] = mean;
   }
-  if constexpr (TOGETHER && D == 128) give_registers<256 - SOLVING_REGISTERS>();
+  if constexpr (CONJUGATE_GRADIENTS && D == 128) give_registers<256 - SOLVING_REGISTERS>();
+  if constexpr (!TOGETHER) prefetch_next(call, maps);
   meet(shared.met, shared.exact ^ !TOGETHER);
 }
 

@@ -60,6 +60,19 @@ __device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& cal
   bring_tiles<0, AT_FIRST>(shared, call, maps, from, tiles, thread / 32, thread % 32);
 }
 
+// The first tiles of the row that a block takes after this one's, to the second-level cache: while rows are solved, the memory
+// has nothing to do. By the transform warps.
+__device__ __forceinline__ void prefetch_next(const lla::Call& call, const Maps& maps) {
+  constexpr int TILES = 4;
+  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
+  const int next = block_index() + call.blocks_at_once;
+  if (PAGED || call.splits > 1 || next >= gridDim.x || warp >= COPYING_WARPS) return;
+  const lla::Row row(call, next);
+  const int position = row.first + lane * TILE;
+  if (lane < TILES && position < row.end)
+    box_prefetch(warp < RUNS ? maps.v : maps.k, 0, position, column_of_place(warp) % D / 64, row.kv_head, row.batch);
+}
+
 constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES;
 
 // Every `step`-th of the barriers of a pass, which follow one another: those of what is brought are the first SLOTS; by a thread.
