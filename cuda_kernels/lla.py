@@ -27,6 +27,8 @@ _MOST_SPLITS = 32
 _LARGE_CLUSTER = 8
 _MOST_TOGETHER = 16
 """Blocks that solve a row's system together."""
+_CLUSTER_SHARED_BYTES = 114688
+"""Of those that send each other mail through distributed shared memory."""
 _MAIL_WORDS = 386
 """What such a block sends at a time, at most, of 8 bytes each."""
 _MOST_STEPS = 64
@@ -175,20 +177,28 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     together = by_steps and splits > 1
     # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
     large = not layout.split_size and 2 * rows * splits <= at_once
-    cluster = 1 if by_steps else min(splits, _LARGE_CLUSTER if large else 2)
+    cluster = min(splits, _LARGE_CLUSTER if large else 2)
+    if by_steps:
+        # With heads of 64 there is room for mail, and for every cluster of two. Of four, 62 to 66 run at once
+        # on 132 multiprocessors, by which of them a device lacks.
+        fits = splits == 2 or (splits == 4 and rows * splits <= 0.9 * at_once)
+        cluster = splits if D == 64 and fits else 1
+    in_cluster = by_steps and cluster > 1
+    mailed = together and not in_cluster
+    shared_bytes = _CLUSTER_SHARED_BYTES if in_cluster else SM90_SHARED_BYTES[D]
     box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
-        BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=SM90_SHARED_BYTES[D],
+        BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=shared_bytes,
         READ_ONCE=int(problem.group_size * problem.q_len == 1 and overflows_cache(problem, layout)),
         SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
-        MAIL_BYTES=_mail_bytes(splits) * together, **_masks(problem),
+        MAIL_BYTES=_mail_bytes(splits) * mailed, **_masks(problem),
     )  # fmt: skip
     clusters = splits // cluster
     floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
     return Shape(
-        "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], SM90_SHARED_BYTES[D], floats,
-        rows, box, *(_mail(splits_log2, layout.multiprocessors) if together else (0, 0)),
+        "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], shared_bytes, floats,
+        rows, box, *(_mail(splits_log2, layout.multiprocessors) if mailed else (0, 0)),
     )  # fmt: skip
 
 

@@ -38,7 +38,7 @@ _LAUNCH = """
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
-#if SOLVERS > 1
+#if SOLVERS > 1 && CLUSTER == 1
 #define AT_ONCE x * y * z
 #else
 #define AT_ONCE CLUSTER

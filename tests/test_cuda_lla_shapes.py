@@ -40,22 +40,28 @@ def test_rows_are_cut_where_they_leave_the_gpu_idle(call, splits, cluster):
 
 
 @pytest.mark.parametrize(
-    "call, splits",
+    "call, splits, cluster",
     [
-        (dict(batch=32, kv_len=4096), 1),
-        (dict(kv_len=16384), 16),
-        (dict(q_heads=1, kv_heads=1, kv_len=131072), 16),
-        (dict(batch=4, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4),
-        (dict(kv_len=16384, split_size=1024), 1),
+        (dict(batch=32, kv_len=4096), 1, 1),
+        (dict(kv_len=16384), 16, 1),
+        (dict(q_heads=1, kv_heads=1, kv_len=131072), 16, 1),
+        # Not all clusters of four would.
+        (dict(batch=4, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4, 1),
+        (dict(batch=3, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4, 4),
+        (dict(batch=16, kv_len=4096, head_dim=64), 2, 2),
+        (dict(batch=8, kv_len=4096), 2, 1),
+        (dict(kv_len=16384, split_size=1024), 1, 1),
+        (dict(batch=16, kv_len=4096, head_dim=64, split_size=1024), 1, 1),
     ],
 )
-def test_blocks_that_solve_a_row_together_run_at_once(call, splits):
+def test_blocks_that_solve_a_row_together_run_at_once(call, splits, cluster):
     problem, layout = call_of(**{"operation": "lla_decode", "probe_dtype": None} | call)
     shape = lla.choose(problem, layout, "cg")
     assert shape.source == "sm90/lla.cu"
     defines = dict(shape.defines)
-    assert (shape.splits, defines["SOLVERS"], defines["CLUSTER"]) == (splits, splits, 1)
-    assert (shape.mail_bytes > 0) == (splits > 1)
+    assert (shape.splits, defines["SOLVERS"], defines["CLUSTER"]) == (splits, splits, cluster)
+    # A cluster runs at once in any launch, and has its mail in its own shared memory.
+    assert (shape.mail_bytes > 0) == (splits > cluster)
     blocks_at_once = {64: 2, 128: 1}[problem.head_dim] * layout.multiprocessors
     assert splits == 1 or shape.rows * splits <= blocks_at_once
 

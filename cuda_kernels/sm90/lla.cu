@@ -73,6 +73,7 @@ template <int KEY_COLUMNS>
 __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
   float c[D];
   accumulate_all<KEY_COLUMNS>(shared, call, maps, c, tiles);
+  if constexpr (IN_CLUSTER) cluster_wait();
   // The sums of all blocks are there.
   if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
   if constexpr (D == 128) take_registers<SOLVING_REGISTERS>();
@@ -84,7 +85,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
     if constexpr (TOGETHER) {
       // All blocks of the row have read it.
       const Exchange exchange(shared, call);
-      if (exchange.split == 0) count_use(exchange.mail, exchange.tag);
+      if (!IN_CLUSTER && exchange.split == 0) count_use(exchange.mail, exchange.tag);
     }
   }
   if (!solved) leave_to_factorisation(shared, meet_others, c, !TOGETHER || shared.blocks == 1, row.ridge(call));
@@ -100,6 +101,10 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
   let_next_launch_begin();
+#if SOLVERS > 1 && CLUSTER > 1
+  clear_later_mail(shared);
+  cluster_wait();
+#endif
   if constexpr (TOGETHER) {
     share_sums(shared, Exchange(shared, call), column, mean);
     meet(shared.met, shared.exact ^ 1);
@@ -138,6 +143,11 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
   if (threadIdx.x == 0) prefetch_map(maps.k), prefetch_map(maps.v);
+#if SOLVERS > 1 && CLUSTER > 1
+  clear_first_mail(shared);
+  // Waited for before a block sends the others anything. Here, since the fence in it waits for loads.
+  cluster_arrive_shared();
+#endif
   // Nothing before has touched global memory.
   wait_for_launch_ahead();
 
@@ -168,7 +178,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     // By all warps: one after the other, barriers take 80 clocks each.
     if (threadIdx.x % 32 == 0) begin_barriers(shared, SLOTS + warp, BARRIERS, MATRIX_WARPS);
     // Not before: a fence waits for loads.
-    if (TOGETHER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
+    if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
     query.load(query_of(call, row), threadIdx.x);
   } else {
     if (threadIdx.x % 32 == 0) begin_barriers(shared, warp - MATRIX_WARPS, SLOTS, TRANSFORM_WARPS);
@@ -181,7 +191,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
     shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
-    if constexpr (TOGETHER) shared.blocks = clusters;
+    if constexpr (TOGETHER) shared.blocks = clusters * CLUSTER;
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
 #ifdef MEET_IN_MEMORY
@@ -192,7 +202,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   __syncthreads();
   // Read after the keys, by when it has come.
-  if (TOGETHER && threadIdx.x == 0) shared.tag = first_tag(uses);
+  if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) shared.tag = first_tag(uses);
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   const bool whole = clusters * CLUSTER == 1;

@@ -328,6 +328,8 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, MatrixMeeting& me
     x += progress.alpha * p;
     r -= progress.alpha * s;
   }
+  // No block may leave before all that is sent to it has come.
+  if (IN_CLUSTER && step < MOST_STEPS) receive_row(exchange, thread, 1 + step, 0);
   meet_others();
   if (!small) return false;
 
@@ -345,7 +347,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, MatrixMeeting& me
   };
   if constexpr (TOGETHER) {
     meet_others();
-    if (thread < D) exchange.send(1 + step, 2 * D + thread, sum_of_values());
+    if (thread < D) exchange.send<false>(1 + step, 2 * D + thread, sum_of_values());
     y = receive_row(exchange, thread, 1 + step, D);
   }
   // Made anew: the registers are full.

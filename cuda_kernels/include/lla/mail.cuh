@@ -5,8 +5,11 @@
 // Exchanges of a row are numbered, and take two slots in turn: who sends the one after next has what all others sent next,
 // before which they read this one. The tag holds the exchange and how often the row's mail was used. So what lies there from
 // before is never taken for what is waited for, whatever the kernel that left it had for a row.
+//
+// Blocks of one cluster have their mail in shared memory: each has what is sent to it, and clears the place before.
 
 #include "lla/shape.cuh"
+#include "ptx/cluster.cuh"
 #include "ptx/relaxed.cuh"
 
 constexpr int MAIL_WORDS = 3 * 128 + 2;  // of a block at a time, at most
@@ -16,7 +19,7 @@ struct Mail {
   unsigned long long words[2][SHARERS][MAIL_WORDS];
   unsigned long long uses;
 };
-static_assert(!TOGETHER || sizeof(Mail) == MAIL_BYTES, "lla.py makes room for another size");
+static_assert(!TOGETHER || IN_CLUSTER || sizeof(Mail) == MAIL_BYTES, "lla.py makes room for another size");
 
 __device__ __forceinline__ Mail* mail_of_row(const lla::Call& call) {
   return static_cast<Mail*>(call.mail) + (block_index() >> call.splits_log2);
@@ -28,25 +31,70 @@ __device__ __forceinline__ unsigned first_tag(unsigned long long uses) { return 
 // By a thread of one block, when all blocks of the row have their tag.
 __device__ __forceinline__ void count_use(Mail* mail, unsigned tag) { store_relaxed(&mail->uses, tag / MOST_EXCHANGES); }
 
+#if SOLVERS > 1 && CLUSTER > 1
+// Of exchanges after the first, in the last slot of the ring, when no block of the cluster has tiles any more.
+struct LaterMail {
+  unsigned long long words[2][MOST_IN_CLUSTER][3 * D];
+};
+static_assert(sizeof(LaterMail) <= SLOT && sizeof(LaterMail) % (16 * TRANSFORM_THREADS) == 0);
+
+__device__ __forceinline__ LaterMail& later_mail(const Shared& shared) {
+  return *reinterpret_cast<LaterMail*>(const_cast<unsigned char*>(shared.ring[SLOTS - 1]));
+}
+
+// By the transform warps, when the block's tiles are done with and before it sends anything.
+__device__ __forceinline__ void clear_later_mail(Shared& shared) {
+  uint4* mail = reinterpret_cast<uint4*>(&later_mail(shared));
+#pragma unroll
+  for (int i = 0; i < int(sizeof(LaterMail)) / (16 * TRANSFORM_THREADS); i++)
+    mail[i * TRANSFORM_THREADS + thread_index() - MATRIX_THREADS] = {0, 0, 0, 0};
+  release_to_cluster();
+  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+}
+
+// Before the cluster's blocks have met.
+__device__ __forceinline__ void clear_first_mail(Shared& shared) {
+  unsigned long long* mail = &shared.mail[0][0];
+  for (int i = threadIdx.x; i < MOST_IN_CLUSTER * (2 * D + 2); i += THREADS) mail[i] = 0;
+}
+#endif
+
 // One block's view of its row's mail. tag: of exchange 0.
 struct Exchange {
   Mail* mail;
+  const Shared& shared;
   unsigned tag;
   int split, blocks;  // of the blocks that share the row
 
   __device__ __forceinline__ Exchange(const Shared& shared, const lla::Call& call)
-      : mail(mail_of_row(call)), tag(shared.tag),
+      : mail(mail_of_row(call)), shared(shared), tag(IN_CLUSTER ? 1 : shared.tag),
         split(block_index() & (call.splits - 1)), blocks(shared.blocks) {}
 
+  // Where what block `from` sends is found.
+  __device__ __forceinline__ const unsigned long long* place(int number, int from, int word) const {
+#if SOLVERS > 1 && CLUSTER > 1
+    return number == 0 ? &shared.mail[from][word] : &later_mail(shared).words[number % 2][from][word];
+#else
+    return &mail->words[number % 2][from][word];
+#endif
+  }
+
+  // To all blocks, or to the first one alone.
+  template <bool ALL = true>
   __device__ __forceinline__ void send(int number, int word, float x) const {
-    store_relaxed(&mail->words[number % 2][split][word],
-                  static_cast<unsigned long long>(tag + number) << 32 | __float_as_uint(x));
+    const unsigned long long tagged = static_cast<unsigned long long>(tag + number) << 32 | __float_as_uint(x);
+    const unsigned long long* to = place(number, split, word);
+    if constexpr (IN_CLUSTER) {
+#pragma unroll
+      for (int b = 0; b < (ALL ? CLUSTER : 1); b++) cluster_store_relaxed(cluster_address(shared_address(to), b), tagged);
+    } else {
+      store_relaxed(const_cast<unsigned long long*>(to), tagged);
+    }
   }
 
   // What COUNT blocks from `first` on sent; 0 of those that do not take part. By whole warps.
   template <int COUNT>
   __device__ __forceinline__ void receive(int number, int first, int word, float (&x)[COUNT]) const {
-    const unsigned long long* words = &mail->words[number % 2][first][word];
     const unsigned wanted = tag + number;
     bool missing;
     do {
@@ -55,7 +103,10 @@ struct Exchange {
 #pragma unroll
       for (int b = 0; b < COUNT; b++) {
         const bool is_there = first + b < blocks;
-        found[b] = is_there ? load_relaxed(words + b * MAIL_WORDS) : static_cast<unsigned long long>(wanted) << 32;
+        found[b] = static_cast<unsigned long long>(wanted) << 32;
+        if (!is_there) continue;
+        const unsigned long long* from = place(number, first + b, word);
+        found[b] = IN_CLUSTER ? shared_load_relaxed(shared_address(from)) : load_relaxed(from);
       }
 #pragma unroll
       for (int b = 0; b < COUNT; b++) {

@@ -25,7 +25,10 @@ constexpr int SOLVING_REGISTERS = 208;  // the same of conjugate gradients
 // Whether a row's blocks solve its system together, each with the moments of its own keys.
 constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
 constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
-static_assert(!TOGETHER || CLUSTER == 1, "those exchange through global memory");
+// And whether they send each other what they need through distributed shared memory, rather than the second-level cache.
+constexpr bool IN_CLUSTER = TOGETHER && CLUSTER > 1;
+constexpr int MOST_IN_CLUSTER = 4;
+static_assert(!IN_CLUSTER || (CLUSTER == SOLVERS && CLUSTER <= MOST_IN_CLUSTER), "a cluster has all blocks of a row");
 // Below this many keys a block, merging costs more than it saves.
 constexpr int MIN_SPLIT_KEYS = 512;
 
@@ -121,6 +124,9 @@ struct Shared {
   unsigned is_last;
   unsigned solved_by_steps;
   unsigned tag, blocks;  // of the row's mail, and that share the row
+#if SOLVERS > 1 && CLUSTER > 1
+  unsigned long long mail[MOST_IN_CLUSTER][2 * D + 2];  // of exchange 0, while rings are in use
+#endif
   unsigned bad_page;
   alignas(8) unsigned long long raw_full[SLOTS];
   unsigned long long x_full[SLOTS];

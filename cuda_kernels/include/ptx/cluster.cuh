@@ -21,6 +21,22 @@ __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
+// What came before in this block's shared memory comes before what is sent next.
+__device__ __forceinline__ void release_to_cluster() {
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
+}
+
+// A word that another block looks for: whole, and ordering nothing else.
+__device__ __forceinline__ void cluster_store_relaxed(unsigned address, unsigned long long x) {
+  asm volatile("st.relaxed.cluster.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
+}
+
+__device__ __forceinline__ unsigned long long shared_load_relaxed(unsigned address) {
+  unsigned long long x;
+  asm volatile("ld.relaxed.cluster.shared::cta.u64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
+  return x;
+}
+
 // The address in block `rank` that corresponds to `address` in this one.
 __device__ __forceinline__ unsigned cluster_address(unsigned address, unsigned rank) {
   unsigned there;
