@@ -74,9 +74,10 @@ def write_files(
         keep_trailing_newline=True,
     )
     environment.filters |= filters
+    # First what cannot be had again without another run.
+    (folder / CONFIG).write_text(config, encoding="utf-8")
+    pq.write_table(pa.Table.from_pylist(study.rows, schema=schema), folder / ROWS)
     for name, template in ((PAGE, page), (SUMMARY, summary)):
         text = environment.get_template(template).render(context, config=config)
         (folder / name).write_text(text, encoding="utf-8")
-    (folder / CONFIG).write_text(config, encoding="utf-8")
-    pq.write_table(pa.Table.from_pylist(study.rows, schema=schema), folder / ROWS)
     return [folder / name for name in (PAGE, SUMMARY, ROWS, CONFIG)]

@@ -1,5 +1,6 @@
 """The decode study measures what it says, on tiny points; no test depends on how fast the machine is."""
 
+import dataclasses
 import functools
 import gc
 import importlib.util
@@ -11,6 +12,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from jinja2 import UndefinedError
 
 import parallax_core
 from parallax_core import cuda_kernels
@@ -401,6 +403,30 @@ def test_the_schema_holds_every_field_of_a_measured_row():
 
 def test_the_configuration_beside_the_report_is_the_study(report):
     assert parse(DecodeConfig, (report / "config.yaml").read_text()) == parse(DecodeConfig, text())
+
+
+def test_every_peer_has_its_place_in_a_report(tmp_path):
+    """Ours, launched early, computes what a point asks for, and no other peer's ratio is with it."""
+    rows = [
+        row(10.0, {peer.name: 20.0 for peer in decode_peers.PEERS} | {"early": 1.0}, operation=operation)
+        for operation in ("parallax", "softmax", "lla")
+    ]
+    findings = find_decode(rows)
+    assert all(comparison.ratio == pytest.approx(2.0) for comparison in findings.comparisons)
+    study = Study(parse(DecodeConfig, text()), None, rows)
+    write_decode_report(study, findings, tmp_path, Provenance("c", "p", 1.0))
+    for name in ("report.html", "summary.md"):
+        assert all(peer.title in (tmp_path / name).read_text() for peer in decode_peers.PEERS)
+
+
+def test_rows_outlive_a_report_that_fails(tmp_path):
+    findings = find_decode(ROWS)
+    study = Study(parse(DecodeConfig, text()), None, ROWS)
+    with pytest.raises(UndefinedError):
+        write_decode_report(
+            study, dataclasses.replace(findings, ratios=[]), tmp_path, Provenance("c", "p", 1.0)
+        )
+    assert pq.read_table(tmp_path / "rows.parquet").num_rows == len(ROWS)
 
 
 def test_a_report_without_peers_can_be_read(tmp_path):
