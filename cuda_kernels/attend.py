@@ -13,8 +13,11 @@ from parallax_core.problem import Problem
 
 from . import compiler, early_launch, heuristics, tensor_map, workspace
 from .heuristics import Shape
-from .layout import Layout
+from .layout import Layout, most_bytes
 from .parameters import PACK_POINTERS, PROBLEM, masks_of
+
+_MOST_BYTES_EARLY = 1 << 30
+"""Of keys and values: a launch is nothing beside reading more, and one of 2 GiB took 1.5 % longer begun early."""
 
 
 def plan(problem: Problem, layout: Layout) -> Plan:
@@ -37,7 +40,7 @@ class Plan:
         self._kernel, self._device, self._function = kernel, layout.device, kernel.function
         self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
         self._early = None
-        if early_launch.supported(layout.capability):
+        if early_launch.supported(layout.capability) and most_bytes(problem) <= _MOST_BYTES_EARLY:
             self._early = early_launch.EarlyLaunch(
                 kernel.function, shape.grid, 32 * shape.warps, shape.shared_bytes
             )

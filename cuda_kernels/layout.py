@@ -58,11 +58,15 @@ def has_tensor_maps(problem: Problem, layout: Layout) -> bool:
     )
 
 
+def most_bytes(problem: Problem) -> int:
+    """Of the keys and values that a call may read, each once."""
+    keys = problem.batch * problem.kv_len * problem.kv_heads
+    return keys * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
+
+
 def overflows_cache(problem: Problem, layout: Layout) -> bool:
     """Whether the keys and values of a call are more than the second-level cache holds.
 
     Pages are not counted, since sequences may share them.
     """
-    keys = problem.batch * problem.kv_len * problem.kv_heads
-    size = keys * (problem.head_dim + problem.value_dim) * problem.dtype.itemsize
-    return problem.page_size is None and size > layout.cache_bytes
+    return problem.page_size is None and most_bytes(problem) > layout.cache_bytes
