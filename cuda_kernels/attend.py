@@ -17,7 +17,7 @@ from .layout import Layout, most_bytes
 from .parameters import PACK_POINTERS, PROBLEM, masks_of
 
 _MOST_BYTES_EARLY = 1 << 30
-"""Of keys and values: a launch is nothing beside reading more, and one of 2 GiB took 1.5 % longer begun early."""
+"""Of keys and values: beside reading more a launch is nothing, and with 2 GiB it took 1.5 % longer."""
 
 
 def plan(problem: Problem, layout: Layout) -> Plan:

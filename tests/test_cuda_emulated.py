@@ -17,7 +17,7 @@ from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
-from parallax_core.cuda_kernels import lla
+from parallax_core.cuda_kernels import early_launch, lla
 
 pytestmark = needs_compiler
 
@@ -320,6 +320,34 @@ def swapped(order=LATE, copied=0, waits=1, meets=1):
     arguments = np.array([at, at + 8, flags.ctypes.data], np.uint64)
     failure = kernel.launch(arguments.ctypes.data, 1, 1, 1, 64, 1024, order)
     return failure, (result.reshape(2, 128)[::-1].ravel() == numbers).all()
+
+
+@pytest.mark.parametrize(
+    "operation, extra",
+    [("parallax", {}), ("lla", {"ridge": 0.1}), ("lla", {"ridge": 0.1, "solver": "cg"})],
+    ids=["parallax", "lla", "lla by conjugate gradients"],
+)
+def test_an_early_launch_is_the_same_launch(operation, extra, monkeypatch):
+    launched = []
+
+    class EarlyLaunch:
+        def __init__(self, function, grid, threads, shared_bytes):
+            self.shape = function, *grid, threads, 1, 1, shared_bytes
+
+        def launch(self, stream, arguments):
+            launched.append(self.shape)
+            Driver.launchKernel(*self.shape, stream, arguments, 0)
+
+    arrays = on_gpu(make(capacity=150))
+    with emulated():
+        monkeypatch.setattr(early_launch, "supported", lambda capability: capability >= (9, 0))
+        monkeypatch.setattr(early_launch, "EarlyLaunch", EarlyLaunch)
+        early = call(plx, operation, arrays, **extra).data
+        assert len(launched) == 1
+        with early_launch.allow(False):
+            plain = call(plx, operation, arrays, **extra).data
+        assert len(launched) == 1
+    np.testing.assert_array_equal(early, plain)
 
 
 def test_the_emulator_tells_what_is_wrong_with_a_kernel():
