@@ -159,6 +159,8 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
       d1 += of_block, sum += of_block * means[b];
     }
   }
+  // All blocks have cleared the place of what comes next.
+  if constexpr (IN_CLUSTER) acquire_from_cluster();
   const float of_all = sum / d1;
   shared.total.mean[column] = of_all;
   apart(shared)[column] = mean - of_all;

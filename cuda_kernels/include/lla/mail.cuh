@@ -48,8 +48,9 @@ __device__ __forceinline__ void clear_later_mail(Shared& shared) {
 #pragma unroll
   for (int i = 0; i < int(sizeof(LaterMail)) / (16 * TRANSFORM_THREADS); i++)
     mail[i * TRANSFORM_THREADS + thread_index() - MATRIX_THREADS] = {0, 0, 0, 0};
-  release_to_cluster();
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+  // By every thread of what all have cleared: what each sends next tells the others so.
+  release_to_cluster();
 }
 
 // Before the cluster's blocks have met.

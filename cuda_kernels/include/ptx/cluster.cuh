@@ -26,6 +26,11 @@ __device__ __forceinline__ void release_to_cluster() {
   asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
 }
 
+// What others sent has been found: what they released before it comes before all that is sent to them from now on.
+__device__ __forceinline__ void acquire_from_cluster() {
+  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
+}
+
 // A word that another block looks for: whole, and ordering nothing else.
 __device__ __forceinline__ void cluster_store_relaxed(unsigned address, unsigned long long x) {
   asm volatile("st.relaxed.cluster.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");

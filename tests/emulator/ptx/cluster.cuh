@@ -20,6 +20,7 @@ inline float2 cluster_load2(unsigned address) { return *reinterpret_cast<float2*
 inline float4 cluster_load4(unsigned address) { return *reinterpret_cast<float4*>(emulator::at(address)); }
 inline void cluster_store4(unsigned address, float4 x) { *reinterpret_cast<float4*>(emulator::at(address)) = x; }
 inline void release_to_cluster() {}
+inline void acquire_from_cluster() {}
 NOT_WATCHED inline void cluster_store_relaxed(unsigned address, unsigned long long x) { *reinterpret_cast<unsigned long long*>(emulator::at(address)) = x; }
 NOT_WATCHED inline unsigned long long shared_load_relaxed(unsigned address) {
   emulator::look_again();
