@@ -67,6 +67,8 @@ def most_bytes(problem: Problem) -> int:
 def overflows_cache(problem: Problem, layout: Layout) -> bool:
     """Whether the keys and values of a call are more than the second-level cache holds.
 
-    Pages are not counted, since sequences may share them.
+    False for pages, which sequences may share, and for splits of a pinned size, whose kernel is to be the same
+    in any batch.
     """
-    return problem.page_size is None and most_bytes(problem) > layout.cache_bytes
+    counts = problem.page_size is None and layout.split_size is None
+    return counts and most_bytes(problem) > layout.cache_bytes
