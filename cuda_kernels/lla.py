@@ -92,14 +92,13 @@ class Plan:
             4 * shape.partial_floats, shape.rows if shape.partial_floats else 0, shape.mail_bytes
         )
         # Rows that blocks solve together must all run at once, which is another kind of launch.
-        self._early = {}
+        self._early = None
         if shape.box and not shape.mail_bytes and early_launch.supported(layout.capability):
-            self._early = {
-                blocks: early_launch.EarlyLaunch(
-                    self._kernel.function, (blocks, 1, 1), shape.threads, shape.shared_bytes
-                )
-                for _, blocks in self._launches
-            }
+            # Of the tuned kernel there is one launch.
+            ((_, blocks),) = self._launches
+            self._early = early_launch.EarlyLaunch(
+                self._kernel.function, (blocks, 1, 1), shape.threads, shape.shared_bytes
+            )
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape, ridge)
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
@@ -130,8 +129,8 @@ class Plan:
                 arguments = function, blocks, 1, 1, shape.threads, 1, 1, shape.shared_bytes, stream
                 if shape.mail_bytes:
                     driver.launchCooperativeKernel(*arguments, self._arguments_address)
-                elif self._early and early_launch.allowed():
-                    self._early[blocks].launch(stream, self._arguments_address)
+                elif self._early is not None and early_launch.allowed():
+                    self._early.launch(stream, self._arguments_address)
                 else:
                     driver.launchKernel(*arguments, self._arguments_address, 0)
 
@@ -174,7 +173,6 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         most = 1 if layout.split_size else _MOST_TOGETHER
     splits_log2 = max(0, min(wanted, most).bit_length() - 1)
     splits = 1 << splits_log2
-    together = by_steps and splits > 1
     # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
     large = not layout.split_size and 2 * rows * splits <= at_once
     cluster = min(splits, _LARGE_CLUSTER if large else 2)
@@ -184,7 +182,7 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         fits = splits == 2 or (splits == 4 and rows * splits <= 0.9 * at_once)
         cluster = splits if D == 64 and fits else 1
     in_cluster = by_steps and cluster > 1
-    mailed = together and not in_cluster
+    mailed = by_steps and splits > cluster
     shared_bytes = _CLUSTER_SHARED_BYTES if in_cluster else SM90_SHARED_BYTES[D]
     box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
     defines = dict(

@@ -8,9 +8,9 @@
 // (conjugate.cuh).
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
-// shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is
-// read once, and more of them than the second-level cache holds), INDEXED and PACKED (whether there are lengths or paddings, and packed
-// sequences), HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
+// shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the
+// second-level cache holds), INDEXED and PACKED (whether there are lengths or paddings, and packed sequences),
+// HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
 // MOST_STEPS (of these), MAIL_BYTES (of a row whose blocks send each other mail). Grid: rows * splits blocks; splits a
 // power of two and a multiple of CLUSTER.
 
@@ -101,7 +101,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
   let_next_launch_begin();
-#if SOLVERS > 1 && CLUSTER > 1
+#if MAIL_IN_SHARED
   clear_later_mail(shared);
   cluster_wait();
 #endif
@@ -143,7 +143,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
   if (threadIdx.x == 0) prefetch_map(maps.k), prefetch_map(maps.v);
-#if SOLVERS > 1 && CLUSTER > 1
+#if MAIL_IN_SHARED
   clear_first_mail(shared);
   // Waited for before a block sends the others anything. Here, since the fence in it waits for loads.
   cluster_arrive_shared();

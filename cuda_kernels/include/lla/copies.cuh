@@ -21,6 +21,10 @@ struct Source {
       : Source(shared.begin, shared.end, shared.batch, shared.kv_head) {}
 };
 
+// What describes run `run` of a tile to the copy engine, and which run of its head it is.
+__device__ __forceinline__ const TensorMap& map_of_run(const Maps& maps, int run) { return run < RUNS ? maps.v : maps.k; }
+__device__ __forceinline__ constexpr int run_of_head(int run) { return column_of_place(run) % D / 64; }
+
 // Brings a box of run `run` of a tile to its slot, and counts it where all of the tile's are waited for.
 __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from,
                                       int run, int tile, int slot, int box) {
@@ -41,7 +45,7 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
   mbarrier_arrive_expect(barrier, present ? BOX * 128 : 0);
   if (!present) return;
   const unsigned to = shared_address(shared.ring[slot]) + run * RUN + box * BOX * 128;
-  box_copy<READ_ONCE>(to, run < RUNS ? maps.v : maps.k, 0, place, column_of_place(run) % D / 64, from.kv_head, outer, barrier);
+  box_copy<READ_ONCE>(to, map_of_run(maps, run), 0, place, run_of_head(run), from.kv_head, outer, barrier);
 }
 
 // Tiles FIRST to LAST of a pass, each to the slot of its number; by COPYING_WARPS warps.
@@ -70,7 +74,7 @@ __device__ __forceinline__ void prefetch_next(const lla::Call& call, const Maps&
   const lla::Row row(call, next);
   const int position = row.first + lane * TILE;
   if (lane < TILES && position < row.end)
-    box_prefetch(warp < RUNS ? maps.v : maps.k, 0, position, column_of_place(warp) % D / 64, row.kv_head, row.batch);
+    box_prefetch(map_of_run(maps, warp), 0, position, run_of_head(warp), row.kv_head, row.batch);
 }
 
 constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES;

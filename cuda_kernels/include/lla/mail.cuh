@@ -31,7 +31,7 @@ __device__ __forceinline__ unsigned first_tag(unsigned long long uses) { return 
 // By a thread of one block, when all blocks of the row have their tag.
 __device__ __forceinline__ void count_use(Mail* mail, unsigned tag) { store_relaxed(&mail->uses, tag / MOST_EXCHANGES); }
 
-#if SOLVERS > 1 && CLUSTER > 1
+#if MAIL_IN_SHARED
 // Of exchanges after the first, in the last slot of the ring, when no block of the cluster has tiles any more.
 struct LaterMail {
   unsigned long long words[2][MOST_IN_CLUSTER][3 * D];
@@ -73,7 +73,7 @@ struct Exchange {
 
   // Where what block `from` sends is found.
   __device__ __forceinline__ const unsigned long long* place(int number, int from, int word) const {
-#if SOLVERS > 1 && CLUSTER > 1
+#if MAIL_IN_SHARED
     return number == 0 ? &shared.mail[from][word] : &later_mail(shared).words[number % 2][from][word];
 #else
     return &mail->words[number % 2][from][word];

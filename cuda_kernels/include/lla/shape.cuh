@@ -26,7 +26,8 @@ constexpr int SOLVING_REGISTERS = 208;  // the same of conjugate gradients
 constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
 constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
 // And whether they send each other what they need through distributed shared memory, rather than the second-level cache.
-constexpr bool IN_CLUSTER = TOGETHER && CLUSTER > 1;
+#define MAIL_IN_SHARED (SOLVERS > 1 && CLUSTER > 1)
+constexpr bool IN_CLUSTER = MAIL_IN_SHARED;
 constexpr int MOST_IN_CLUSTER = 4;
 static_assert(!IN_CLUSTER || (CLUSTER == SOLVERS && CLUSTER <= MOST_IN_CLUSTER), "a cluster has all blocks of a row");
 // Below this many keys a block, merging costs more than it saves.
@@ -124,7 +125,7 @@ struct Shared {
   unsigned is_last;
   unsigned solved_by_steps;
   unsigned tag, blocks;  // of the row's mail, and that share the row
-#if SOLVERS > 1 && CLUSTER > 1
+#if MAIL_IN_SHARED
   unsigned long long mail[MOST_IN_CLUSTER][2 * D + 2];  // of exchange 0, while rings are in use
 #endif
   unsigned bad_page;

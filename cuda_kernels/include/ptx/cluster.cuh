@@ -11,20 +11,21 @@ __device__ __forceinline__ unsigned cluster_rank() {
 // as long as what was written last is under way to global memory.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 
-// The same of what came before in this block's own shared memory, alone.
-__device__ __forceinline__ void cluster_arrive_shared() {
-  asm volatile("fence.release.sync_restrict::shared::cta.cluster;\n\tbarrier.cluster.arrive.relaxed.aligned;" ::: "memory");
-}
-
 // Of nothing: what others have left has been read.
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// What came before in this block's shared memory comes before what is sent next.
+// What came before in this block's own shared memory comes before what it tells the others next.
 __device__ __forceinline__ void release_to_cluster() {
   asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
 }
+
+// As cluster_arrive, of that alone.
+__device__ __forceinline__ void cluster_arrive_shared() {
+  release_to_cluster();
+  cluster_arrive_relaxed();
+}
+
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // What others sent has been found: what they released before it comes before all that is sent to them from now on.
 __device__ __forceinline__ void acquire_from_cluster() {
