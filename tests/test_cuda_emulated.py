@@ -131,8 +131,9 @@ def test_conjugate_gradients_in_every_order_of_their_threads(name, monkeypatch):
 
 def test_mail_of_other_shapes_is_not_mistaken():
     """Calls one after another on one workspace, whose rows and heads lie in the same mail."""
-    cases = [make(batch=b, kv_heads=1, capacity=c, seed=b) for b, c in ((1, 1100), (2, 1100), (1, 2070))]
-    with emulated((9, 0), multiprocessors=12):
+    sizes = (3, 64, 1600), (1, 128, 1100), (2, 128, 1100)
+    cases = [make(batch=b, kv_heads=1, capacity=c, head_dim=d, seed=b) for b, d, c in sizes]
+    with emulated((9, 0), multiprocessors=6):
         Driver.order = RANDOM_EARLY
         for case in (*cases, *reversed(cases)):
             o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
