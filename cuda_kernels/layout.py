@@ -67,8 +67,8 @@ def most_bytes(problem: Problem) -> int:
 def overflows_cache(problem: Problem, layout: Layout) -> bool:
     """Whether the keys and values of a call are more than the second-level cache holds.
 
-    False for pages, which sequences may share, and for splits of a pinned size, whose kernel is to be the same
-    in any batch.
+    False for pages, which sequences may share, and for splits of a pinned size, whose kernel is the same in
+    any batch.
     """
     counts = problem.page_size is None and layout.split_size is None
     return counts and most_bytes(problem) > layout.cache_bytes
