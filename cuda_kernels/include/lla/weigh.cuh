@@ -61,34 +61,106 @@ __device__ __forceinline__ void note_largest(Shared& shared, const Lane& at, flo
 // of at most 16 times a number at most twice the largest from the origin.
 constexpr int ROOMY = 3, TIGHT = 9;
 
-// The power of two that scales the largest number of all warps to between 2^exponent and twice that, or `otherwise` if
-// that is 0; after a barrier.
-__device__ __forceinline__ float agreed_scale(Shared& shared, int kind, int exponent, float otherwise) {
-  const int bits = shared.largest[kind], own = bits >> 23;
-  // The exponent of the scale; that of its inverse is 254 less it. 1 if that will do, as for most numbers it will. Float16
-  // has no larger scale than 2^15, and needs none.
+// The power of two that scales a largest number, of these bits, to between 2^exponent and twice that, or 1 where that will do;
+// `otherwise` if the number is 0.
+__device__ __forceinline__ float scale_of(unsigned bits, int exponent, float otherwise) {
+  const int own = bits >> 23;
+  // The exponent of the scale; that of its inverse is 254 less it. Float16 has no larger scale than 2^15, and needs none.
   constexpr int SMALLEST = 127 - (BFLOAT ? 127 : 14), LARGEST = 127 + (BFLOAT ? 100 : 15);
-  const bool is_near_1 = exponent == ROOMY && own >= 127 - 2 && own < 127 + 7;
+  // In a second pass too: a row whose sums one NaN made NaN keeps the bits of its other channels.
+  const bool is_near_1 = own >= 127 - 2 && own < 127 + 7;
   const int power = is_near_1 ? 127 : max(min(254 + exponent - own, LARGEST), SMALLEST);
-  // Others read it after a barrier at least.
-  if (thread_index() - MATRIX_THREADS == kind * D) shared.inverse_scale[kind] = bits ? __uint_as_float(254 - power << 23) : reciprocal_fast(otherwise);
   return bits ? __uint_as_float(power << 23) : otherwise;
 }
 
-// 1 over a power of two or, as agreed_scale has it, over 0.
+// 1 over a power of two or, as scale_of may have it, over 0.
 __device__ __forceinline__ float inverse_of_scale(float scale) {
   return scale == 0.0f ? -minus_infinity() : __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
+// The first origin of a pass and, unless it is there, the scale; by all transform warps, each for itself with the same result,
+// when a maximum was first found in a tile. `from`, scores: the lane's first key of the tile, if it were the first warp's. An
+// origin need not be the mean, but near: the weighted mean of the first keys that have the weight of the largest one, in half
+// precision. Once for a row, that is as fast as it is few instructions, which have yet to be fetched.
+__device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, const float* scores, float m, bool choose,
+                                              float& scale, unsigned (&origin)[4]) {
+  constexpr int STEPS = TILE / (4 * SUB_KEYS);
+  // Of numbers in float16, whose sums may leave its range, half precision is none.
+  unsigned pairs[4] = {}, largest_pairs[4] = {};
+  float sums[8] = {}, d1 = 0.0f;
+#pragma unroll 1
+  for (int step = 0; step < STEPS; step++) {
+    const float4 s = *reinterpret_cast<const float4*>(scores);
+    const float of_four[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+    for (int key = 0; key < 4; key++) {
+      const float weight = exp2_fast(of_four[key] - m);
+      const unsigned weights = narrow_pair<BFLOAT>(weight, weight);
+      uint4 raw = shared_load4(at_key(from, key));
+      // What no one sees may be anything.
+      if (!(weight > 0.0f)) raw = {0, 0, 0, 0};
+      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+      d1 += BFLOAT ? widen<BFLOAT>(weights & 0xffff) : weight;
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        if constexpr (BFLOAT) {
+          pairs[e] = multiply_add_pairs(weights, words[e], pairs[e]);
+        } else {
+          const float2 x = widen_pair<false>(words[e]);
+          sums[2 * e] += weight * x.x, sums[2 * e + 1] += weight * x.y;
+        }
+        largest_pairs[e] = larger_pairs<BFLOAT>(largest_pairs[e], words[e] & 0x7fff7fffu);
+      }
+    }
+    // Zeros alone say nothing of the scale.
+    const unsigned any = largest_pairs[0] | largest_pairs[1] | largest_pairs[2] | largest_pairs[3];
+    const bool is_enough = !(of_all_keys(d1) < 1.0f);
+    if (__all_sync(~0u, is_enough && any != 0)) break;
+    from = at_key(from, 4), scores += key_of(4);
+  }
+  // Anew: what is used here alone costs registers elsewhere.
+  const int thread = thread_index() - MATRIX_THREADS;
+  const Lane at(thread % 32);
+  const bool first_of_kind = at.channel() == 0 && at.sub_key == 0;
+  if (choose) {
+    const float2 larger = widen_pair<BFLOAT>(larger_pairs<BFLOAT>(larger_pairs<BFLOAT>(largest_pairs[0], largest_pairs[1]),
+                                                                  larger_pairs<BFLOAT>(largest_pairs[2], largest_pairs[3])));
+    const float largest = fmaxf(larger.x, larger.y);
+    // An infinity, which no scale saves, hides a lane's other numbers.
+    const unsigned bits = largest < -minus_infinity() ? __float_as_uint(largest) : 0;
+    const unsigned of_keys = __reduce_max_sync(~0u, at.is_value() ? 0 : bits);
+    const unsigned of_values = __reduce_max_sync(~0u, at.is_value() ? bits : 0);
+    // A scale of 0 makes what follows NaN.
+    scale = scale_of(at.is_value() ? of_values : of_keys, ROOMY, 0.0f);
+    if (thread < 32 && first_of_kind) shared.inverse_scale[at.is_value()] = inverse_of_scale(scale);
+  }
+  const float factor = scale * reciprocal_fast(of_all_keys(d1));
+#pragma unroll
+  for (int e = 0; e < 4; e++) {
+    if constexpr (BFLOAT) {
+      const float2 x = widen_pair<true>(pairs[e]);
+      sums[2 * e] = x.x, sums[2 * e + 1] = x.y;
+    }
+    // As float16, which is subtracted from others without another rounding.
+    origin[e] = narrow_pair<false>(factor * of_all_keys(sums[2 * e]), factor * of_all_keys(sums[2 * e + 1]));
+  }
+  if (thread < 32 && at.sub_key == 0) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float2 x = widen_pair<false>(origin[e]);
+      shared.origin[at.column() + 2 * e] = x.x * inverse_of_scale(scale);
+      shared.origin[at.column() + 2 * e + 1] = x.y * inverse_of_scale(scale);
+    }
+  }
+  // No warp takes its keys of the tile before all have read it.
+  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+}
+
 // Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps, whosever the tile
-// is; the sums, relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2. The
-// first time, unless the scale of X is there, it is chosen too. from, scores: of the tile, of this warp's keys.
+// is; the sums, relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2.
 __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const float* scores, float half_shift,
-                                         float rescale, int move, bool choose, float& scale, float (&sums)[8], unsigned (&origin)[4], float& d1) {
-  constexpr int KEYS = LANE_KEYS / GROUPS;
-  static_assert(KEYS == 8, "at_key takes that many by exclusive or");
+                                         float rescale, int move, float scale, float (&sums)[8], unsigned (&origin)[4], float& d1) {
   float tile_sums[8] = {}, tile_d1 = 0.0f;
-  float largest = 0.0f;
   float2 origins[4];
 #pragma unroll
   for (int e = 0; e < 4; e++) {
@@ -96,6 +168,8 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
     origins[e].x *= inverse_of_scale(scale), origins[e].y *= inverse_of_scale(scale);
   }
   // The groups share the tile.
+  constexpr int KEYS = LANE_KEYS / GROUPS;
+  static_assert(KEYS == 8, "at_key takes that many by exclusive or");
   const int first = (thread_index() - MATRIX_THREADS) / 32 / GROUP_WARPS * KEYS;
   from += key_of(first) * 128, scores += key_of(first);
 #pragma unroll
@@ -114,7 +188,6 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
         const float2 x = widen_pair<BFLOAT>(words[e]);
         tile_sums[2 * e] += weight * (x.x - origins[e].x);
         tile_sums[2 * e + 1] += weight * (x.y - origins[e].y);
-        largest = fmaxf(fmaxf(largest, fabsf(x.x)), fabsf(x.y));
       }
       tile_d1 += weight;
     }
@@ -128,8 +201,6 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   const float d1_of_warp = of_all_keys(d1);
   tile_d1 = of_all_keys(tile_d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1_of_warp, shared.warp_d1[1][warp] = tile_d1;
-  // An infinity, which no scale saves, hides a lane's other numbers.
-  if (choose) note_largest(shared, at, largest < -minus_infinity() ? largest : 0.0f);
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   float before = 0.0f, sum = 0.0f, d1_before = 0.0f, d1_now = 0.0f;
 #pragma unroll
@@ -139,9 +210,7 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
     d1_before += shared.warp_d1[0][w];
     d1_now += shared.warp_d1[1][w];
   }
-  // Zeros alone say nothing of the scale, and make what follows NaN.
-  if (choose) scale = agreed_scale(shared, at.is_value(), ROOMY, 0.0f);
-  const float column_scale = choose ? agreed_scale(shared, kind, ROOMY, 0.0f) : inverse_of_scale(shared.inverse_scale[kind]);
+  const float column_scale = inverse_of_scale(shared.inverse_scale[kind]);
   const float shift = (rescale * before + column_scale * sum) * reciprocal_fast(rescale * d1_before + d1_now);
   const float old = column_scale * shared.origin[thread];
   // As a float16, which is subtracted from others without another rounding.
@@ -258,7 +327,8 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
   const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32;
   const int group = thread / 32 / GROUP_WARPS, warp = thread / 32 % GROUP_WARPS;
   const Lane at(lane);
-  const unsigned ring = shared_address(shared.ring) + at.place(warp);
+  constexpr int WARP_BYTES = WARP_KEYS * 128;
+  const unsigned ring = shared_address(shared.ring) + at.place(0);  // of the first warp's keys
   const int first_key = warp * WARP_KEYS + 4 * at.sub_key;  // of the lane, in a tile
 
   float scale = 1.0f;
@@ -266,8 +336,8 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
   if (exact) {
     note_largest(shared, at, largest_of_all(shared, call, at, thread / 32));
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-    agreed_scale(shared, thread / D, TIGHT, 1.0f);
-    scale = agreed_scale(shared, at.is_value(), TIGHT, 1.0f);
+    scale = scale_of(shared.largest[at.is_value()], TIGHT, 1.0f);
+    if (thread < 32 && at.channel() == 0 && at.sub_key == 0) shared.inverse_scale[at.is_value()] = inverse_of_scale(scale);
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   }
 
@@ -279,13 +349,17 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
   // what brings sums to the new maximum.
   const auto grow = [&](int tile, float largest) {
     const float rescale = exp2_fast(m - largest);
-    const bool choose = m == minus_infinity() && !exact;
+    const bool is_first = m == minus_infinity();
     m = largest;
+    const float* scores = shared.scores[tile % SCORE_STAGES] + 4 * at.sub_key;
+    if (is_first) {
+      choose_origin(shared, ring + tile % SLOTS * SLOT, scores, m, !exact, scale, origin);
+      return 1.0f;
+    }
     // The moments follow a shift when its tile reaches them. The last but one, in whose place this comes, was of a tile
     // two before at least.
     if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
-    const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
-    recentre(shared, ring + tile % SLOTS * SLOT, scores, 0.5f * m, rescale, move, choose, scale, sums, origin, d1);
+    recentre(shared, ring + tile % SLOTS * SLOT + warp * WARP_BYTES, scores + warp * WARP_KEYS, 0.5f * m, rescale, move, scale, sums, origin, d1);
     move ^= 1;
     return rescale;
   };
@@ -296,17 +370,19 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     const int first_of_tile = shared.begin + tile * TILE;
     return first_of_tile < shared.first || first_of_tile + TILE > shared.end;
   };
-  const unsigned first_partial = is_partial(0) ? 0 : ~0u, last_partial = is_partial(tiles - 1) ? tiles - 1 : ~0u;
+  constexpr int NONE = -2;
+  const int first_partial = is_partial(0) ? 0 : NONE, last_partial = is_partial(tiles - 1) ? tiles - 1 : NONE;
   static_assert(GROUPS == 2, "the tile before is the other group's");
   unsigned slot = group;
+  // The second group does not wait for its own first tile when it helps with the first one.
 #pragma unroll 1
-  for (unsigned tile = group;; tile += GROUPS) {
+  for (int tile = group == 0 ? 0 : -1;; tile += tile < 0 ? 2 : GROUPS) {
     delay();
     // To the end, the tile before is the other group's.
-    const bool own = tile < tiles;
+    const bool own = tile >= 0 && tile < tiles;
     if (!own && (tile > tiles || tiles == 0)) break;
-    unsigned x = ring + slot * SLOT;
-    const unsigned last = own ? tile : tile - 1;
+    unsigned x = ring + slot * SLOT + warp * WARP_BYTES;
+    const int last = own ? tile : max(tile - 1, 0);
     mbarrier_wait(shared_address(&shared.scores_full[last % SCORE_STAGES]), last / SCORE_STAGES & 1);
     const float2* pairs = reinterpret_cast<const float2*>(shared.scores[0]) + lane;
     const float2 pair = pairs[last % SCORE_STAGES * (TILE / 2)];
@@ -331,6 +407,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
         }
       }
     }
+    if (tile < 0) continue;
     if (!own) break;
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
     const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];

@@ -56,6 +56,24 @@ __device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b) {
   return y;
 }
 
+// Of pairs of bfloat16, a b + c, rounded once.
+__device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+  unsigned y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+
+// NaN only of two.
+template <bool BFLOAT>
+__device__ __forceinline__ unsigned larger_pairs(unsigned a, unsigned b) {
+  unsigned y;
+  if constexpr (BFLOAT)
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
 // 2^x to 2 units in the last place; NaN of NaN.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

@@ -35,6 +35,16 @@ unsigned multiply_pairs(unsigned a, unsigned b) {
   return narrow_pair<true>(x.x * y.x, x.y * y.y);
 }
 
+inline unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
+  const float2 x = widen_pair<true>(a), y = widen_pair<true>(b), z = widen_pair<true>(c);
+  return narrow_pair<true>(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
+}
+template <bool BFLOAT>
+unsigned larger_pairs(unsigned a, unsigned b) {
+  const float2 x = widen_pair<BFLOAT>(a), y = widen_pair<BFLOAT>(b);
+  return narrow_pair<BFLOAT>(std::fmax(x.x, y.x), std::fmax(x.y, y.y));
+}
+
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1 / x; }
 inline float square_root_fast(float x) { return sqrtf(x); }
