@@ -22,6 +22,7 @@
 #include "lla/shape.cuh"
 #include "lla/weigh.cuh"
 #include "ptx/dependents.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/registers.cuh"
 
 // Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass. `id`, `threads`: a
@@ -68,18 +69,30 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
   store_moments<0, Part::VALUES>(shared, moments, inverse_scale * shared.inverse_scale[1], whole, 0.0f);
 }
 
-// Solves the row, or leaves the moments to the factorisation.
+// Leaves the moments in c, with the registers to solve the row.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
-  float c[D];
-  accumulate_all<KEY_COLUMNS>(shared, call, maps, c, tiles);
+__device__ __forceinline__ void accumulate_to_solve(Shared& shared, const lla::Call& call, const Maps& maps, int tiles, float (&c)[D]) {
+  float accumulators[D];
+  accumulate_all<KEY_COLUMNS>(shared, call, maps, accumulators, tiles);
   if constexpr (IN_CLUSTER) cluster_wait();
   // The sums of all blocks are there.
   if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
   if constexpr (D == 128) take_registers<SOLVING_REGISTERS>();
+  // Copies: accumulators that two ways of the program leave in the same registers are waited for by each product.
+#pragma unroll
+  for (int e = 0; e < D; e++) c[e] = copy_opaque(accumulators[e]);
+}
+
+// Solves the row, or leaves the moments to the factorisation. From here on the warpgroups run the same code: what is fetched
+// for one is there for the other.
+__device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles, int warpgroup) {
+  float c[D];
+  if (D == 64 || warpgroup == 0)
+    accumulate_to_solve<64>(shared, call, maps, tiles, c);
+  else
+    accumulate_to_solve<D>(shared, call, maps, tiles, c);
   const lla::RowIndex row(call, block_index() >> call.splits_log2);
-  MatrixMeeting meet_others(shared);
-  const bool solved = solve_by_steps(shared, meet_others, call, row, c);
+  const bool solved = solve_by_steps(shared, call, row, c);
   if (thread_index() == 0) {
     shared.solved_by_steps = solved;
     if constexpr (TOGETHER) {
@@ -88,7 +101,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
       if (!IN_CLUSTER && exchange.split == 0) count_use(exchange.mail, exchange.tag);
     }
   }
-  if (!solved) leave_to_factorisation(shared, meet_others, c, !TOGETHER || shared.blocks == 1, row.ridge(call));
+  if (!solved) leave_to_factorisation(shared, c, !TOGETHER || shared.blocks == 1, row.ridge(call));
   meet(shared.met, shared.exact ^ !TOGETHER);
   if constexpr (D == 128)
     if (!solved) give_registers<128>();
@@ -194,9 +207,6 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if constexpr (TOGETHER) shared.blocks = clusters * CLUSTER;
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
-#ifdef MEET_IN_MEMORY
-    mbarrier_init(shared_address(&shared.multiplied), MATRIX_WARPS * OF_WARP);
-#endif
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
@@ -212,10 +222,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     barrier_sync(MATRIX, MATRIX_THREADS);
     if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();
     if constexpr (CONJUGATE_GRADIENTS) {
-      if (D == 64 || warpgroup == 0)
-        solving_matrix_role<64>(shared, call, maps, tiles);
-      else
-        solving_matrix_role<D>(shared, call, maps, tiles);
+      solving_matrix_role(shared, call, maps, tiles, warpgroup);
     } else if (D == 64 || warpgroup == 0)
       matrix_role<64>(shared, call, maps, whole, tiles);
     else

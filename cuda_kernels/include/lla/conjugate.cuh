@@ -17,8 +17,7 @@ static_assert(MOST_STEPS + 1 < MOST_EXCHANGES, "each has an exchange, after that
 // Of what the slope adds to an output: a quarter of its last bit in bfloat16, and that bit in float16.
 constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
 
-// The numbers of a step that are the same in all threads. Their warps are compiled apart, and must come to the same bits:
-// nothing here is left to a compiler's choice of contractions.
+// The numbers of a step that are the same in all threads.
 struct Progress {
   float gamma = 0.0f, inverse_gamma = 0.0f;  // the residual's square
   float curvature = 0.0f, alpha = 0.0f, beta = 0.0f;
@@ -57,77 +56,111 @@ struct Progress {
   }
 };
 
-// Each lane has two rows of the matrix, and of vectors the first or the second of these: as does the lane two further on.
-__device__ __forceinline__ int row_of_vectors(int thread) { return upper_row(thread) + 8 * (thread % 2); }
+__device__ __forceinline__ void meet_matrix_warps() { barrier_sync(MATRIX, MATRIX_THREADS); }
 
-// Of all rows that a warp has of a vector.
-__device__ __forceinline__ float sum_of_rows(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  x += __shfl_xor_sync(~0u, x, 4);
-  x += __shfl_xor_sync(~0u, x, 8);
-  return x + __shfl_xor_sync(~0u, x, 16);
-}
-
-// Where the matrix warps wait for one another, at two places of the program: the warpgroups' functions are two. A hardware
-// barrier may be, and is a tenth of all the time faster here than one in memory; but compute-sanitizer's synccheck wants one
-// place. MEET_IN_MEMORY is for that.
-struct MatrixMeeting {
-#ifdef MEET_IN_MEMORY
-  const Shared& shared;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ explicit MatrixMeeting(Shared& shared) : shared(shared) {}
-  __device__ __forceinline__ void operator()() { meet(shared.multiplied, parity), parity ^= 1; }
-#else
-  __device__ __forceinline__ explicit MatrixMeeting(Shared&) {}
-  __device__ __forceinline__ void operator()() { barrier_sync(MATRIX, MATRIX_THREADS); }
-#endif
+// Every matrix warp has all of each vector, ENTRIES of a lane, and does the same with it to the same bits. So there is one
+// exchange a step, that of the product's rows. In shared memory a vector lies in runs: what a lane multiplies by is in one.
+constexpr int ENTRIES = D / 32;
+struct alignas(4 * ENTRIES) Entries {
+  float of[ENTRIES];
 };
 
-// Gives all matrix warps a vector to multiply by; before a barrier. A lane takes pairs of neighbouring columns.
-__device__ __forceinline__ void publish(Shared& shared, int thread, float x) {
-  const int row = row_of_vectors(thread);
-  if (thread % 4 < 2) shared.published[row % 8 / 2][row / 8 * 2 + row % 2] = x;
+__device__ __forceinline__ int column_of_entry(int lane, int e) {
+  const int run = lane % VECTOR_RUNS, in_run = lane / VECTOR_RUNS * ENTRIES + e;
+  return run / 4 * 64 + in_run / 2 * 8 + run % 4 * 2 + in_run % 2;
 }
 
-// The lane's row of the keys' moments times the vector that was published.
-__device__ __forceinline__ float multiply_published(const Shared& shared, const float (&c)[D], int thread) {
-  const float4* quads = reinterpret_cast<const float4*>(shared.published[thread % 4]);
-  float upper[2] = {}, lower[2] = {};
+__device__ __forceinline__ float& entry_of_row(LyingVector& vector, int row) {
+  return vector[row / 64 * 4 + row % 8 / 2][row % 64 / 8 * 2 + row % 2];
+}
+
+__device__ __forceinline__ Entries& entries_of_lane(LyingVector& vector, int lane) {
+  return *reinterpret_cast<Entries*>(&vector[lane % VECTOR_RUNS][lane / VECTOR_RUNS * ENTRIES]);
+}
+
+// Of all lanes, in each of them and to the same bits.
+__device__ __forceinline__ float sum_of_lanes(float x) {
 #pragma unroll
-  for (int quad = 0; quad < D / 16; quad++) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  return x;
+}
+
+__device__ __forceinline__ float inner_product(const Entries& x, const Entries& y) {
+  float sum = __fmul_rn(x.of[0], y.of[0]);
+#pragma unroll
+  for (int e = 1; e < ENTRIES; e++) sum = __fmaf_rn(x.of[e], y.of[e], sum);
+  return sum_of_lanes(sum);
+}
+
+// As the tensor cores leave them, a lane has two rows of the matrix, upper_row and that 8 further on, and a quarter of their
+// columns. With heads of 128 it gives half of these to the lane with the next row, or the one before, and takes as many of
+// that one's: four rows, of whose columns, and so of the vector, it needs an eighth.
+constexpr bool PAIRED = D == 128;
+constexpr int PAIRED_LANE = 4;
+
+// The keys' moments of two lanes in exchange, the lane's own rows first; forth and back.
+__device__ __forceinline__ void pair_lanes(float (&c)[D], int lane, bool back) {
+  if constexpr (PAIRED) {
+    const bool second = lane & PAIRED_LANE;
+    float* keys = c + D / 2;
+#pragma unroll
+    for (int e = 0; e < D / 4; e++) {
+      if (!back) {
+        const float keep = second ? keys[D / 4 + e] : keys[e], give = second ? keys[e] : keys[D / 4 + e];
+        keys[e] = keep;
+        keys[D / 4 + e] = __shfl_xor_sync(~0u, give, PAIRED_LANE);
+      } else {
+        const float own = keys[e], other = __shfl_xor_sync(~0u, keys[D / 4 + e], PAIRED_LANE);
+        keys[e] = second ? other : own;
+        keys[D / 4 + e] = second ? own : other;
+      }
+    }
+  }
+}
+
+// Of the product, a lane has the first or the second of its own rows, as does the lane two further on.
+__device__ __forceinline__ int row_of_product(int thread) { return upper_row(thread) + 8 * (thread % 2); }
+
+struct Product {
+  float y;                 // of the lane's row
+  float curvature = 0.0f;  // the vector times the product, of the warp's rows
+};
+
+// The keys' moments times a vector. Sums that do not wait for one another hide each other's latency.
+template <bool WITH_CURVATURE>
+__device__ __forceinline__ Product multiply(LyingVector& vector, const float (&c)[D], int thread) {
+  constexpr int ROWS = PAIRED ? 4 : 2;
+  const float4* quads = reinterpret_cast<const float4*>(vector[thread % VECTOR_RUNS]);
+  float sums[ROWS][2] = {};
+#pragma unroll
+  for (int quad = 0; quad < 4; quad++) {
     const float4 x = quads[quad];
-    const float* keys = c + D / 2 + 8 * quad;
-    upper[0] += keys[0] * x.x, upper[1] += keys[1] * x.y, lower[0] += keys[2] * x.x, lower[1] += keys[3] * x.y;
-    upper[0] += keys[4] * x.z, upper[1] += keys[5] * x.w, lower[0] += keys[6] * x.z, lower[1] += keys[7] * x.w;
+#pragma unroll
+    for (int pair = 0; pair < ROWS; pair += 2) {
+      const float* keys = c + D / 2 + 16 * pair + 8 * quad;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        sums[pair + h][0] += keys[2 * h] * x.x, sums[pair + h][1] += keys[2 * h + 1] * x.y;
+        sums[pair + h][0] += keys[4 + 2 * h] * x.z, sums[pair + h][1] += keys[4 + 2 * h + 1] * x.w;
+      }
+    }
   }
-  const float of_upper = upper[0] + upper[1], of_lower = lower[0] + lower[1];
+  Product product;
+  const int upper = upper_row(thread);
+  float of_upper = sums[0][0] + sums[0][1], of_lower = sums[1][0] + sums[1][1];
+  if constexpr (WITH_CURVATURE) product.curvature = entry_of_row(vector, upper) * of_upper + entry_of_row(vector, upper + 8) * of_lower;
+  if constexpr (PAIRED) {
+    const float upper_of_other = sums[2][0] + sums[2][1], lower_of_other = sums[3][0] + sums[3][1];
+    if constexpr (WITH_CURVATURE)
+      product.curvature += entry_of_row(vector, upper ^ 1) * upper_of_other + entry_of_row(vector, (upper ^ 1) + 8) * lower_of_other;
+    of_upper += __shfl_xor_sync(~0u, upper_of_other, PAIRED_LANE);
+    of_lower += __shfl_xor_sync(~0u, lower_of_other, PAIRED_LANE);
+  }
   const bool second = thread % 2;
-  float y = (second ? of_lower : of_upper) + __shfl_xor_sync(~0u, second ? of_upper : of_lower, 1);
-  return y + __shfl_xor_sync(~0u, y, 2);
-}
-
-// The sum of the squares of the vector that was published.
-__device__ __forceinline__ float square_of_published(const Shared& shared, int lane) {
-  float sum = 0.0f;
-#pragma unroll
-  for (int e = 0; e < D / 32; e++) {
-    const float x = shared.published[lane / 8][lane % 8 * (D / 32) + e];
-    sum = __fmaf_rn(x, x, sum);
-  }
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-  return sum;
-}
-
-// Over all rows, in every thread, of the warp's sums. Ends a step: what was published may be replaced.
-__device__ __forceinline__ float sum_of_warps(Shared& shared, MatrixMeeting& meet_others, int thread, float x) {
-  if (thread % 32 == 0) shared.dots[thread / 32] = x;
-  meet_others();
-  float sums[4];
-#pragma unroll
-  for (int w = 0; w < MATRIX_THREADS / 32; w++) sums[w % 4] = w < 4 ? shared.dots[w] : sums[w % 4] + shared.dots[w];
-  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  const float y = (second ? of_lower : of_upper) + __shfl_xor_sync(~0u, second ? of_upper : of_lower, 1);
+  product.y = y + __shfl_xor_sync(~0u, y, 2);
+  if constexpr (WITH_CURVATURE) product.curvature = sum_of_lanes(product.curvature);
+  return product;
 }
 
 // Where the blocks of a row share it, how far a block's mean is from that of all keys; in place of what is read no more.
@@ -181,24 +214,36 @@ struct Centring {
   __device__ __forceinline__ float inverse_of_all(const Shared& shared) const {
     return TOGETHER ? inverse_weight(shared.total.d1) : inverse_d1;
   }
+};
 
-  // Of a row and a column: a moment, the block's mean less its origin in the row, the block's sum in the column, and how far
-  // the block's means are apart.
-  __device__ __forceinline__ float operator()(float moment, float mean, float sum, float row_apart, float column_apart) const {
-    float centred = factor * moment - mean * sum;
-    if constexpr (TOGETHER) centred = weight * (centred + d1 * row_apart * column_apart);
-    return centred;
+// Of a row of moments, or of a sum of rows each `times` a number: what makes them centred, times that number.
+struct RowOfLane {
+  float factor = 0.0f, mean = 0.0f, apart = 0.0f;
+
+  RowOfLane() = default;
+  __device__ __forceinline__ RowOfLane(Shared& shared, const Centring& centre, int row, float times) {
+    if constexpr (TOGETHER) times *= centre.weight;
+    factor = times * centre.factor;
+    mean = times * (shared.sums[row] * centre.inverse_d1);
+    if constexpr (TOGETHER) apart = times * centre.d1 * ::apart(shared)[row];
+  }
+
+  // Of the moments in a column: that, the block's sum there, and how far the block's mean is from that of all keys.
+  __device__ __forceinline__ float operator()(float moment, float sum, float column_apart) const {
+    return centre(factor * moment, sum, column_apart);
+  }
+  __device__ __forceinline__ float centre(float moment, float sum, float column_apart) const {
+    const float centred = moment - mean * sum;
+    return TOGETHER ? centred + apart * column_apart : centred;
   }
 };
 
 // The keys' moments about the mean and divided by their weight, in place; with heads of 128 the first warpgroup is given
 // the columns that it lacks.
-__device__ __forceinline__ void complete_moments(Shared& shared, MatrixMeeting& meet_others, float (&c)[D], int thread) {
+__device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], int thread) {
   const int upper = upper_row(thread), column = thread % 4 * 2;
   const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[0]);
-  const float inverse_of_all = centre.inverse_of_all(shared);
-  const float mean[2] = {shared.sums[upper] * centre.inverse_d1, shared.sums[upper + 8] * centre.inverse_d1};
-  const float rows_apart[2] = {apart(shared)[upper], apart(shared)[upper + 8]};
+  const RowOfLane rows[2] = {{shared, centre, upper, centre.inverse_of_all(shared)}, {shared, centre, upper + 8, centre.inverse_of_all(shared)}};
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
     if (D == 128 && j == D / 16 && thread < 128) break;
@@ -207,8 +252,8 @@ __device__ __forceinline__ void complete_moments(Shared& shared, MatrixMeeting& 
     float* pair = c + D / 2 + 4 * j;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      pair[2 * h] = inverse_of_all * centre(pair[2 * h], mean[h], sums.x, rows_apart[h], columns_apart.x);
-      pair[2 * h + 1] = inverse_of_all * centre(pair[2 * h + 1], mean[h], sums.y, rows_apart[h], columns_apart.y);
+      pair[2 * h] = rows[h](pair[2 * h], sums.x, columns_apart.x);
+      pair[2 * h + 1] = rows[h](pair[2 * h + 1], sums.y, columns_apart.y);
     }
   }
   if constexpr (D == 128) {
@@ -221,7 +266,7 @@ __device__ __forceinline__ void complete_moments(Shared& shared, MatrixMeeting& 
           *reinterpret_cast<float2*>(&shared.below[upper - 64 + 8 * h][8 * j + column]) = {pair[2 * h], pair[2 * h + 1]};
       }
     }
-    meet_others();
+    meet_matrix_warps();
     if (thread < 128) {
 #pragma unroll
       for (int j = 0; j < 8; j++)
@@ -230,6 +275,7 @@ __device__ __forceinline__ void complete_moments(Shared& shared, MatrixMeeting& 
           c[D / 2 + 4 * (j + 8) + e] = shared.below[8 * j + column + e % 2][upper + 8 * (e / 2)];
     }
   }
+  pair_lanes(c, thread % 32, false);
 }
 
 // Adds to HALF of the lane's sums those of the lane BIT away, which has the other half; returns where they began.
@@ -246,25 +292,20 @@ __device__ __forceinline__ int halve(float (&sums)[D / 4], int lane) {
 
 // What this warp's rows of the values' moments, about the mean, give to the output at the slope u; to a row of
 // shared.output, without the weight that they are divided by.
-__device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)[D], int thread, float u) {
-  const float other = __shfl_xor_sync(~0u, u, 1);
-  const float slope[2] = {thread % 2 ? other : u, thread % 2 ? u : other};
+__device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)[D], int thread, float of_upper, float of_lower) {
   const int lane = thread % 32, upper = upper_row(thread);
   const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
-  const float mean[2] = {shared.sums[upper] * centre.inverse_d1, shared.sums[upper + 8] * centre.inverse_d1};
-  const float rows_apart[2] = {apart(shared)[upper], apart(shared)[upper + 8]};
+  const RowOfLane above(shared, centre, upper, of_upper), below(shared, centre, upper + 8, of_lower);
+  RowOfLane both;
+  both.mean = above.mean + below.mean, both.apart = above.apart + below.apart;
   float sums[D / 4];
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
     const int column = D + 8 * j + lane % 4 * 2;
     const float2 of_values = *reinterpret_cast<const float2*>(&shared.sums[column]);
     const float2 columns_apart = *reinterpret_cast<const float2*>(&apart(shared)[column]);
-    sums[2 * j] = sums[2 * j + 1] = 0.0f;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      sums[2 * j] += slope[h] * centre(c[4 * j + 2 * h], mean[h], of_values.x, rows_apart[h], columns_apart.x);
-      sums[2 * j + 1] += slope[h] * centre(c[4 * j + 2 * h + 1], mean[h], of_values.y, rows_apart[h], columns_apart.y);
-    }
+    sums[2 * j] = both.centre(above.factor * c[4 * j] + below.factor * c[4 * j + 2], of_values.x, columns_apart.x);
+    sums[2 * j + 1] = both.centre(above.factor * c[4 * j + 1] + below.factor * c[4 * j + 3], of_values.y, columns_apart.y);
   }
   // Lanes of other rows: a half of the columns each time.
   int first = halve<D / 8, 16>(sums, lane);
@@ -280,89 +321,142 @@ __device__ __forceinline__ float mean_of(const Shared& shared, int column) {
   return TOGETHER ? shared.total.mean[column] : shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
 }
 
-// Of vectors, this lane's row of the right-hand side.
-__device__ __forceinline__ float right_side(const Shared& shared, int row) {
-  const float q = widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[row / 64])[row % 64]);
-  return q - mean_of(shared, row);
+// The lane's entries of the right-hand side.
+__device__ __forceinline__ Entries right_side(const Shared& shared, int lane) {
+  Entries x;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) {
+    const int column = column_of_entry(lane, e);
+    const float q = widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[column / 64])[column % 64]);
+    x.of[e] = q - mean_of(shared, column);
+  }
+  return x;
 }
 
 // A lane's row of a product, of the moments of all blocks, from word `first` of an exchange on. The lanes that share the row
 // each add up half of the blocks.
 __device__ __forceinline__ void send_row(const Exchange& exchange, int thread, int number, int first, float y) {
-  if (thread % 4 < 2) exchange.send(number, first + row_of_vectors(thread), y);
+  if (thread % 4 < 2) exchange.send(number, first + row_of_product(thread), y);
 }
 
 __device__ __forceinline__ float receive_row(const Exchange& exchange, int thread, int number, int first) {
   constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;
   float x[HALF], y = 0.0f;
-  exchange.receive(number, thread % 4 / 2 * HALF, first + row_of_vectors(thread), x);
+  exchange.receive(number, thread % 4 / 2 * HALF, first + row_of_product(thread), x);
 #pragma unroll
   for (int b = 0; b < HALF; b++) y += x[b];
   return y + __shfl_xor_sync(~0u, y, 2);
 }
 
+// The lane's entries of a product whose rows all warps have, and all blocks sent. What is in shared memory is read until
+// the exchange after next. Waits for all warps: of a cluster's mail each has all by itself.
+__device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange& exchange, int thread, int number, int first, float y) {
+  const int lane = thread % 32;
+  if constexpr (IN_CLUSTER) {
+    Entries sum;
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) sum.of[e] = exchange.receive_sum(number, first + column_of_entry(lane, e));
+    return sum;
+  } else {
+    if constexpr (TOGETHER) y = receive_row(exchange, thread, number, first);
+    LyingVector& product = shared.product[number % 2];
+    if (thread % 4 < 2) entry_of_row(product, row_of_product(thread)) = y;
+    meet_matrix_warps();
+    return entries_of_lane(product, lane);
+  }
+}
+
+// The same, and the inner product with the vector x that was multiplied.
+__device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchange& exchange, int thread, int number, const Product& product, const Entries& x, float& curvature) {
+  if constexpr (TOGETHER) {
+    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product.y);
+    curvature = inner_product(x, rows);
+    return rows;
+  } else {
+    float(&of_warps)[MATRIX_WARPS] = shared.curvatures[number % 2];
+    if (thread % 32 == 0) of_warps[thread / 32] = product.curvature;
+    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product.y);
+    float sums[4];
+#pragma unroll
+    for (int w = 0; w < MATRIX_WARPS; w++) sums[w % 4] = w < 4 ? of_warps[w] : sums[w % 4] + of_warps[w];
+    curvature = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return rows;
+  }
+}
+
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
-__device__ __forceinline__ bool solve_by_steps(Shared& shared, MatrixMeeting& meet_others, const lla::Call& call, const lla::RowIndex& row, float (&c)[D]) {
-  const int thread = thread_index();
+__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const lla::RowIndex& row, float (&c)[D]) {
+  const int thread = thread_index(), lane = thread % 32;
+  LyingVector& vector = shared.vectors[thread / 32];
   const float ridge = row.ridge(call);
   const Exchange exchange(shared, call);
-  complete_moments(shared, meet_others, c, thread);
+  complete_moments(shared, c, thread);
 
-  float r = right_side(shared, row_of_vectors(thread)), x = 0.0f, p = 0.0f, s = 0.0f;
+  Entries r = right_side(shared, lane), x = {}, p = {}, s = {};
   Progress progress(ridge);
-  bool small = false;
-  int step = 0;
+  bool small;
+  int number = 1;  // of the exchange
+  float y;
 #pragma unroll 1
-  for (; step < MOST_STEPS; step++) {
-    publish(shared, thread, r);
-    meet_others();
-    float y = multiply_published(shared, c, thread);
-    if constexpr (TOGETHER) send_row(exchange, thread, 1 + step, 0, y);
+  while (true) {
+    entries_of_lane(vector, lane) = r;
+    __syncwarp();
+    const Product product = multiply<!TOGETHER>(vector, c, thread);
+    y = product.y;
+    if constexpr (TOGETHER) send_row(exchange, thread, number, 0, y);
     // Beside the product, whose latency hides it.
-    progress.look(square_of_published(shared, thread % 32), ridge);
-    small = progress.is_small(progress.gamma, ridge, TOLERANCE);
-    if (small || !(progress.gamma < -minus_infinity())) break;
-    if constexpr (TOGETHER) y = receive_row(exchange, thread, 1 + step, 0);
-    const float w = y + ridge * r;
-    progress.advance(sum_of_warps(shared, meet_others, thread, sum_of_rows(r * w)));
-    s = w + progress.beta * s;
-    p = r + progress.beta * p;
-    x += progress.alpha * p;
-    r -= progress.alpha * s;
+    progress.look(inner_product(r, r), ridge);
+    // The same in all lanes, as the compiler sees by this.
+    small = __any_sync(~0u, progress.is_small(progress.gamma, ridge, TOLERANCE));
+    if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
+    float curvature;
+    Entries w = exchange_product(shared, exchange, thread, number, product, r, curvature);
+    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature));
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) {
+      w.of[e] = __fmaf_rn(ridge, r.of[e], w.of[e]);
+      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w.of[e]);
+      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
+      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
+      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
+    }
+    // Of what lies in shared memory all lanes have read what they need: the barrier is after that, but a cluster has none.
+    if constexpr (IN_CLUSTER) __syncwarp();
+    number++;
   }
   // No block may leave before all that is sent to it has come.
-  if (IN_CLUSTER && step < MOST_STEPS) receive_row(exchange, thread, 1 + step, 0);
-  meet_others();
+  if constexpr (IN_CLUSTER) exchange_rows(shared, exchange, thread, number, 0, y);
   if (!small) return false;
 
-  publish(shared, thread, x);
-  meet_others();
-  float y = multiply_published(shared, c, thread);
+  __syncwarp();
+  entries_of_lane(vector, lane) = x;
+  __syncwarp();
+  y = multiply<false>(vector, c, thread).y;
   // Beside what was sent in this step and is not received.
-  if constexpr (TOGETHER) send_row(exchange, thread, 1 + step, D, y);
-  multiply_values(shared, c, thread, x);
+  if constexpr (TOGETHER) send_row(exchange, thread, number, D, y);
+  multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
   const auto sum_of_values = [&] {
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < MATRIX_THREADS / 32; w++) sum += shared.output[w][thread];
+    for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][thread];
     return sum;
   };
   if constexpr (TOGETHER) {
-    meet_others();
-    if (thread < D) exchange.send<false>(1 + step, 2 * D + thread, sum_of_values());
-    y = receive_row(exchange, thread, 1 + step, D);
+    meet_matrix_warps();
+    if (thread < D) exchange.send<false>(number, 2 * D + thread, sum_of_values());
   }
-  // Made anew: the registers are full.
-  const float residual = right_side(shared, row_of_vectors(thread_index())) - (y + ridge * x);
-  const float square = sum_of_warps(shared, meet_others, thread, sum_of_rows(residual * residual));
-  if (!progress.is_small(square, ridge, 2.0f * TOLERANCE)) return false;
+  const Entries product = exchange_rows(shared, exchange, thread, number, D, y), right = right_side(shared, lane);
+  Entries residual;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
+  if (!__any_sync(~0u, progress.is_small(inner_product(residual, residual), ridge, 2.0f * TOLERANCE))) return false;
   if (thread < D) {
     const auto write = [&](float sum) {
       const float inverse_of_all = TOGETHER ? inverse_weight(shared.total.d1) : inverse_weight(shared.own.d1);
       output_of(call, row)[thread] = narrow<BFLOAT>(mean_of(shared, D + thread) + inverse_of_all * sum);
     };
     if constexpr (TOGETHER) {
-      if (exchange.split == 0) write(exchange.receive_sum(1 + step, 2 * D + thread));
+      if (exchange.split == 0) write(exchange.receive_sum(number, 2 * D + thread));
     } else {
       write(sum_of_values());
     }
@@ -372,15 +466,14 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, MatrixMeeting& me
 
 // The moments as they are for the factorisation, of a whole row with the ridge, or to be merged with those of other blocks; by
 // the matrix warps, after solve_by_steps.
-__device__ __forceinline__ void leave_to_factorisation(Shared& shared, MatrixMeeting& meet_others, const float (&c)[D], bool whole, float ridge) {
+__device__ __forceinline__ void leave_to_factorisation(Shared& shared, float (&c)[D], bool whole, float ridge) {
   const int thread = thread_index(), upper = upper_row(thread);
+  pair_lanes(c, thread % 32, true);
   const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
-  const float inverse_of_all = centre.inverse_of_all(shared);
-  const float key_factor = whole ? 1.0f : shared.total.d1, value_factor = whole ? inverse_of_all : 1.0f;
-  const float mean[2] = {shared.sums[upper] * centre.inverse_d1, shared.sums[upper + 8] * centre.inverse_d1};
-  const float rows_apart[2] = {apart(shared)[upper], apart(shared)[upper + 8]};
+  const float key_factor = whole ? 1.0f : shared.total.d1, value_factor = whole ? centre.inverse_of_all(shared) : 1.0f;
+  const RowOfLane rows[2] = {{shared, centre, upper, value_factor}, {shared, centre, upper + 8, value_factor}};
   // What lies where the moments go has been read.
-  meet_others();
+  meet_matrix_warps();
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
     const int column = 8 * j + thread % 4 * 2;
@@ -393,13 +486,12 @@ __device__ __forceinline__ void leave_to_factorisation(Shared& shared, MatrixMee
       if (whole && row == column) keys.x += ridge;
       if (whole && row == column + 1) keys.y += ridge;
       *reinterpret_cast<float2*>(&shared.moments[row][column]) = keys;
-      *reinterpret_cast<float2*>(&shared.moments[row][D + column]) = {
-          value_factor * centre(c[4 * j + 2 * h], mean[h], sums.x, rows_apart[h], columns_apart.x),
-          value_factor * centre(c[4 * j + 2 * h + 1], mean[h], sums.y, rows_apart[h], columns_apart.y)};
+      *reinterpret_cast<float2*>(&shared.moments[row][D + column]) = {rows[h](c[4 * j + 2 * h], sums.x, columns_apart.x),
+                                                                      rows[h](c[4 * j + 2 * h + 1], sums.y, columns_apart.y)};
     }
   }
   if constexpr (TOGETHER) {
-    meet_others();
+    meet_matrix_warps();
     static_assert(MATRIX_THREADS == 2 * D, "a thread for every column of the sums");
     shared.own.mean[thread] = shared.total.mean[thread];
     if (thread == 0) shared.own.d1 *= centre.weight, shared.own.m = shared.total.m;

@@ -21,7 +21,7 @@ constexpr int THREADS = MATRIX_THREADS + TRANSFORM_THREADS;
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_MULTIPROCESSOR = D == 64 ? 2 : 1;
 constexpr int MATRIX_REGISTERS = 160;  // of a thread, of 256 for a matrix thread and a transform thread
-constexpr int SOLVING_REGISTERS = 208;  // the same of conjugate gradients
+constexpr int SOLVING_REGISTERS = 224;  // the same of conjugate gradients
 // Whether a row's blocks solve its system together, each with the moments of its own keys.
 constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
 constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
@@ -77,6 +77,10 @@ constexpr int PARTIAL_FLOATS = 2 * D * D + SUMS_FLOATS;
 constexpr int MAX_PARTS = 16;  // that are merged at a time
 static_assert(CLUSTER <= MAX_PARTS);
 
+// A vector of conjugate gradients, in runs of 16 (conjugate.cuh). What lanes take at a time falls on different banks.
+constexpr int VECTOR_RUNS = D / 16;
+using LyingVector = float[VECTOR_RUNS][D == 64 ? 24 : 20];
+
 struct Shared {
   union {
     alignas(1024) unsigned char ring[SLOTS][SLOT];
@@ -88,11 +92,13 @@ struct Shared {
         alignas(16) float inverse[2][16][INVERSE_PITCH];  // the last two steps' M
       };
     };
-    // Of conjugate gradients: the block of the moments below the diagonal, and the vector that they are multiplied by.
+    // Of conjugate gradients: the block of the moments below the diagonal, the vector that they are multiplied by, of each
+    // warp, and what comes of it, of two steps in turn
     struct {
       float below[64][68];
-      alignas(16) float published[4][D / 4 + 4];
-      alignas(16) float dots[MATRIX_THREADS / 32];
+      alignas(16) LyingVector vectors[MATRIX_WARPS];
+      alignas(16) LyingVector product[2];
+      alignas(16) float curvatures[2][MATRIX_WARPS];
     };
   };
   alignas(1024) unsigned char query[RUNS][VECTOR];
@@ -135,9 +141,6 @@ struct Shared {
   unsigned long long scores_full[SCORE_STAGES];
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
-#ifdef MEET_IN_MEMORY
-  unsigned long long multiplied;  // of the matrix warps, in conjugate gradients
-#endif
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));

@@ -18,3 +18,9 @@ __device__ __forceinline__ int block_index() {
 }
 
 __device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
+
+__device__ __forceinline__ float copy_opaque(float x) {
+  float y;
+  asm volatile("mov.b32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
