@@ -340,11 +340,15 @@ __device__ __forceinline__ void send_row(const Exchange& exchange, int thread, i
 }
 
 __device__ __forceinline__ float receive_row(const Exchange& exchange, int thread, int number, int first) {
-  constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;
-  float x[HALF], y = 0.0f;
-  exchange.receive(number, thread % 4 / 2 * HALF, first + row_of_product(thread), x);
+  constexpr int HALF = TOGETHER ? SHARERS / 2 : 1, AT_ONCE = HALF > 4 && D == 64 ? 4 : HALF;  // for want of registers
+  float y = 0.0f;
 #pragma unroll
-  for (int b = 0; b < HALF; b++) y += x[b];
+  for (int from = 0; from < HALF; from += AT_ONCE) {
+    float x[AT_ONCE];
+    exchange.receive(number, thread % 4 / 2 * HALF + from, first + row_of_product(thread), x);
+#pragma unroll
+    for (int b = 0; b < AT_ONCE; b++) y += x[b];
+  }
   return y + __shfl_xor_sync(~0u, y, 2);
 }
 
