@@ -208,6 +208,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
+#ifdef FOR_RACECHECK
+    mbarrier_init(shared_address(&shared.synced), WARPS * OF_WARP);
+#endif
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   __syncthreads();
@@ -227,11 +230,11 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
       matrix_role<64>(shared, call, maps, whole, tiles);
     else
       matrix_role<D>(shared, call, maps, whole, tiles);
-    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return;
+    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return leave_cluster();
   } else {
     if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
     transform_role(shared, call, maps, tiles);
-    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return;
+    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return leave_cluster();
     if constexpr (D == 128) take_registers<128>();
   }
 
@@ -239,8 +242,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const int item = block_index() >> call.splits_log2;
   const lla::RowIndex index(call, item);
   if (!whole) {
-    __syncthreads();
-    if (!merge(shared, call, index, item, clusters)) return;
+    BlockMeeting meet_block(shared);
+    meet_block();
+    if (!merge(shared, meet_block, call, index, item, clusters)) return;
   }
   solve_slope(shared, call, index);
   write_output(shared, call, index);

@@ -30,16 +30,14 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="session")
 def checked_kernels():
-    """Kernels that a sanitizer can follow, with ``PARALLAX_RACECHECK=1`` or ``PARALLAX_SYNCCHECK=1``."""
-    defines = {"PARALLAX_RACECHECK": "-DEVERY_LANE_ARRIVES", "PARALLAX_SYNCCHECK": "-DMEET_IN_MEMORY"}
-    wanted = [define for name, define in defines.items() if os.environ.get(name) == "1"]
-    if not wanted:
+    """Kernels that compute-sanitizer's racecheck can follow, with ``PARALLAX_RACECHECK=1``."""
+    if os.environ.get("PARALLAX_RACECHECK") != "1":
         yield
         return
     from compile_options import add_options
 
     with pytest.MonkeyPatch.context() as patch:
-        add_options(patch, *wanted, "--generate-line-info")
+        add_options(patch, "-DFOR_RACECHECK", "--generate-line-info")
         yield
 
 

@@ -290,7 +290,7 @@ __device__ __forceinline__ void solve_slope(Shared& shared, const lla::Call& cal
 // The block's barrier. After barriers of other kinds racecheck loses sight of it, and is given one of those beside it, which
 // the steps have passed BLOCKS - 1 times.
 __device__ __forceinline__ void sync_after_steps(const unsigned long long& barrier) {
-#ifdef EVERY_LANE_ARRIVES
+#ifdef FOR_RACECHECK
   meet(barrier, BLOCKS - 1 & 1);
 #endif
   __syncthreads();

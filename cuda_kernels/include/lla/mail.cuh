@@ -132,3 +132,10 @@ struct Exchange {
     return sum;
   }
 };
+
+// Before a block ends whose row was solved. It has all that was sent to it, but racecheck wants a barrier.
+__device__ __forceinline__ void leave_cluster() {
+#ifdef FOR_RACECHECK
+  if constexpr (IN_CLUSTER) cluster_arrive_relaxed(), cluster_wait();
+#endif
+}

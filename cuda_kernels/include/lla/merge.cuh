@@ -18,12 +18,12 @@ constexpr int MERGED_AT_ONCE = SLICE_QUADS / THREADS < 4 ? SLICE_QUADS / THREADS
 static_assert(SLICE_QUADS % (MERGED_AT_ONCE * THREADS) == 0 && THREADS % QUADS == 0);
 
 // By all threads of the cluster, or of a block that is its own.
-__device__ __forceinline__ void cluster_sync() {
+__device__ __forceinline__ void cluster_sync(BlockMeeting& meet_block) {
   if constexpr (CLUSTER > 1) {
     cluster_arrive();
     cluster_wait();
   } else {
-    __syncthreads();
+    meet_block();
   }
 }
 
@@ -34,8 +34,8 @@ __device__ __forceinline__ float* moments_at(Shared& shared, int rank, int e) {
 
 // The sums of `count` parts to shared.total; in the parts, the root of the weight times the distance from the common
 // mean takes the place of the mean. Every thread returns the common maximum.
-__device__ __forceinline__ float merge_sums(Shared& shared, int count, int thread) {
-  __syncthreads();
+__device__ __forceinline__ float merge_sums(Shared& shared, BlockMeeting& meet_block, int count, int thread) {
+  meet_block();
   float m = minus_infinity();
   for (int c = 0; c < count; c++) m = fmaxf(m, shared.parts[c].m);
   float d1 = 0.0f;
@@ -52,7 +52,7 @@ __device__ __forceinline__ float merge_sums(Shared& shared, int count, int threa
     shared.total.mean[thread] = mean;
   }
   if (thread == 0) shared.total.d1 = d1, shared.total.m = m;
-  __syncthreads();
+  meet_block();
   return m;
 }
 
@@ -90,8 +90,8 @@ __device__ __forceinline__ void add_slices(Shared& shared, int count, int rank, 
 
 // Adds up this row's parts, one slice of the moments a block of the cluster, into the moments of the cluster's first
 // block, of the whole row and with the ridge; true there once they are.
-__device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, const lla::RowIndex& row, int item,
-                                      int clusters) {
+__device__ __forceinline__ bool merge(Shared& shared, BlockMeeting& meet_block, const lla::Call& call, const lla::RowIndex& row,
+                                      int item, int clusters) {
   const int thread = thread_index();
   const int rank = CLUSTER == 1 ? 0 : cluster_rank();
   // To the first block, in place of what only this one reads there.
@@ -117,14 +117,14 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, con
       const unsigned at = shared_address(reinterpret_cast<float4*>(&shared.own) + e % (SUMS_FLOATS / 4));
       reinterpret_cast<float4*>(shared.parts)[e] = cluster_load4(cluster_address(at, e / (SUMS_FLOATS / 4)));
     }
-    const float m = merge_sums(shared, CLUSTER, thread);
+    const float m = merge_sums(shared, meet_block, CLUSTER, thread);
     const auto load = [&](int c, int e) {
       return cluster_load4(cluster_address(shared_address(moments_at(shared, rank, e)), c));
     };
     if (clusters == 1) {
       add_slices<CLUSTER>(shared, CLUSTER, rank, m, load, give_whole);
       // No block leaves before the others have read what it has.
-      cluster_sync();
+      cluster_sync(meet_block);
       return rank == 0;
     }
     add_slices<CLUSTER>(shared, CLUSTER, rank, m, load, give_part);
@@ -135,7 +135,7 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, con
   const Sums& sums = CLUSTER > 1 ? shared.total : shared.own;
   if (rank == 0 && thread < SUMS_FLOATS / 4)
     reinterpret_cast<float4*>(mine + 2 * D * D)[thread] = reinterpret_cast<const float4*>(&sums)[thread];
-  __syncthreads();
+  meet_block();
   if constexpr (CLUSTER > 1) {
     // Of what all threads wrote.
     if (thread == 0) fence_device();
@@ -147,7 +147,7 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, con
     if (last) call.counters[item] = 0;
     shared.is_last = last;
   }
-  cluster_sync();
+  cluster_sync(meet_block);
   const unsigned last =
       CLUSTER > 1 ? cluster_load(cluster_address(shared_address(&shared.is_last), 0)) : shared.is_last;
   if (last) {
@@ -155,12 +155,12 @@ __device__ __forceinline__ bool merge(Shared& shared, const lla::Call& call, con
       reinterpret_cast<float4*>(shared.parts)[e] = __ldcg(
           reinterpret_cast<const float4*>(parts + e / (SUMS_FLOATS / 4) * PARTIAL_FLOATS + 2 * D * D) +
           e % (SUMS_FLOATS / 4));
-    const float m = merge_sums(shared, clusters, thread);
+    const float m = merge_sums(shared, meet_block, clusters, thread);
     const auto load = [&](int c, int e) {
       return __ldcg(reinterpret_cast<const float4*>(parts + c * PARTIAL_FLOATS) + rank * SLICE_QUADS + e);
     };
     add_slices<4>(shared, clusters, rank, m, load, give_whole);
   }
-  cluster_sync();
+  cluster_sync(meet_block);
   return last && rank == 0;
 }

@@ -141,6 +141,9 @@ struct Shared {
   unsigned long long scores_full[SCORE_STAGES];
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
+#ifdef FOR_RACECHECK
+  unsigned long long synced;
+#endif
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));
@@ -148,9 +151,9 @@ static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * 
 // Hardware barriers; 0 is the block's.
 enum : int { MATRIX = 1, TRANSFORM = 2, FIRST_MATRIX = 3, LAST_MATRIX = 4 };
 
-// A warp, or a warpgroup, arrives by one of its threads, the first. EVERY_LANE_ARRIVES is for compute-sanitizer's
-// racecheck, which follows threads, and does not see that one speaks for all.
-#ifdef EVERY_LANE_ARRIVES
+// A warp, or a warpgroup, arrives by one of its threads, the first. Where the kernel is compiled FOR_RACECHECK, a tool of
+// compute-sanitizer, by all: it follows threads, and does not see that one speaks for all.
+#ifdef FOR_RACECHECK
 constexpr int OF_WARP = 32, OF_WARPGROUP = 128;
 #else
 constexpr int OF_WARP = 1, OF_WARPGROUP = 1;
@@ -167,6 +170,23 @@ __device__ __forceinline__ void meet(const unsigned long long& barrier, unsigned
   come(barrier);
   mbarrier_wait(shared_address(&barrier), parity);
 }
+
+// The block's barrier. Racecheck loses sight of it after barriers of other kinds, and is given one of those beside it.
+struct BlockMeeting {
+#ifdef FOR_RACECHECK
+  const Shared& shared;
+  unsigned parity = 0;
+
+  __device__ __forceinline__ explicit BlockMeeting(const Shared& shared) : shared(shared) {}
+  __device__ __forceinline__ void operator()() {
+    meet(shared.synced, parity), parity ^= 1;
+    __syncthreads();
+  }
+#else
+  __device__ __forceinline__ explicit BlockMeeting(const Shared&) {}
+  __device__ __forceinline__ void operator()() { __syncthreads(); }
+#endif
+};
 
 __device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
   return static_cast<const half_bits*>(call.q) + row.offset(call.q_stride);
