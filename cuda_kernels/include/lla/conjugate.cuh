@@ -216,11 +216,10 @@ struct Centring {
   }
 };
 
-// Of a row of moments, or of a sum of rows each `times` a number: what makes them centred, times that number.
+// Of a row of moments: what makes them centred, times a number.
 struct RowOfLane {
-  float factor = 0.0f, mean = 0.0f, apart = 0.0f;
+  float factor, mean, apart = 0.0f;
 
-  RowOfLane() = default;
   __device__ __forceinline__ RowOfLane(Shared& shared, const Centring& centre, int row, float times) {
     if constexpr (TOGETHER) times *= centre.weight;
     factor = times * centre.factor;
@@ -230,10 +229,7 @@ struct RowOfLane {
 
   // Of the moments in a column: that, the block's sum there, and how far the block's mean is from that of all keys.
   __device__ __forceinline__ float operator()(float moment, float sum, float column_apart) const {
-    return centre(factor * moment, sum, column_apart);
-  }
-  __device__ __forceinline__ float centre(float moment, float sum, float column_apart) const {
-    const float centred = moment - mean * sum;
+    const float centred = factor * moment - mean * sum;
     return TOGETHER ? centred + apart * column_apart : centred;
   }
 };
@@ -290,22 +286,15 @@ __device__ __forceinline__ int halve(float (&sums)[D / 4], int lane) {
   return later ? HALF : 0;
 }
 
-// What this warp's rows of the values' moments, about the mean, give to the output at the slope u; to a row of
-// shared.output, without the weight that they are divided by.
+// What this warp's rows of the values' moments, as they are, give to the output at a slope of which the lane's two rows are
+// given; to a row of shared.output.
 __device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)[D], int thread, float of_upper, float of_lower) {
-  const int lane = thread % 32, upper = upper_row(thread);
-  const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
-  const RowOfLane above(shared, centre, upper, of_upper), below(shared, centre, upper + 8, of_lower);
-  RowOfLane both;
-  both.mean = above.mean + below.mean, both.apart = above.apart + below.apart;
+  const int lane = thread % 32;
   float sums[D / 4];
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
-    const int column = D + 8 * j + lane % 4 * 2;
-    const float2 of_values = *reinterpret_cast<const float2*>(&shared.sums[column]);
-    const float2 columns_apart = *reinterpret_cast<const float2*>(&apart(shared)[column]);
-    sums[2 * j] = both.centre(above.factor * c[4 * j] + below.factor * c[4 * j + 2], of_values.x, columns_apart.x);
-    sums[2 * j + 1] = both.centre(above.factor * c[4 * j + 1] + below.factor * c[4 * j + 3], of_values.y, columns_apart.y);
+    sums[2 * j] = of_upper * c[4 * j] + of_lower * c[4 * j + 2];
+    sums[2 * j + 1] = of_upper * c[4 * j + 1] + of_lower * c[4 * j + 3];
   }
   // Lanes of other rows: a half of the columns each time.
   int first = halve<D / 8, 16>(sums, lane);
@@ -439,11 +428,21 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   // Beside what was sent in this step and is not received.
   if constexpr (TOGETHER) send_row(exchange, thread, number, D, y);
   multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
+  // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
+  const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
+  Entries mean, from_mean;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) {
+    const int column = column_of_entry(lane, e);
+    mean.of[e] = shared.sums[column] * centre.inverse_d1, from_mean.of[e] = apart(shared)[column];
+  }
+  const float of_means = inner_product(x, mean), of_distances = TOGETHER ? inner_product(x, from_mean) : 0.0f;
   const auto sum_of_values = [&] {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][thread];
-    return sum;
+    sum = centre.factor * sum - of_means * shared.sums[D + thread];
+    return TOGETHER ? centre.weight * (sum + centre.d1 * of_distances * apart(shared)[D + thread]) : sum;
   };
   if constexpr (TOGETHER) {
     meet_matrix_warps();

@@ -77,7 +77,11 @@ __device__ __forceinline__ void prefetch_next(const lla::Call& call, const Maps&
     box_prefetch(map_of_run(maps, warp), 0, position, run_of_head(warp), row.kv_head, row.batch);
 }
 
+#ifdef FOR_RACECHECK
+constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES + 2;
+#else
 constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES;
+#endif
 
 // Every `step`-th of the barriers of a pass, which follow one another: those of what is brought are the first SLOTS; by a thread.
 __device__ __forceinline__ void begin_barriers(Shared& shared, int first, int end, int step) {
@@ -86,7 +90,8 @@ __device__ __forceinline__ void begin_barriers(Shared& shared, int first, int en
     mbarrier_init(shared_address(&shared.raw_full[0]) + 8 * b, b < SLOTS       ? COPYING_WARPS * BOXES
                                                                : b < 2 * SLOTS ? GROUP_WARPS * OF_WARP
                                                                : b < 3 * SLOTS ? MATRIX_WARPGROUPS * OF_WARPGROUP
-                                                                               : 4 * OF_WARP);
+                                                               : b < 3 * SLOTS + SCORE_STAGES ? 4 * OF_WARP
+                                                                                              : TRANSFORM_WARPS * OF_WARP);
   fence_mbarrier_init();
 }
 

@@ -29,7 +29,11 @@ template <int KEY_COLUMNS>
 __device__ __forceinline__ void move_moments(Shared& shared, Moments<KEY_COLUMNS>& moments, int move, float rescale) {
   auto& c = moments.c;
   const int thread = thread_index(), upper = upper_row(thread);
-  const auto& moved = shared.moved[move];
+#ifdef FOR_RACECHECK
+  // Those that gave the tile have met the others who moved the origin; but racecheck does not follow two barriers in turn.
+  mbarrier_wait(shared_address(&shared.moved_by_all[move % 2]), move / 2 & 1);
+#endif
+  const auto& moved = shared.moved[move % 2];
   const float d1 = moved.d1;
   const float sum[2] = {moved.sums[upper], moved.sums[upper + 8]};
   const float shift[2] = {moved.shift[upper], moved.shift[upper + 8]};
@@ -164,10 +168,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     delay();
     mbarrier_wait(shared_address(&shared.x_full[slot]), parity);
     const float rescale = shared.rescale[slot];
-    if (rescale != 1.0f) {
-      if (tile > 0) move_moments(shared, moments, move, rescale);
-      move ^= 1;
-    }
+    if (rescale != 1.0f) move_moments(shared, moments, move++, rescale);
     wgmma_fence();
     const unsigned long long all = x + descriptor_step(slot * SLOT);
     const unsigned long long own = all + descriptor_step(place_of_run(false, KEY_COLUMNS / 64 - 1) * RUN);

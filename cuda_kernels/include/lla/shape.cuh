@@ -139,6 +139,9 @@ struct Shared {
   unsigned long long x_full[SLOTS];
   unsigned long long x_empty[SLOTS];
   unsigned long long scores_full[SCORE_STAGES];
+#ifdef FOR_RACECHECK
+  unsigned long long moved_by_all[2];
+#endif
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
 #ifdef FOR_RACECHECK

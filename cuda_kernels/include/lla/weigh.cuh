@@ -215,11 +215,14 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   const float old = column_scale * shared.origin[thread];
   // As a float16, which is subtracted from others without another rounding.
   const float now = widen<false>(narrow<false>(old + shift));
-  auto& moved = shared.moved[move];
+  auto& moved = shared.moved[move % 2];
   moved.shift[thread] = now - old;
   moved.sums[thread] = before;
   shared.origin[thread] = now * inverse_of_scale(column_scale);
   if (thread == 0) moved.d1 = d1_before;
+#ifdef FOR_RACECHECK
+  come(shared.moved_by_all[move % 2]);
+#endif
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
 #pragma unroll
   for (int e = 0; e < 8; e++) {
@@ -360,7 +363,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     // two before at least.
     if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
     recentre(shared, ring + tile % SLOTS * SLOT + warp * WARP_BYTES, scores + warp * WARP_KEYS, 0.5f * m, rescale, move, scale, sums, origin, d1);
-    move ^= 1;
+    move++;
     return rescale;
   };
   const auto has_grown = [&](float largest) { return largest > m + LAZY_LOG2; };
