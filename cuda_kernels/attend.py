@@ -7,12 +7,12 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
-from cupy.cuda import driver
 
 from parallax_core.problem import Problem
 
 from . import compiler, early_launch, heuristics, tensor_map, workspace
 from .heuristics import Shape
+from .launch import Launch
 from .layout import Layout, most_bytes
 from .parameters import PACK_POINTERS, PROBLEM, masks_of
 
@@ -37,13 +37,9 @@ class Plan:
 
     def __init__(self, problem: Problem, layout: Layout, shape: Shape, kernel: compiler.Kernel):
         self.shape = shape
-        self._kernel, self._device, self._function = kernel, layout.device, kernel.function
-        self._dimensions = *shape.grid, 32 * shape.warps, 1, 1, shape.shared_bytes
-        self._early = None
-        if early_launch.supported(layout.capability) and most_bytes(problem) <= _MOST_BYTES_EARLY:
-            self._early = early_launch.EarlyLaunch(
-                kernel.function, shape.grid, 32 * shape.warps, shape.shared_bytes
-            )
+        self._kernel, self._device = kernel, layout.device
+        early = early_launch.supported(layout.capability) and most_bytes(problem) <= _MOST_BYTES_EARLY
+        self._launch = Launch(kernel.function, shape.grid, 32 * shape.warps, shape.shared_bytes, early=early)
         self._room = workspace.Room(4 * shape.parts * shape.part_floats, shape.counters)
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape)
@@ -67,10 +63,7 @@ class Plan:
             PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)
             if self._maps is not None:
                 self._arguments[1] = self._maps.address(arrays[2], arrays[3])
-            if self._early is not None and early_launch.allowed():
-                self._early.launch(stream, self._arguments_address)
-            else:
-                driver.launchKernel(self._function, *self._dimensions, stream, self._arguments_address, 0)
+            self._launch(stream, self._arguments_address)
 
 
 def _record(problem: Problem, layout: Layout, shape: Shape) -> np.ndarray:

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from cupy.cuda import driver
 
 from parallax_core.errors import BackendUnavailableError
 from parallax_core.problem import BFLOAT16, Problem
 
 from . import compiler, early_launch, tensor_map, workspace
+from .launch import Launch
 from .layout import Layout, Strides, has_tensor_maps, overflows_cache
 from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
 
@@ -83,22 +83,20 @@ class Plan:
     def __init__(self, problem: Problem, layout: Layout, shape: Shape, ridge: float | Strides):
         self.shape, self._device = shape, layout.device
         rows = problem.batch * problem.q_len * problem.q_heads
-        self._launches = [
-            (first, min(shape.rows, rows - first) * shape.blocks) for first in range(0, rows, shape.rows)
-        ]
         self._kernel = compiler.kernel(shape.source, "lla_kernel", shape.defines, layout.device)
         self._kernel.set_shared_memory(shape.shared_bytes)
         self._room = workspace.Room(
             4 * shape.partial_floats, shape.rows if shape.partial_floats else 0, shape.mail_bytes
         )
-        # Rows that blocks solve together must all run at once, which is another kind of launch.
-        self._early = None
-        if shape.box and not shape.mail_bytes and early_launch.supported(layout.capability):
-            # Of the tuned kernel there is one launch.
-            ((_, blocks),) = self._launches
-            self._early = early_launch.EarlyLaunch(
-                self._kernel.function, (blocks, 1, 1), shape.threads, shape.shared_bytes
-            )
+        early = shape.box > 0 and early_launch.supported(layout.capability)
+        self._launches = []
+        for first in range(0, rows, shape.rows):
+            grid = min(shape.rows, rows - first) * shape.blocks, 1, 1
+            launch = Launch(
+                self._kernel.function, grid, shape.threads, shape.shared_bytes, early=early,
+                together=shape.mail_bytes > 0,
+            )  # fmt: skip
+            self._launches.append((first, launch))
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape, ridge)
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
@@ -112,11 +110,10 @@ class Plan:
         arrays, state: addresses in the order of :class:`calls.Arrays` and of an LLAState, 0 where there is no
         array.
         """
-        shape, function = self.shape, self._kernel.function
         partials = counters = mail = 0
         if self._room.counters:
             slab = workspace.acquire(self._device, stream, self._room)
-            partials, counters, mail = slab.partials, slab.counters, slab.mail + shape.mail_offset
+            partials, counters, mail = slab.partials, slab.counters, slab.mail + self.shape.mail_offset
         # The driver copies the argument before it returns.
         with self._lock:
             PACK_LLA_POINTERS.pack_into(
@@ -124,15 +121,9 @@ class Plan:
             )
             if self._maps is not None:
                 self._arguments[1] = self._maps.address(arrays[2], arrays[3])
-            for first_row, blocks in self._launches:
+            for first_row, launch in self._launches:
                 self._record["first_row"] = first_row
-                arguments = function, blocks, 1, 1, shape.threads, 1, 1, shape.shared_bytes, stream
-                if shape.mail_bytes:
-                    driver.launchCooperativeKernel(*arguments, self._arguments_address)
-                elif self._early is not None and early_launch.allowed():
-                    self._early.launch(stream, self._arguments_address)
-                else:
-                    driver.launchKernel(*arguments, self._arguments_address, 0)
+                launch(stream, self._arguments_address)
 
 
 def choose(problem: Problem, layout: Layout, solver: str = "cholesky") -> Shape:

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from stand_in import stand_in
 
-from parallax_core.cuda_kernels import attend, compiler, early_launch, lla, tensor_map, workspace
+from parallax_core.cuda_kernels import compiler, early_launch, launch, tensor_map, workspace
 
 HERE = Path(__file__).parent / "emulator"
 LATE, EARLY, RANDOM_LATE, RANDOM_EARLY = range(4)
@@ -106,8 +106,7 @@ def emulated(capability=(9, 0), multiprocessors=132):
     held = Workspace()
     with stand_in(capability, multiprocessors) as patch:
         patch.setattr(compiler, "kernel", lambda source, name, defines, device: _kernel(source, defines))
-        patch.setattr(attend, "driver", Driver)
-        patch.setattr(lla, "driver", Driver)
+        patch.setattr(launch, "driver", Driver)
         patch.setattr(early_launch, "supported", lambda capability: False)
         patch.setattr(workspace, "acquire", held.acquire)
         patch.setattr(tensor_map, "encode", _encode)
