@@ -195,6 +195,17 @@ def test_tiles_beyond_the_scale_of_the_first_are_taken_again(change, head_dim, c
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
+def test_keys_about_an_outlying_one_keep_their_digits():
+    """The worst of 160 rows with one key 30 times larger: an origin of few keys costs it twice the error."""
+    case = make(batch=40, kv_heads=4, group=1, head_dim=128, capacity=2048, dtype=np.dtype(np.float32))
+    k = np.where(np.arange(2048)[:, None, None] == 99, 30 * case.k_cache, case.k_cache)
+    row = np.s_[5:6, :, 1:2]
+    case = type(case)(*(x[row].astype(BFLOAT16) for x in (case.q, case.r, k, case.v_cache)), case.options)
+    with emulated(multiprocessors=1):
+        o = call(plx, "lla", on_gpu(case), ridge=0.1).data
+    assert error_of_rows(o, call(plx.reference, "lla", case, ridge=0.1)).max() <= 3e-2
+
+
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
 def test_the_kernels_that_racecheck_follows_compute_the_same_bits(solver, monkeypatch):
     case = make(kv_heads=1, capacity=300)

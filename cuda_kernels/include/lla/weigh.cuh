@@ -78,23 +78,34 @@ __device__ __forceinline__ float inverse_of_scale(float scale) {
   return scale == 0.0f ? -minus_infinity() : __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
-// The first origin of a pass and, unless it is there, the scale; by all transform warps, each for itself with the same result,
-// when a maximum was first found in a tile. `from`, scores: the lane's first key of the tile, if it were the first warp's. An
-// origin need not be the mean, but near: the weighted mean of the first keys that have the weight of the largest one, in half
-// precision. Once for a row, that is as fast as it is few instructions, which have yet to be fetched.
+// Where the groups share a tile, which of a lane's keys are this group's.
+constexpr int SHARED_KEYS = LANE_KEYS / GROUPS;
+static_assert(SHARED_KEYS == 8, "at_key takes that many by exclusive or");
+__device__ __forceinline__ int first_shared_key() { return (thread_index() - MATRIX_THREADS) / 32 / GROUP_WARPS * SHARED_KEYS; }
+
+// A thread's column of what the warps staged.
+__device__ __forceinline__ float staged_sum(const Shared& shared, int which, int column) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.staged[which][w][column];
+  return sum;
+}
+
+// The first origin of a pass and, unless it is there, the scale, when a maximum was first found in a tile: the weighted mean of
+// that tile, by all transform warps, whosever it is. from, scores: of the tile, of this warp's keys. An origin need only be near
+// the mean: a lane's few numbers are added up in pairs, in half precision; those of float16 in float, as sums may leave its range.
 __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, const float* scores, float m, bool choose,
                                               float& scale, unsigned (&origin)[4]) {
-  constexpr int STEPS = TILE / (4 * SUB_KEYS);
-  // Of numbers in float16, whose sums may leave its range, half precision is none.
   unsigned pairs[4] = {}, largest_pairs[4] = {};
   float sums[8] = {}, d1 = 0.0f;
-#pragma unroll 1
-  for (int step = 0; step < STEPS; step++) {
-    const float4 s = *reinterpret_cast<const float4*>(scores);
+  from += key_of(first_shared_key()) * 128, scores += key_of(first_shared_key());
+#pragma unroll
+  for (int four = 0; four < SHARED_KEYS; four += 4) {
+    const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
     const float of_four[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
-    for (int key = 0; key < 4; key++) {
-      const float weight = exp2_fast(of_four[key] - m);
+    for (int key = four; key < four + 4; key++) {
+      const float weight = exp2_fast(of_four[key - four] - m);
       const unsigned weights = narrow_pair<BFLOAT>(weight, weight);
       uint4 raw = shared_load4(at_key(from, key));
       // What no one sees may be anything.
@@ -112,48 +123,48 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
         largest_pairs[e] = larger_pairs<BFLOAT>(largest_pairs[e], words[e] & 0x7fff7fffu);
       }
     }
-    // Zeros alone say nothing of the scale.
-    const unsigned any = largest_pairs[0] | largest_pairs[1] | largest_pairs[2] | largest_pairs[3];
-    const bool is_enough = !(of_all_keys(d1) < 1.0f);
-    if (__all_sync(~0u, is_enough && any != 0)) break;
-    from = at_key(from, 4), scores += key_of(4);
+  }
+  if constexpr (BFLOAT) {
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float2 x = widen_pair<true>(pairs[e]);
+      sums[2 * e] = x.x, sums[2 * e + 1] = x.y;
+    }
   }
   // Anew: what is used here alone costs registers elsewhere.
-  const int thread = thread_index() - MATRIX_THREADS;
-  const Lane at(thread % 32);
-  const bool first_of_kind = at.channel() == 0 && at.sub_key == 0;
+  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32, kind = thread / D;
+  const Lane at(lane);
+  stage(shared.staged[0][warp], at, sums);
+  d1 = of_all_keys(d1);
+  if (lane == 0) shared.warp_d1[0][warp] = d1;
   if (choose) {
     const float2 larger = widen_pair<BFLOAT>(larger_pairs<BFLOAT>(larger_pairs<BFLOAT>(largest_pairs[0], largest_pairs[1]),
                                                                   larger_pairs<BFLOAT>(largest_pairs[2], largest_pairs[3])));
     const float largest = fmaxf(larger.x, larger.y);
     // An infinity, which no scale saves, hides a lane's other numbers.
-    const unsigned bits = largest < -minus_infinity() ? __float_as_uint(largest) : 0;
-    const unsigned of_keys = __reduce_max_sync(~0u, at.is_value() ? 0 : bits);
-    const unsigned of_values = __reduce_max_sync(~0u, at.is_value() ? bits : 0);
-    // A scale of 0 makes what follows NaN.
-    scale = scale_of(at.is_value() ? of_values : of_keys, ROOMY, 0.0f);
-    if (thread < 32 && first_of_kind) shared.inverse_scale[at.is_value()] = inverse_of_scale(scale);
+    note_largest(shared, at, largest < -minus_infinity() ? largest : 0.0f);
   }
-  const float factor = scale * reciprocal_fast(of_all_keys(d1));
+  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+  d1 = 0.0f;
+#pragma unroll
+  for (int w = 0; w < TRANSFORM_WARPS; w++) d1 += shared.warp_d1[0][w];
+  // Zeros alone say nothing of the scale, and make what follows NaN.
+  float column_scale = scale_of(shared.largest[kind], ROOMY, 0.0f);
+  if (choose) {
+    scale = scale_of(shared.largest[at.is_value()], ROOMY, 0.0f);
+    if (thread == kind * D) shared.inverse_scale[kind] = inverse_of_scale(column_scale);
+  } else {
+    column_scale = inverse_of_scale(shared.inverse_scale[kind]);
+  }
+  // As a float16, which is subtracted from others without another rounding.
+  const float now = widen<false>(narrow<false>(column_scale * staged_sum(shared, 0, thread) * reciprocal_fast(d1)));
+  shared.origin[thread] = now * inverse_of_scale(column_scale);
+  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
 #pragma unroll
   for (int e = 0; e < 4; e++) {
-    if constexpr (BFLOAT) {
-      const float2 x = widen_pair<true>(pairs[e]);
-      sums[2 * e] = x.x, sums[2 * e + 1] = x.y;
-    }
-    // As float16, which is subtracted from others without another rounding.
-    origin[e] = narrow_pair<false>(factor * of_all_keys(sums[2 * e]), factor * of_all_keys(sums[2 * e + 1]));
+    const int column = at.column() + 2 * e;
+    origin[e] = narrow_pair<false>(scale * shared.origin[column], scale * shared.origin[column + 1]);
   }
-  if (thread < 32 && at.sub_key == 0) {
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const float2 x = widen_pair<false>(origin[e]);
-      shared.origin[at.column() + 2 * e] = x.x * inverse_of_scale(scale);
-      shared.origin[at.column() + 2 * e + 1] = x.y * inverse_of_scale(scale);
-    }
-  }
-  // No warp takes its keys of the tile before all have read it.
-  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
 }
 
 // Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps, whosever the tile
@@ -167,13 +178,9 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
     origins[e] = widen_pair<false>(origin[e]);
     origins[e].x *= inverse_of_scale(scale), origins[e].y *= inverse_of_scale(scale);
   }
-  // The groups share the tile.
-  constexpr int KEYS = LANE_KEYS / GROUPS;
-  static_assert(KEYS == 8, "at_key takes that many by exclusive or");
-  const int first = (thread_index() - MATRIX_THREADS) / 32 / GROUP_WARPS * KEYS;
-  from += key_of(first) * 128, scores += key_of(first);
+  from += key_of(first_shared_key()) * 128, scores += key_of(first_shared_key());
 #pragma unroll
-  for (int four = 0; four < KEYS; four += 4) {
+  for (int four = 0; four < SHARED_KEYS; four += 4) {
     const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
     const float of_four[4] = {s.x, s.y, s.z, s.w};
 #pragma unroll
@@ -202,14 +209,10 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   tile_d1 = of_all_keys(tile_d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1_of_warp, shared.warp_d1[1][warp] = tile_d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  float before = 0.0f, sum = 0.0f, d1_before = 0.0f, d1_now = 0.0f;
+  const float before = staged_sum(shared, 0, thread), sum = staged_sum(shared, 1, thread);
+  float d1_before = 0.0f, d1_now = 0.0f;
 #pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) {
-    before += shared.staged[0][w][thread];
-    sum += shared.staged[1][w][thread];
-    d1_before += shared.warp_d1[0][w];
-    d1_now += shared.warp_d1[1][w];
-  }
+  for (int w = 0; w < TRANSFORM_WARPS; w++) d1_before += shared.warp_d1[0][w], d1_now += shared.warp_d1[1][w];
   const float column_scale = inverse_of_scale(shared.inverse_scale[kind]);
   const float shift = (rescale * before + column_scale * sum) * reciprocal_fast(rescale * d1_before + d1_now);
   const float old = column_scale * shared.origin[thread];
@@ -256,10 +259,7 @@ __device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8
   d1 = of_all_keys(d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  float sum = 0.0f;
-#pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.staged[0][w][thread];
-  sum *= shared.inverse_scale[thread / D];
+  const float sum = staged_sum(shared, 0, thread) * shared.inverse_scale[thread / D];
   shared.sums[thread] = sum;
   if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
   if (thread == 0) {
@@ -330,8 +330,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
   const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32;
   const int group = thread / 32 / GROUP_WARPS, warp = thread / 32 % GROUP_WARPS;
   const Lane at(lane);
-  constexpr int WARP_BYTES = WARP_KEYS * 128;
-  const unsigned ring = shared_address(shared.ring) + at.place(0);  // of the first warp's keys
+  const unsigned ring = shared_address(shared.ring) + at.place(warp);
   const int first_key = warp * WARP_KEYS + 4 * at.sub_key;  // of the lane, in a tile
 
   float scale = 1.0f;
@@ -354,15 +353,16 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     const float rescale = exp2_fast(m - largest);
     const bool is_first = m == minus_infinity();
     m = largest;
-    const float* scores = shared.scores[tile % SCORE_STAGES] + 4 * at.sub_key;
+    const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
+    const unsigned from = ring + tile % SLOTS * SLOT;
     if (is_first) {
-      choose_origin(shared, ring + tile % SLOTS * SLOT, scores, m, !exact, scale, origin);
+      choose_origin(shared, from, scores, m, !exact, scale, origin);
       return 1.0f;
     }
     // The moments follow a shift when its tile reaches them. The last but one, in whose place this comes, was of a tile
     // two before at least.
     if (tile >= 2) mbarrier_wait(shared_address(&shared.x_empty[(tile - 2) % SLOTS]), (tile - 2) / SLOTS & 1);
-    recentre(shared, ring + tile % SLOTS * SLOT + warp * WARP_BYTES, scores + warp * WARP_KEYS, 0.5f * m, rescale, move, scale, sums, origin, d1);
+    recentre(shared, from, scores, 0.5f * m, rescale, move, scale, sums, origin, d1);
     move++;
     return rescale;
   };
@@ -384,7 +384,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     // To the end, the tile before is the other group's.
     const bool own = tile >= 0 && tile < tiles;
     if (!own && (tile > tiles || tiles == 0)) break;
-    unsigned x = ring + slot * SLOT + warp * WARP_BYTES;
+    unsigned x = ring + slot * SLOT;
     const int last = own ? tile : max(tile - 1, 0);
     mbarrier_wait(shared_address(&shared.scores_full[last % SCORE_STAGES]), last / SCORE_STAGES & 1);
     const float2* pairs = reinterpret_cast<const float2*>(shared.scores[0]) + lane;
