@@ -455,8 +455,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   if (!__any_sync(~0u, progress.is_small(inner_product(residual, residual), ridge, 2.0f * TOLERANCE))) return false;
   if (thread < D) {
     const auto write = [&](float sum) {
-      const float inverse_of_all = TOGETHER ? inverse_weight(shared.total.d1) : inverse_weight(shared.own.d1);
-      output_of(call, row)[thread] = narrow<BFLOAT>(mean_of(shared, D + thread) + inverse_of_all * sum);
+      output_of(call, row)[thread] = narrow<BFLOAT>(mean_of(shared, D + thread) + centre.inverse_of_all(shared) * sum);
     };
     if constexpr (TOGETHER) {
       if (exchange.split == 0) write(exchange.receive_sum(number, 2 * D + thread));

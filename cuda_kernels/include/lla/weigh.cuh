@@ -78,12 +78,38 @@ __device__ __forceinline__ float inverse_of_scale(float scale) {
   return scale == 0.0f ? -minus_infinity() : __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
-// Where the groups share a tile, which of a lane's keys are this group's.
-constexpr int SHARED_KEYS = LANE_KEYS / GROUPS;
-static_assert(SHARED_KEYS == 8, "at_key takes that many by exclusive or");
-__device__ __forceinline__ int first_shared_key() { return (thread_index() - MATRIX_THREADS) / 32 / GROUP_WARPS * SHARED_KEYS; }
+// Of a tile that the groups share, each key that this one takes: take(weight, words), 16 bytes of it. from, scores: of the tile,
+// of this warp's keys.
+template <class Weigh, class Take>
+__device__ __forceinline__ void take_shared_keys(unsigned from, const float* scores, Weigh weight_of, Take take) {
+  constexpr int KEYS = LANE_KEYS / GROUPS;
+  static_assert(KEYS == 8, "at_key takes that many by exclusive or");
+  const int first = (thread_index() - MATRIX_THREADS) / 32 / GROUP_WARPS * KEYS;
+  from += key_of(first) * 128, scores += key_of(first);
+#pragma unroll
+  for (int four = 0; four < KEYS; four += 4) {
+    const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
+    const float of_four[4] = {s.x, s.y, s.z, s.w};
+#pragma unroll
+    for (int key = four; key < four + 4; key++) {
+      const float weight = weight_of(of_four[key - four]);
+      uint4 raw = shared_load4(at_key(from, key));
+      // What no one sees may be anything.
+      if (!(weight > 0.0f)) raw = {0, 0, 0, 0};
+      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+      take(weight, words);
+    }
+  }
+}
 
-// A thread's column of what the warps staged.
+// What all warps have of d1, and of a thread's column, as they staged it.
+__device__ __forceinline__ float staged_d1(const Shared& shared, int which) {
+  float d1 = 0.0f;
+#pragma unroll
+  for (int w = 0; w < TRANSFORM_WARPS; w++) d1 += shared.warp_d1[which][w];
+  return d1;
+}
+
 __device__ __forceinline__ float staged_sum(const Shared& shared, int which, int column) {
   float sum = 0.0f;
 #pragma unroll
@@ -98,32 +124,21 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
                                               float& scale, unsigned (&origin)[4]) {
   unsigned pairs[4] = {}, largest_pairs[4] = {};
   float sums[8] = {}, d1 = 0.0f;
-  from += key_of(first_shared_key()) * 128, scores += key_of(first_shared_key());
+  const auto weight_of = [&](float score) { return exp2_fast(score - m); };
+  take_shared_keys(from, scores, weight_of, [&](float weight, const unsigned (&words)[4]) {
+    const unsigned weights = narrow_pair<BFLOAT>(weight, weight);
+    d1 += BFLOAT ? widen<BFLOAT>(weights & 0xffff) : weight;
 #pragma unroll
-  for (int four = 0; four < SHARED_KEYS; four += 4) {
-    const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
-    const float of_four[4] = {s.x, s.y, s.z, s.w};
-#pragma unroll
-    for (int key = four; key < four + 4; key++) {
-      const float weight = exp2_fast(of_four[key - four] - m);
-      const unsigned weights = narrow_pair<BFLOAT>(weight, weight);
-      uint4 raw = shared_load4(at_key(from, key));
-      // What no one sees may be anything.
-      if (!(weight > 0.0f)) raw = {0, 0, 0, 0};
-      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-      d1 += BFLOAT ? widen<BFLOAT>(weights & 0xffff) : weight;
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        if constexpr (BFLOAT) {
-          pairs[e] = multiply_add_pairs(weights, words[e], pairs[e]);
-        } else {
-          const float2 x = widen_pair<false>(words[e]);
-          sums[2 * e] += weight * x.x, sums[2 * e + 1] += weight * x.y;
-        }
-        largest_pairs[e] = larger_pairs<BFLOAT>(largest_pairs[e], words[e] & 0x7fff7fffu);
+    for (int e = 0; e < 4; e++) {
+      if constexpr (BFLOAT) {
+        pairs[e] = multiply_add_pairs(weights, words[e], pairs[e]);
+      } else {
+        const float2 x = widen_pair<false>(words[e]);
+        sums[2 * e] += weight * x.x, sums[2 * e + 1] += weight * x.y;
       }
+      largest_pairs[e] = larger_pairs<BFLOAT>(largest_pairs[e], words[e] & 0x7fff7fffu);
     }
-  }
+  });
   if constexpr (BFLOAT) {
 #pragma unroll
     for (int e = 0; e < 4; e++) {
@@ -145,9 +160,7 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
     note_largest(shared, at, largest < -minus_infinity() ? largest : 0.0f);
   }
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  d1 = 0.0f;
-#pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) d1 += shared.warp_d1[0][w];
+  d1 = staged_d1(shared, 0);
   // Zeros alone say nothing of the scale, and make what follows NaN.
   float column_scale = scale_of(shared.largest[kind], ROOMY, 0.0f);
   if (choose) {
@@ -178,27 +191,19 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
     origins[e] = widen_pair<false>(origin[e]);
     origins[e].x *= inverse_of_scale(scale), origins[e].y *= inverse_of_scale(scale);
   }
-  from += key_of(first_shared_key()) * 128, scores += key_of(first_shared_key());
+  const auto weight_of = [&](float score) {
+    const float root = root_of(score, half_shift);
+    return root * root;
+  };
+  take_shared_keys(from, scores, weight_of, [&](float weight, const unsigned (&words)[4]) {
 #pragma unroll
-  for (int four = 0; four < SHARED_KEYS; four += 4) {
-    const float4 s = *reinterpret_cast<const float4*>(scores + key_of(four));
-    const float of_four[4] = {s.x, s.y, s.z, s.w};
-#pragma unroll
-    for (int key = four; key < four + 4; key++) {
-      const float root = root_of(of_four[key - four], half_shift), weight = root * root;
-      uint4 raw = shared_load4(at_key(from, key));
-      // What no one sees may be anything.
-      if (!(weight > 0.0f)) raw = {0, 0, 0, 0};
-      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float2 x = widen_pair<BFLOAT>(words[e]);
-        tile_sums[2 * e] += weight * (x.x - origins[e].x);
-        tile_sums[2 * e + 1] += weight * (x.y - origins[e].y);
-      }
-      tile_d1 += weight;
+    for (int e = 0; e < 4; e++) {
+      const float2 x = widen_pair<BFLOAT>(words[e]);
+      tile_sums[2 * e] += weight * (x.x - origins[e].x);
+      tile_sums[2 * e + 1] += weight * (x.y - origins[e].y);
     }
-  }
+    tile_d1 += weight;
+  });
   // Anew: what is used here alone costs registers elsewhere.
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32, kind = thread / D;
   const Lane at(lane);
@@ -210,9 +215,7 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   if (lane == 0) shared.warp_d1[0][warp] = d1_of_warp, shared.warp_d1[1][warp] = tile_d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   const float before = staged_sum(shared, 0, thread), sum = staged_sum(shared, 1, thread);
-  float d1_before = 0.0f, d1_now = 0.0f;
-#pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) d1_before += shared.warp_d1[0][w], d1_now += shared.warp_d1[1][w];
+  const float d1_before = staged_d1(shared, 0), d1_now = staged_d1(shared, 1);
   const float column_scale = inverse_of_scale(shared.inverse_scale[kind]);
   const float shift = (rescale * before + column_scale * sum) * reciprocal_fast(rescale * d1_before + d1_now);
   const float old = column_scale * shared.origin[thread];
@@ -263,9 +266,7 @@ __device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8
   shared.sums[thread] = sum;
   if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
   if (thread == 0) {
-    float sum = 0.0f;
-    for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.warp_d1[0][w];
-    shared.own.d1 = shared.bad_page ? quiet_nan() : sum;
+    shared.own.d1 = shared.bad_page ? quiet_nan() : staged_d1(shared, 0);
     shared.own.m = m;
   }
 }
@@ -377,9 +378,9 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
   const int first_partial = is_partial(0) ? 0 : NONE, last_partial = is_partial(tiles - 1) ? tiles - 1 : NONE;
   static_assert(GROUPS == 2, "the tile before is the other group's");
   unsigned slot = group;
-  // The second group does not wait for its own first tile when it helps with the first one.
+  // The second group begins at -1: it does not wait for its own first tile when it helps with the first one.
 #pragma unroll 1
-  for (int tile = group == 0 ? 0 : -1;; tile += tile < 0 ? 2 : GROUPS) {
+  for (int tile = -group;; tile += GROUPS) {
     delay();
     // To the end, the tile before is the other group's.
     const bool own = tile >= 0 && tile < tiles;
