@@ -515,14 +515,15 @@ def test_what_has_no_kernel_yet_says_so(framework):
 def test_no_memory_left_is_an_error_after_which_calls_work(cuda_torch):
     torch = cuda_torch.module
     case = cuda_torch.case(make(head_dim=256))
-    # Of this process: tests beside it take and give memory of the device.
-    reserved, (_, total) = torch.cuda.memory_reserved(), torch.cuda.mem_get_info()
+    # Of this process, as tests beside it take and give memory of the device; and of its tensors, as the allocator
+    # gives back what it had in reserve before it fails.
+    allocated, (_, total) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
     rows = total // (2 * 256 * 8) + 1
     # Rows that all lie in one place: the queries cost nothing, their output more than the device has.
     q = case.q[:1].expand(1, rows, 8, 256)
     with pytest.raises(MemoryError, match=r"CUDA device 0 .*softmax_decode: an output of shape"):
         plx.softmax_decode(q, case.k_cache[:1], case.v_cache[:1])
-    assert torch.cuda.memory_reserved() == reserved
+    assert torch.cuda.memory_allocated() <= allocated
     assert torch.isfinite(call(plx, "softmax", case)).all()
 
 
