@@ -14,4 +14,8 @@ settings.register_profile(
     max_examples=60,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.differing_executors],
 )
+# Other examples in every run: ``--hypothesis-profile explore``. A failure is printed with what reproduces it.
+settings.register_profile(
+    "explore", settings.get_profile("deterministic"), derandomize=False, print_blob=True
+)
 settings.load_profile("deterministic")
