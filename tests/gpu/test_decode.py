@@ -515,8 +515,8 @@ def test_what_has_no_kernel_yet_says_so(framework):
 def test_no_memory_left_is_an_error_after_which_calls_work(cuda_torch):
     torch = cuda_torch.module
     case = cuda_torch.case(make(head_dim=256))
-    # Of this process, as tests beside it take and give memory of the device; and of its tensors, as the allocator
-    # gives back what it had in reserve before it fails.
+    # Of this process, as tests beside it take and give memory of the device; and of its tensors, as the
+    # allocator gives back what it had in reserve before it fails.
     allocated, (_, total) = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()
     rows = total // (2 * 256 * 8) + 1
     # Rows that all lie in one place: the queries cost nothing, their output more than the device has.
