@@ -19,6 +19,7 @@
 #include "lla/factor.cuh"
 #include "lla/merge.cuh"
 #include "lla/moments.cuh"
+#include "lla/query.cuh"
 #include "lla/shape.cuh"
 #include "lla/weigh.cuh"
 #include "ptx/dependents.cuh"
@@ -128,24 +129,6 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   if constexpr (!TOGETHER) prefetch_next(call, maps);
   meet(shared.met, shared.exact ^ !TOGETHER);
 }
-
-// A thread's 16 bytes of the query with the zeros beside it, as the matrix units take it; by the first threads. They are on
-// their way until they are packed.
-constexpr int QUERY_PIECES = RUNS * VECTOR / 16;
-struct QueryPiece {
-  half_bits q[8];
-
-  __device__ __forceinline__ void load(const half_bits* query, int thread) {
-    const int run = thread / (VECTOR / 16), in_run = thread % (VECTOR / 16);
-    // Row 0 is not swizzled.
-    const bool is_there = thread < QUERY_PIECES && in_run < 8;
-#pragma unroll
-    for (int e = 0; e < 8; e++) q[e] = is_there ? query[run * 64 + in_run * 8 + e] : half_bits(0);
-  }
-  __device__ __forceinline__ uint4 packed() const {
-    return {q[0] | unsigned(q[1]) << 16, q[2] | unsigned(q[3]) << 16, q[4] | unsigned(q[5]) << 16, q[6] | unsigned(q[7]) << 16};
-  }
-};
 
 extern "C" __global__ void
 #if CLUSTER > 1

@@ -7,8 +7,9 @@
 // before is never taken for what is waited for, whatever the kernel that left it had for a row.
 //
 // Blocks of one cluster have their mail in shared memory: each has what is sent to it, and clears the place before.
+//
+// The shape of the kernel comes before this.
 
-#include "lla/shape.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/relaxed.cuh"
 

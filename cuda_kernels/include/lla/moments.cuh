@@ -1,14 +1,12 @@
 #pragma once
 // The matrix warps: scores of the keys, and in registers the moments X_k^T [X_k X_v].
 
+#include "lla/accumulators.cuh"
 #include "lla/copies.cuh"
 #include "lla/lanes.cuh"
 #include "lla/shape.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/wgmma.cuh"
-
-// Row and column of accumulator 4 j are those of a 16 x 8 product: `upper`, 8 j + 2 (thread % 4).
-__device__ __forceinline__ int upper_row(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
 // Accumulators of a warpgroup: all of X_v, then the first KEY_COLUMNS of X_k.
 template <int KEY_COLUMNS>

@@ -2,17 +2,17 @@
 // Sizes of the tuned kernel of local linear attention, its shared memory and its barriers.
 
 #include "delay.cuh"
+#include "lla/inputs.cuh"
+#include "lla/query.cuh"
 #include "lla/rows.cuh"
+#include "lla/scale.cuh"
+#include "lla/vectors.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/numbers.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
 
-constexpr bool BFLOAT = !HALF_IS_FLOAT16;
-
-constexpr int D = HEAD_DIM;
-static_assert(D == 64 || D == 128, "one matrix warpgroup takes 64 key channels");
 constexpr int MATRIX_WARPGROUPS = D / 64;
 constexpr int MATRIX_THREADS = 128 * MATRIX_WARPGROUPS, MATRIX_WARPS = MATRIX_THREADS / 32;
 constexpr int TRANSFORM_WARPS = D == 64 ? 4 : 8;
@@ -47,7 +47,6 @@ constexpr int SLOTS = 6;
 constexpr int RUNS = D / 64;       // of keys, or of values
 constexpr int RUN = TILE * 128;    // all in bytes
 constexpr int SLOT = 2 * RUNS * RUN;
-constexpr int VECTOR = 8 * 128;    // a vector as row 0 of an operand; the other seven rows are zero
 constexpr int BOXES = TILE / BOX;  // of a run
 static_assert(BOX % 8 == 0 && TILE % BOX == 0 && SLOTS * BOXES <= 32, "a lane brings a box");
 
@@ -76,10 +75,6 @@ constexpr int SUMS_FLOATS = sizeof(Sums) / 4;
 constexpr int PARTIAL_FLOATS = 2 * D * D + SUMS_FLOATS;
 constexpr int MAX_PARTS = 16;  // that are merged at a time
 static_assert(CLUSTER <= MAX_PARTS);
-
-// A vector of conjugate gradients, in runs of 16 (conjugate.cuh). What lanes take at a time falls on different banks.
-constexpr int VECTOR_RUNS = D / 16;
-using LyingVector = float[VECTOR_RUNS][D == 64 ? 24 : 20];
 
 struct Shared {
   union {
@@ -190,19 +185,3 @@ struct BlockMeeting {
   __device__ __forceinline__ void operator()() { __syncthreads(); }
 #endif
 };
-
-__device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
-  return static_cast<const half_bits*>(call.q) + row.offset(call.q_stride);
-}
-
-__device__ __forceinline__ half_bits* output_of(const lla::Call& call, const lla::RowIndex& row) {
-  return static_cast<half_bits*>(call.out) + row.offset(call.out_stride);
-}
-
-// The factor that brings moments relative to the maximum m to the maximum `to`.
-__device__ __forceinline__ float rescaling(float m, float to) {
-  return to == minus_infinity() ? 1.0f : exp2_fast(m - to);
-}
-
-// Of weights that may all be 0.
-__device__ __forceinline__ float inverse_weight(float d1) { return d1 == 0.0f ? 0.0f : 1.0f / d1; }

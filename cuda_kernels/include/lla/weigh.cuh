@@ -11,6 +11,7 @@
 // infinite, and the block takes its keys again with the largest of all.
 
 #include "lla/lanes.cuh"
+#include "lla/scale.cuh"
 #include "lla/shape.cuh"
 #include "ptx/mbarrier.cuh"
 
@@ -18,25 +19,9 @@
 constexpr int KEYS_AT_ONCE = 4;
 static_assert((key_of(KEYS_AT_ONCE - 1) & key_of(KEYS_AT_ONCE)) == 0, "places are found by exclusive or");
 
-// Of a key's weight.
-__device__ __forceinline__ float root_of(float score, float half_shift) { return exp2_fast(0.5f * score - half_shift); }
-
 // Adds what the lanes of a chunk have of their keys.
 __device__ __forceinline__ float of_all_keys(float x) {
   return SUB_KEYS == 1 ? x : x + __shfl_xor_sync(~0u, x, 2);
-}
-
-__device__ __forceinline__ float largest_of(uint4 raw) {
-  const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
-  float largest = 0.0f;
-#pragma unroll
-  for (int e = 0; e < 4; e++) {
-    const float2 x = widen_pair<BFLOAT>(words[e]);
-    // Neither NaN nor an infinity, which no scale saves.
-    if (fabsf(x.x) < -minus_infinity()) largest = fmaxf(largest, fabsf(x.x));
-    if (fabsf(x.y) < -minus_infinity()) largest = fmaxf(largest, fabsf(x.y));
-  }
-  return largest;
 }
 
 // To lie in shared memory, the sums of all keys of a warp.
@@ -55,27 +40,6 @@ __device__ __forceinline__ void note_largest(Shared& shared, const Lane& at, flo
     const unsigned of_warp = __reduce_max_sync(~0u, at.is_value() == kind ? __float_as_uint(largest) : 0);
     if (thread_index() % 32 == 0) atomicMax(&shared.largest[kind], of_warp);
   }
-}
-
-// The exponent that leaves later numbers room to be larger; and the largest one, where float16 has room for a weight's root
-// of at most 16 times a number at most twice the largest from the origin.
-constexpr int ROOMY = 3, TIGHT = 9;
-
-// The power of two that scales a largest number, of these bits, to between 2^exponent and twice that, or 1 where that will do;
-// `otherwise` if the number is 0.
-__device__ __forceinline__ float scale_of(unsigned bits, int exponent, float otherwise) {
-  const int own = bits >> 23;
-  // The exponent of the scale; that of its inverse is 254 less it. Float16 has no larger scale than 2^15, and needs none.
-  constexpr int SMALLEST = 127 - (BFLOAT ? 127 : 14), LARGEST = 127 + (BFLOAT ? 100 : 15);
-  // In a second pass too: a row whose sums one NaN made NaN keeps the bits of its other channels.
-  const bool is_near_1 = own >= 127 - 2 && own < 127 + 7;
-  const int power = is_near_1 ? 127 : max(min(254 + exponent - own, LARGEST), SMALLEST);
-  return bits ? __uint_as_float(power << 23) : otherwise;
-}
-
-// 1 over a power of two or, as scale_of may have it, over 0.
-__device__ __forceinline__ float inverse_of_scale(float scale) {
-  return scale == 0.0f ? -minus_infinity() : __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
 // Of a tile that the groups share, each key that this one takes: take(weight, words), 16 bytes of it. from, scores: of the tile,
@@ -271,14 +235,6 @@ __device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8
     shared.own.d1 = shared.bad_page ? quiet_nan() : staged_d1(shared, 0);
     shared.own.m = m;
   }
-}
-
-// The largest that the lanes have, in every lane; NaN is none.
-__device__ __forceinline__ float largest_of_lanes(float2 a) {
-  // Integers of the same order, of which the lanes find the largest in one instruction.
-  const int bits = __float_as_int(fmaxf(fmaxf(minus_infinity(), a.x), a.y));
-  const int largest = __reduce_max_sync(~0u, bits < 0 ? bits ^ 0x7fffffff : bits);
-  return __int_as_float(largest < 0 ? largest ^ 0x7fffffff : largest);
 }
 
 // A lane's keys of a tile become X, and add to the sums. SCALED: whether the scale is not 1.

@@ -1,0 +1,123 @@
+#pragma once
+// The steps of conjugate gradients, by all matrix warps of a block, or of all blocks that share a row.
+//
+// The shape of the kernel comes before this; its Shared has the vectors that go round: `vectors` of each warp, and `product` and `curvatures` of two steps in turn.
+
+#include "lla/mail.cuh"
+#include "lla/progress.cuh"
+#include "lla/vectors.cuh"
+
+static_assert(MOST_STEPS + 1 < MOST_EXCHANGES, "each has an exchange, after that of the sums");
+
+__device__ __forceinline__ void meet_matrix_warps() { barrier_sync(MATRIX, MATRIX_THREADS); }
+
+// Of keys or values, as far as they are there for all matrix warps; the kernel's own.
+__device__ __forceinline__ float mean_of(const Shared& shared, int column);
+
+// The lane's entries of the right-hand side.
+__device__ __forceinline__ Entries right_side(const Shared& shared, int lane) {
+  Entries x;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) {
+    const int column = column_of_entry(lane, e);
+    const float q = widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[column / 64])[column % 64]);
+    x.of[e] = q - mean_of(shared, column);
+  }
+  return x;
+}
+
+// A lane's row of a product, of the moments of all blocks, from word `first` of an exchange on. The lanes that share the row
+// each add up half of the blocks.
+__device__ __forceinline__ void send_row(const Exchange& exchange, int thread, int number, int first, float y) {
+  if (thread % 4 < 2) exchange.send(number, first + row_of_product(thread), y);
+}
+
+__device__ __forceinline__ float receive_row(const Exchange& exchange, int thread, int number, int first) {
+  constexpr int HALF = TOGETHER ? SHARERS / 2 : 1, AT_ONCE = HALF > 4 && D == 64 ? 4 : HALF;  // for want of registers
+  float y = 0.0f;
+#pragma unroll
+  for (int from = 0; from < HALF; from += AT_ONCE) {
+    float x[AT_ONCE];
+    exchange.receive(number, thread % 4 / 2 * HALF + from, first + row_of_product(thread), x);
+#pragma unroll
+    for (int b = 0; b < AT_ONCE; b++) y += x[b];
+  }
+  return y + __shfl_xor_sync(~0u, y, 2);
+}
+
+// The lane's entries of a product whose rows all warps have, and all blocks sent. What is in shared memory is read until
+// the exchange after next. Waits for all warps: of a cluster's mail each has all by itself.
+__device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange& exchange, int thread, int number, int first, float y) {
+  const int lane = thread % 32;
+  if constexpr (IN_CLUSTER) {
+    Entries sum;
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) sum.of[e] = exchange.receive_sum(number, first + column_of_entry(lane, e));
+    return sum;
+  } else {
+    if constexpr (TOGETHER) y = receive_row(exchange, thread, number, first);
+    LyingVector& product = shared.product[number % 2];
+    if (thread % 4 < 2) entry_of_row(product, row_of_product(thread)) = y;
+    meet_matrix_warps();
+    return entries_of_lane(product, lane);
+  }
+}
+
+// The same, and the inner product with the vector x that was multiplied.
+__device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchange& exchange, int thread, int number, const Product& product, const Entries& x, float& curvature) {
+  if constexpr (TOGETHER) {
+    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product.y);
+    curvature = inner_product(x, rows);
+    return rows;
+  } else {
+    float(&of_warps)[MATRIX_WARPS] = shared.curvatures[number % 2];
+    if (thread % 32 == 0) of_warps[thread / 32] = product.curvature;
+    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product.y);
+    float sums[4];
+#pragma unroll
+    for (int w = 0; w < MATRIX_WARPS; w++) sums[w % 4] = w < 4 ? of_warps[w] : sums[w % 4] + of_warps[w];
+    curvature = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return rows;
+  }
+}
+
+// From a slope of 0 until it is near enough: whether it was after MOST_STEPS. number: of the first exchange, then of the next.
+__device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& exchange, const float* moments, float ridge, int thread,
+                                           Entries& x, Progress& progress, int& number) {
+  const int lane = thread % 32;
+  LyingVector& vector = shared.vectors[thread / 32];
+  Entries r = right_side(shared, lane), p = {}, s = {};
+  x = {};
+  bool small;
+  float y;
+#pragma unroll 1
+  while (true) {
+    entries_of_lane(vector, lane) = r;
+    __syncwarp();
+    const Product product = multiply<!TOGETHER>(vector, moments, thread);
+    y = product.y;
+    if constexpr (TOGETHER) send_row(exchange, thread, number, 0, y);
+    // Beside the product, whose latency hides it.
+    progress.look(inner_product(r, r), ridge);
+    // The same in all lanes, as the compiler sees by this.
+    small = __any_sync(~0u, progress.is_small(progress.gamma, ridge, TOLERANCE));
+    if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
+    float curvature;
+    Entries w = exchange_product(shared, exchange, thread, number, product, r, curvature);
+    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature));
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) {
+      w.of[e] = __fmaf_rn(ridge, r.of[e], w.of[e]);
+      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w.of[e]);
+      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
+      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
+      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
+    }
+    // Of what lies in shared memory all lanes have read what they need: the barrier is after that, but a cluster has none.
+    if constexpr (IN_CLUSTER) __syncwarp();
+    number++;
+  }
+  // No block may leave before all that is sent to it has come.
+  if constexpr (IN_CLUSTER) exchange_rows(shared, exchange, thread, number, 0, y);
+  return small;
+}
