@@ -20,6 +20,8 @@ from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
 SM90_THREADS = {64: 256, 128: 512}
 SM90_SHARED_BYTES = {64: 110592, 128: 226304}
 """By head size, the size of the kernel's own structure, which a static assertion compares."""
+_TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES = 256, 112640
+"""Of the kernel that takes keys first; the same."""
 _SM90_BLOCKS = {64: 2, 128: 1}
 """How many blocks a multiprocessor runs, by head size."""
 SOLVERS = "cholesky", "cg"
@@ -164,6 +166,8 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         most = 1 if layout.split_size else _MOST_TOGETHER
     splits_log2 = max(0, min(wanted, most).bit_length() - 1)
     splits = 1 << splits_log2
+    if by_steps and splits == 1 and D == 128:
+        return _two_pass(problem, layout, rows)
     # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
     large = not layout.split_size and 2 * rows * splits <= at_once
     cluster = min(splits, _LARGE_CLUSTER if large else 2)
@@ -189,6 +193,19 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], shared_bytes, floats,
         rows, box, *(_mail(splits_log2, layout.multiprocessors) if mailed else (0, 0)),
     )  # fmt: skip
+
+
+def _two_pass(problem: Problem, layout: Layout, rows: int) -> Shape:
+    """Keys, then values with the slope, by a block a row."""
+    box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
+    defines = dict(
+        CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=problem.head_dim, PAGED=int(problem.page_size is not None), BOX=box,
+        HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=_TWO_PASS_SHARED_BYTES, READ_ONCE=0,
+        CLUSTER=1, SOLVERS=1, MOST_STEPS=_MOST_STEPS, MAIL_BYTES=0, **_masks(problem),
+    )  # fmt: skip
+    return Shape(
+        "sm90/lla_two_pass.cu", tuple(defines.items()), 1, 1, _TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES, 0, rows, box
+    )
 
 
 def _mail_bytes(splits: int) -> int:

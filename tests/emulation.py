@@ -33,6 +33,7 @@ needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the k
 _CALLS = {
     "attend.cu": "attend_kernel(*static_cast<const Problem*>(a[0]){maps})",
     "lla.cu": "lla_kernel(*static_cast<const lla::Call*>(a[0]){maps})",
+    "lla_two_pass.cu": "lla_kernel(*static_cast<const lla::Call*>(a[0]){maps})",
 }
 _LAUNCH = """
 #ifndef CLUSTER

@@ -1,0 +1,76 @@
+#pragma once
+// How keys and values come to the ring by the copy engine, a box of one run by a lane of the last warp.
+
+#include "lla/two_pass/shape.cuh"
+#include "maps.cuh"
+
+// A row's keys, whose tiles are taken from one of them on, and after the last those before it.
+struct Source {
+  int begin, first, end;  // of the first tile, and of the keys that are seen
+  int batch, kv_head, tiles;
+  int starts_at = 0;
+
+  // The first key of the tile that is taken as number `number`.
+  __device__ __forceinline__ int position(int number) const {
+    const int tile = number + starts_at;
+    return begin + (tile < tiles ? tile : tile - tiles) * TILE;
+  }
+
+  // Whether the tile from a position on has keys that no one sees.
+  __device__ __forceinline__ bool is_partial(int position) const { return position < first || position + TILE > end; }
+  __device__ __forceinline__ bool is_seen(int key) const { return key >= first && key < end; }
+};
+
+// Of the ring: where the next load goes, or comes from.
+struct Position {
+  unsigned slot = 0, parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++slot == SLOTS) slot = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ unsigned slot_address(const Shared& shared, unsigned slot) { return shared_address(shared.ring) + slot * SLOT; }
+
+__device__ __forceinline__ void wait_for_load(const Shared& shared, const Position& at) {
+  delay();
+  mbarrier_wait(shared_address(&shared.full[at.slot]), at.parity);
+}
+
+// Brings a tile of keys, or of values, to a slot; by a warp.
+__device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tile, bool values, unsigned slot, int lane) {
+  if (lane < LOAD_LANES) {
+    const int run = lane / BOXES, box = lane % BOXES;
+    const int position = from.position(tile) + box * BOX;
+    const unsigned barrier = shared_address(&shared.full[slot]);
+    bool present = position < from.end;
+    int outer = from.batch, place = position;
+#if PAGED
+    if (present) {
+      const long long page = index_at(call.page_table, from.batch * call.page_table_stride + position / call.page_size,
+                                      call.page_table_wide);
+      present = page >= 0 && page < call.num_pages;
+      if (!present) atomicMax(&shared.bad_page, 1);
+      outer = static_cast<int>(page);
+    }
+    place = position % call.page_size;
+#endif
+    mbarrier_arrive_expect(barrier, present ? BOX * 128 : 0);
+    if (present) {
+      const unsigned to = slot_address(shared, slot) + run * RUN + box * BOX * 128;
+      box_copy<READ_ONCE>(to, values ? maps.v : maps.k, 0, place, run, from.kv_head, outer, barrier);
+    }
+  }
+  __syncwarp();
+}
+
+// The first tiles of keys, from a position on.
+__device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, Position to, int lane) {
+#pragma unroll 1
+  for (int tile = 0; tile < min(SLOTS, from.tiles); tile++, to.advance()) bring(shared, call, maps, from, tile, false, to.slot, lane);
+}
+
+// Load `number` of the second pass, which takes the keys and the values of each tile in turn.
+__device__ __forceinline__ void bring_again(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int number, unsigned slot, int lane) {
+  if (number < 2 * from.tiles) bring(shared, call, maps, from, number / 2, number % 2, slot, lane);
+}

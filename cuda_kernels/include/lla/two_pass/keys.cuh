@@ -1,0 +1,215 @@
+#pragma once
+// The first pass: the moments of a row's keys, in registers.
+//
+// Of every tile all warps make X = sqrt(p) (k - k0) in float16, each of 8 keys, and then X^T X, each of 16 rows of it, while the
+// next tile becomes X. The sums of weighted keys are taken of the same rounded roots and X, so that rounding cancels in the
+// covariances. The second pass makes the same X again: a slope is large where no key determines it, and a key that is rounded
+// otherwise there would be far off. So all X of a row are relative to one maximum and one origin, those of the first tile; where
+// the weights grow out of that, the row begins anew with the tile that they grew in. What X is scaled by, and why the origin is near the mean, is in weigh.cuh.
+
+#include "lla/two_pass/lanes.cuh"
+#include "lla/two_pass/scores.cuh"
+
+// What X is made with.
+struct Reference {
+  float half_m = 0.0f;  // half of the maximum
+  float scale = 1.0f;
+  unsigned origin[4] = {};  // of a lane's channels, scaled, in pairs
+
+  __device__ __forceinline__ void read(const Shared& shared, const Lane& at) {
+    half_m = shared.m == minus_infinity() ? 0.0f : 0.5f * shared.m;
+    scale = inverse_of_scale(shared.inverse_scale);
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const int column = at.column() + 2 * e;
+      origin[e] = narrow_pair<false>(scale * shared.origin[column], scale * shared.origin[column + 1]);
+    }
+  }
+
+  // The root of a key's weight, in pairs, rounded as X is multiplied by it.
+  __device__ __forceinline__ unsigned roots_of(float score) const {
+    const float root = root_of(score, half_m);
+    return narrow_pair<false>(root, root);
+  }
+
+  // X of two channels. SCALED: whether the scale is not 1.
+  template <bool SCALED>
+  __device__ __forceinline__ unsigned operator()(unsigned raw, int pair, unsigned roots) const {
+    if constexpr (SCALED) raw = multiply_pairs<BFLOAT>(raw, narrow_pair<BFLOAT>(scale, scale));
+    if constexpr (BFLOAT) {
+      const float2 wide = widen_pair<true>(raw);
+      raw = narrow_pair<false>(wide.x, wide.y);
+    }
+    return multiply_pairs<false>(subtract_pairs(raw, origin[pair]), roots);
+  }
+};
+
+// Makes the largest number of all lanes known.
+__device__ __forceinline__ void note_largest(Shared& shared, int thread, float largest) {
+  const unsigned of_warp = __reduce_max_sync(~0u, __float_as_uint(largest));
+  if (thread % 32 == 0) atomicMax(&shared.largest, of_warp);
+}
+
+// A number's nearest float16, which is subtracted from others without another rounding.
+__device__ __forceinline__ float as_float16(float x) { return widen<false>(narrow<false>(x)); }
+
+// The maximum and the origin, the weighted mean, of the first tile, and the scale unless it is known.
+__device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, int thread, unsigned x, const float* scores, float m, bool exact) {
+  float sums[8] = {}, d1 = 0.0f, largest = 0.0f;
+#pragma unroll 1
+  for (int i = 0; i < LANE_KEYS; i++) {
+    const float weight = exp2_fast(scores[i] - m);
+    uint4 raw = shared_load4(at_key(x, i));
+    // What no one sees may be anything.
+    if (!(weight > 0.0f)) raw = {0, 0, 0, 0};
+    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int e = 0; e < 4; e++) {
+      const float2 k = widen_pair<BFLOAT>(words[e]);
+      sums[2 * e] += weight * k.x, sums[2 * e + 1] += weight * k.y;
+    }
+    largest = fmaxf(largest, largest_of(raw));
+    d1 += weight;
+  }
+  if (thread == 0) shared.m = m;
+  stage(shared.staged[0], at, thread, sums);
+  d1 = of_all_keys(d1);
+  if (thread % 32 == 0) shared.warp_d1[0][thread / 32] = d1;
+  if (!exact) note_largest(shared, thread, largest);
+  meet();
+  // Zeros alone say nothing of the scale, and make what follows NaN.
+  const float scale = exact ? inverse_of_scale(shared.inverse_scale) : scale_of(shared.largest, ROOMY, 0.0f), inverse_scale = inverse_of_scale(scale);
+  if (thread < D) {
+    const float mean = as_float16(scale * staged_sum(shared, 0, thread) * reciprocal_fast(staged_d1(shared, 0))) * inverse_scale;
+    // Without a finite score all is NaN, or a later tile's are the first.
+    shared.origin[thread] = m == minus_infinity() ? 0.0f : mean;
+  }
+  if (thread == 0 && !exact) shared.inverse_scale = inverse_scale;
+  meet();
+}
+
+// A lane's keys of a tile become X, and add to the sums of X and of the weights.
+template <bool SCALED>
+__device__ __forceinline__ void transform(const Reference& reference, unsigned x, const float* scores, float (&sums)[8], float& d1) {
+  // At a time, for want of registers.
+  constexpr int KEYS = 2;
+#pragma unroll 1
+  for (int first = 0; first < LANE_KEYS; first += KEYS) {
+    // All loads before the stores: the compiler may not move a load across a store.
+    uint4 raws[KEYS];
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) raws[i] = shared_load4(at_key(x, i));
+    const float2 pair = *reinterpret_cast<const float2*>(scores + first);
+#pragma unroll
+    for (int i = 0; i < KEYS; i++) {
+      const unsigned roots = reference.roots_of(i ? pair.y : pair.x);
+      const float root = widen<false>(roots & 0xffff);
+      d1 += root * root;
+      const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
+      unsigned rounded[4];
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        rounded[e] = reference.operator()<SCALED>(words[e], e, roots);
+        const float2 weighted = widen_pair<false>(rounded[e]);
+        sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
+      }
+      shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
+    }
+    x = at_key(x, KEYS);
+  }
+}
+
+// The largest number of the row's keys.
+__device__ __forceinline__ float largest_of_all(const lla::Call& call, const Source& from, int thread) {
+  const half_bits* first = static_cast<const half_bits*>(call.k) + thread % (D / 8) * 8;
+  float largest = 0.0f;
+#pragma unroll 1
+  for (int key = from.first + thread / (D / 8); key < from.end; key += THREADS / (D / 8)) {
+    const lla::Place place(call, from.batch, key);
+    if (place.valid)
+      largest = fmaxf(largest, largest_of(__ldg(reinterpret_cast<const uint4*>(first + place.offset(call.k_stride, from.kv_head)))));
+  }
+  return largest;
+}
+
+// Before the keys are taken again with the scale of the largest of all.
+__device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call, const Source& from, int thread) {
+  if (thread == 0) shared.largest = 0;
+  meet();
+  note_largest(shared, thread, largest_of_all(call, from, thread));
+  meet();
+  if (thread == 0) shared.inverse_scale = inverse_of_scale(scale_of(shared.largest, TIGHT, 1.0f));
+}
+
+// One pass over the keys, of which the first tiles are on their way from position `at` on. Leaves their moments about the origin
+// in c and their sums in shared, and nothing in the ring. Returns the number of the last tile in which the weights grew out of what
+// the first one began with, or 0. exact: whether the scale is that of the largest number of all.
+__device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, bool exact, Position& at, float (&c)[D / 2]) {
+  const int thread = thread_index();
+  const bool is_first = is_first_warpgroup(thread), brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
+  const Lane lane(thread);
+  const float scale_log2 = call.scale * 1.4426950408889634f;
+#pragma unroll
+  for (int e = 0; e < D / 2; e++) c[e] = 0.0f;
+  float d1 = 0.0f, sums[8] = {};
+  float products[4] = {};
+  const auto next_scores = [&](const Position& next, int tile) {
+    multiply_rows(shared, next, products);
+    wgmma_wait<0>();
+    give_scores(shared, from, tile, thread, products, scale_log2);
+  };
+  if (is_first) next_scores(at, 0);
+  meet();
+  const auto pair_of = [&](int tile) { return reinterpret_cast<const float2*>(shared.scores[tile % 2])[thread % 32]; };
+  float m = largest_of_lanes(pair_of(0));
+  choose_origin(shared, lane, thread, slot_address(shared, at.slot) + lane.place(), &shared.scores[0][lane.first_key], m, exact);
+  Reference reference;
+  reference.read(shared, lane);
+  int grew_in = 0;
+  unsigned slot_before = 0;
+#pragma unroll 1
+  for (int tile = 0; tile < from.tiles; tile++) {
+    const unsigned x = slot_address(shared, at.slot) + lane.place();
+    const float* scores = &shared.scores[tile % 2][lane.first_key];
+    const float2 pair = pair_of(tile);
+    if (__any_sync(~0u, fmaxf(pair.x, pair.y) > m + LAZY_LOG2)) m = largest_of_lanes(pair), grew_in = tile;
+    const int position = from.position(tile);
+    if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
+    if (__any_sync(~0u, reference.scale != 1.0f))
+      transform<true>(reference, x, scores, sums, d1);
+    else
+      transform<false>(reference, x, scores, sums, d1);
+    fence_async_proxy();
+    Position next = at;
+    next.advance();
+    if (is_first && tile + 1 < from.tiles) next_scores(next, tile + 1);
+    // The products of the tile before.
+    wgmma_wait<0>();
+    meet();
+    if (brings && tile > 0 && tile - 1 + SLOTS < from.tiles) bring(shared, call, maps, from, tile - 1 + SLOTS, false, slot_before, thread % 32);
+    const unsigned long long all = keys_outermost(slot_address(shared, at.slot), RUN);
+    const unsigned long long own = all + descriptor_step(is_first ? 0 : RUN);
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < TILE / 16; step++) wgmma_m64n128(c, own + descriptor_step(16 * step * 128), all + descriptor_step(16 * step * 128));
+    wgmma_commit();
+    slot_before = at.slot;
+    at = next;
+  }
+  wgmma_wait<0>();
+
+  stage(shared.staged[0], lane, thread, sums);
+  d1 = of_all_keys(d1);
+  if (thread % 32 == 0) shared.warp_d1[0][thread / 32] = d1;
+  meet();
+  const float all = shared.bad_page ? quiet_nan() : staged_d1(shared, 0);
+  if (thread < D) {
+    const float sum = staged_sum(shared, 0, thread) * shared.inverse_scale;
+    shared.sums[thread] = sum;
+    shared.mean[thread] = shared.origin[thread] + sum * inverse_weight(all);
+    if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
+  }
+  if (thread == 0) shared.d1 = all;
+  meet();
+  return grew_in;
+}

@@ -1,0 +1,84 @@
+#pragma once
+// Sizes of the kernel that takes a row's keys first and its values when the slope is known, and its shared memory.
+
+#include "delay.cuh"
+#include "lla/inputs.cuh"
+#include "lla/query.cuh"
+#include "lla/rows.cuh"
+#include "lla/scale.cuh"
+#include "lla/vectors.cuh"
+#include "ptx/barrier.cuh"
+#include "ptx/mbarrier.cuh"
+#include "ptx/numbers.cuh"
+#include "ptx/opaque.cuh"
+#include "ptx/shared_memory.cuh"
+
+static_assert(D == 128, "two warpgroups have 64 rows of the moments each");
+constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
+// All warps have moments, and a block has its row to itself.
+constexpr int MATRIX_THREADS = THREADS, MATRIX_WARPS = WARPS;
+constexpr bool TOGETHER = false, IN_CLUSTER = false;
+constexpr int SHARERS = 1;
+#define MAIL_IN_SHARED 0
+constexpr int MOST_IN_CLUSTER = 1;
+
+// A slot of the ring holds a tile of keys or of values in runs of 64 channels, in them a row of 128 bytes for every key, whose
+// pieces of 16 are swapped by the key's number. X takes the place of the keys that it is made from.
+constexpr int TILE = 64;
+constexpr int RUNS = D / 64;
+constexpr int RUN = TILE * 128, SLOT = RUNS * RUN;  // in bytes
+constexpr int SLOTS = 6;
+constexpr int BOXES = TILE / BOX;  // of a run
+constexpr int LOAD_LANES = RUNS * BOXES;
+static_assert(BOX % 8 == 0 && TILE % BOX == 0 && LOAD_LANES <= 32, "a lane brings a box");
+
+// A weight may grow to 2^8 before the moments are rescaled.
+constexpr float LAZY_LOG2 = 8.0f;
+
+// In floats. Pairs of adjacent columns of 8 rows, as the tensor cores have them, fall on different banks.
+constexpr int MOMENT_PITCH = D + 8;
+constexpr int INVERSE_PITCH = 24;
+
+struct Shared {
+  union {
+    alignas(1024) unsigned char ring[SLOTS][SLOT];
+    // Of the factorisation: the moments, and the inverse of each diagonal block's factor.
+    struct {
+      alignas(16) float moments[D][MOMENT_PITCH];
+      alignas(16) float inverse[D / 16][16][INVERSE_PITCH];
+    };
+  };
+  // Rows of operands: the query, then three parts of the slope.
+  alignas(1024) unsigned char query[RUNS][VECTOR];
+  union {
+    alignas(16) float staged[2][WARPS][D];
+    // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, and what comes of it, of two
+    // steps in turn.
+    struct {
+      alignas(16) LyingVector vectors[WARPS];
+      alignas(16) LyingVector product[2];
+      alignas(16) float curvatures[2][WARPS];
+    };
+  };
+  alignas(16) float origin[D];
+  alignas(16) float sums[D];   // of the rounded w (k - origin), and before a shift of the origin
+  alignas(16) float shift[D];  // of the origin
+  alignas(16) float mean[D];
+  alignas(16) float slope[D];
+  alignas(16) float scores[2][TILE];  // of two tiles in turn; in the second pass their keys' weights
+  float warp_d1[2][WARPS];
+  float m, d1;
+  float inverse_scale;  // one over what X is scaled by, a power of two, and the largest key that decides it, as bits
+  unsigned largest;
+  unsigned out_of_range;  // X was, in this pass
+  unsigned bad_page;
+  unsigned tag, blocks;  // of mail, of which there is none
+  alignas(8) unsigned long long full[SLOTS];
+};
+static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
+static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024);
+
+enum : int { MATRIX = 1 };  // the hardware barrier of all
+
+__device__ __forceinline__ void meet() { barrier_sync(MATRIX, THREADS); }

@@ -1,0 +1,134 @@
+#pragma once
+// The slope of a row, (C_kk + ridge I) u = q - kbar: by conjugate gradients on the moments in registers or, where these do not
+// get there, by a Cholesky factorisation in blocks of 16.
+
+#include "lla/blocks.cuh"
+#include "lla/two_pass/shape.cuh"
+#include "lla/steps.cuh"
+
+__device__ __forceinline__ float mean_of(const Shared& shared, int column) { return shared.mean[column]; }
+
+// The moments about the mean and divided by their weight, in place.
+__device__ __forceinline__ void complete_moments(const Shared& shared, int thread, float (&c)[D / 2]) {
+  const int upper = upper_row(thread), column = thread % 4 * 2;
+  const float inverse_d1 = inverse_weight(shared.d1), factor = inverse_d1 * shared.inverse_scale * shared.inverse_scale;
+  const float means[2] = {inverse_d1 * inverse_d1 * shared.sums[upper], inverse_d1 * inverse_d1 * shared.sums[upper + 8]};
+#pragma unroll
+  for (int j = 0; j < D / 8; j++) {
+    const float2 sums = *reinterpret_cast<const float2*>(&shared.sums[8 * j + column]);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      c[4 * j + 2 * h] = factor * c[4 * j + 2 * h] - means[h] * sums.x;
+      c[4 * j + 2 * h + 1] = factor * c[4 * j + 2 * h + 1] - means[h] * sums.y;
+    }
+  }
+}
+
+// Whether x, which has all that many steps found, solves the system; all lanes find the same.
+__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, int thread, const float (&c)[D / 2], float ridge, Entries& x) {
+  const int lane = thread % 32;
+  const Exchange exchange(shared, call);
+  Progress progress(ridge);
+  int number = 1;
+  if (!take_steps(shared, exchange, c, ridge, thread, x, progress, number)) return false;
+  __syncwarp();
+  LyingVector& vector = shared.vectors[thread / 32];
+  entries_of_lane(vector, lane) = x;
+  __syncwarp();
+  const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply<false>(vector, c, thread).y);
+  const Entries right = right_side(shared, lane);
+  Entries residual;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
+  return __any_sync(~0u, progress.is_small(inner_product(residual, residual), ridge, 2.0f * TOLERANCE));
+}
+
+__device__ __forceinline__ float* block_at(Shared& shared, int i, int j) { return &shared.moments[i * BLOCK][j * BLOCK]; }
+
+// By the factorisation; nothing is on its way to the ring, whose place it takes. With M = L^-1 of the diagonal blocks, the panels
+// are Q_i = A_ib M^T, and L^-1 and then L^-T are applied to the right side block by block.
+__device__ __forceinline__ void solve_by_factor(Shared& shared, float (&c)[D / 2], float ridge, Entries& x) {
+  constexpr int BLOCKS = D / BLOCK;
+  // Anew: what is derived from it would be kept over the steps.
+  const int thread = thread_index();
+  const int lane = thread % 32, warp = thread / 32;
+  pair_lanes(c, lane, true);
+  const int upper = upper_row(thread), column = thread % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < D / 8; j++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int row = upper + 8 * h;
+      float2 pair = {c[4 * j + 2 * h], c[4 * j + 2 * h + 1]};
+      if (row == 8 * j + column) pair.x += ridge;
+      if (row == 8 * j + column + 1) pair.y += ridge;
+      *reinterpret_cast<float2*>(&shared.moments[row][8 * j + column]) = pair;
+    }
+  if (warp == 0) {
+    const Entries right = right_side(shared, lane);
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) shared.slope[column_of_entry(lane, e)] = right.of[e];
+  }
+  meet();
+#pragma unroll 1
+  for (int b = 0; b < BLOCKS; b++) {
+    if (warp == 0) {
+      Tile pivots;
+      pivots.load(block_at(shared, b, b), MOMENT_PITCH);
+      pivots.factor();
+      pivots.store(shared.inverse[b][0], INVERSE_PITCH);
+    }
+    meet();
+    const int i = b + 1 + warp;
+    if (i < BLOCKS) {
+      Tile a, m;
+      a.load(block_at(shared, i, b), MOMENT_PITCH);
+      m.load(shared.inverse[b][0], INVERSE_PITCH);
+      multiply(Operand(a), Operand(m)).store(block_at(shared, i, b), MOMENT_PITCH);
+    } else if (warp == WARPS - 1) {
+      float y = 0.0f;
+      for (int k = 0; k < BLOCK; k++) y += shared.inverse[b][lane % BLOCK][k] * shared.slope[b * BLOCK + k];
+      __syncwarp();
+      if (lane < BLOCK) shared.slope[b * BLOCK + lane] = y;
+    }
+    meet();
+    int number = 0;
+#pragma unroll 1
+    for (int i = b + 1; i < BLOCKS; i++)
+#pragma unroll 1
+      for (int j = b + 1; j <= i; j++)
+        if (number++ % WARPS == warp) {
+          Tile a, left, right;
+          left.load(block_at(shared, i, b), MOMENT_PITCH);
+          right.load(block_at(shared, j, b), MOMENT_PITCH);
+          a.load(block_at(shared, i, j), MOMENT_PITCH);
+          a.subtract(multiply(Operand(left), Operand(right)));
+          a.store(block_at(shared, i, j), MOMENT_PITCH);
+        }
+    if (thread < D && thread >= (b + 1) * BLOCK) {
+      float sum = 0.0f;
+      for (int k = 0; k < BLOCK; k++) sum += shared.moments[thread][b * BLOCK + k] * shared.slope[b * BLOCK + k];
+      shared.slope[thread] -= sum;
+    }
+    meet();
+  }
+#pragma unroll 1
+  for (int b = BLOCKS - 1; b >= 0; b--) {
+    if (warp == 0) {
+      float y = 0.0f;
+      for (int k = 0; k < BLOCK; k++) y += shared.inverse[b][k][lane % BLOCK] * shared.slope[b * BLOCK + k];
+      __syncwarp();
+      if (lane < BLOCK) shared.slope[b * BLOCK + lane] = y;
+    }
+    meet();
+    if (thread < b * BLOCK) {
+      float sum = 0.0f;
+      for (int k = 0; k < BLOCK; k++) sum += shared.moments[b * BLOCK + k][thread] * shared.slope[b * BLOCK + k];
+      shared.slope[thread] -= sum;
+    }
+    meet();
+  }
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) x.of[e] = ridge > 0.0f ? shared.slope[column_of_entry(lane, e)] : quiet_nan();
+  meet();
+}

@@ -1,0 +1,99 @@
+// Local linear attention of single query rows against a key-value cache, in two passes: the first takes the keys alone, and
+// the second the values, with the slope that solves the row's ridge system.
+//
+// Where a row's keys are few, its moments are most of the work: without those of the values they are half of it, and leave room
+// for two blocks a multiprocessor, which hide each other's solving. While a row is solved, its values come. The keys are read
+// twice, the second time from the second-level cache where it holds them.
+//
+// X^T X accumulates in registers, 16 rows of it a warp (keys.cuh); conjugate gradients take it there (slope.cuh); then keys get
+// the weights of the local linear fit, and values are added up by them (values.cuh).
+//
+// Compile-time: HEAD_DIM (128, also the value size), PAGED, BOX (keys of a copy), READ_ONCE (whether more keys than the second-level
+// cache holds are read by one row each), INDEXED and PACKED (whether there are lengths or paddings, and packed sequences),
+// HALF_IS_FLOAT16, SHARED_BYTES, MOST_STEPS (of conjugate gradients). Grid: rows blocks.
+
+#include "lla/two_pass/keys.cuh"
+#include "lla/two_pass/slope.cuh"
+#include "lla/two_pass/values.cuh"
+#include "ptx/dependents.cuh"
+
+extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
+    lla_kernel(const __grid_constant__ lla::Call call, const __grid_constant__ Maps maps) {
+  extern __shared__ __align__(1024) unsigned char bytes[];
+  Shared& shared = *reinterpret_cast<Shared*>(bytes);
+  const int thread = threadIdx.x, lane = thread % 32;
+  const bool brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
+  if (thread == 0) prefetch_map(maps.k), prefetch_map(maps.v);
+  // Nothing before has touched global memory.
+  wait_for_launch_ahead();
+
+  const lla::Row row(call, blockIdx.x);
+  half_bits* out = output_of(call, row);
+  if (row.keys() == 0) {
+    if (thread < D) out[thread] = narrow<BFLOAT>(row.valid ? 0.0f : quiet_nan());
+    return;
+  }
+  Source source;
+  // A box begins where its page allows.
+  source.begin = PAGED ? row.first / BOX * BOX : row.first;
+  source.first = row.first, source.end = row.end;
+  source.batch = row.batch, source.kv_head = row.kv_head;
+  source.tiles = (source.end - source.begin + TILE - 1) / TILE;
+
+  QueryPiece query;
+  if (brings) {
+    if (lane < SLOTS) mbarrier_init(shared_address(&shared.full[lane]), LOAD_LANES);
+    if (lane == 0) shared.largest = shared.out_of_range = shared.bad_page = 0;
+    fence_mbarrier_init();
+    __syncwarp();
+    bring_first(shared, call, maps, source, Position(), lane);
+  } else {
+    query.load(query_of(call, row), thread);
+    if (thread < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[thread] = query.packed();
+    fence_async_proxy();
+  }
+  __syncthreads();
+
+  Position at;
+  float c[D / 2];
+  bool exact = false;
+#pragma unroll 1
+  while (true) {
+    const int grew_in = take_keys(shared, call, maps, source, exact, at, c);
+    // The same in all lanes, as the compiler sees by this. Where X left the range of float16, the keys again with the scale of the
+    // largest; that of keys relative to too small a maximum counts for nothing.
+    const bool anew = __any_sync(~0u, grew_in > 0), rescaled = !anew && __any_sync(~0u, !exact && shared.out_of_range);
+    if (!anew && !rescaled) break;
+    source.starts_at = (source.starts_at + grew_in) % source.tiles;
+    exact |= rescaled;
+    meet();
+    if (thread == 0) shared.out_of_range = 0;
+    if (rescaled) rescale(shared, call, source, thread);
+    if (brings) bring_first(shared, call, maps, source, at, lane);
+    meet();
+  }
+  const auto bring_values = [&] {
+    if (!brings) return;
+    Position to = at;
+#pragma unroll 1
+    for (int number = 0; number < SLOTS; number++, to.advance()) bring_again(shared, call, maps, source, number, to.slot, lane);
+  };
+  bring_values();
+  let_next_launch_begin();
+
+  const float ridge = row.ridge(call);
+  complete_moments(shared, thread, c);
+  pair_lanes(c, lane, false);
+  Entries slope;
+  if (!solve_by_steps(shared, call, thread, c, ridge, slope)) {
+    // What comes to the ring has to have come before something else may lie there.
+#pragma unroll 1
+    for (int number = 0; number < min(SLOTS, 2 * source.tiles); number++, at.advance()) wait_for_load(shared, at);
+    meet();
+    solve_by_factor(shared, c, ridge, slope);
+    fence_async_proxy();
+    meet();
+    bring_values();
+  }
+  take_values(shared, call, maps, source, at, slope, out);
+}
