@@ -72,13 +72,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (brings) bring_first(shared, call, maps, source, at, lane);
     meet();
   }
-  const auto bring_values = [&] {
-    if (!brings) return;
-    Position to = at;
-#pragma unroll 1
-    for (int number = 0; number < SLOTS; number++, to.advance()) bring_again(shared, call, maps, source, number, to.slot, lane);
-  };
-  bring_values();
+  // While the row is solved, the values come, as far as there is room for them.
+  int kept = min(MOST_KEPT, source.tiles);
+  Position to = at;
+  Loads loads(source, kept);
+  if (brings) {
+    prefetch_values(call, maps, source, lane);
+    bring_next(shared, call, maps, source, SLOTS - kept, loads, to, lane);
+  }
   let_next_launch_begin();
 
   const float ridge = row.ridge(call);
@@ -87,13 +88,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   Entries slope;
   if (!solve_by_steps(shared, call, thread, c, ridge, slope)) {
     // What comes to the ring has to have come before something else may lie there.
+    const int coming = min(SLOTS - kept, 2 * source.tiles - kept);
 #pragma unroll 1
-    for (int number = 0; number < min(SLOTS, 2 * source.tiles); number++, at.advance()) wait_for_load(shared, at);
+    for (int number = 0; number < coming; number++, at.advance()) wait_for_load(shared, at);
     meet();
     solve_by_factor(shared, c, ridge, slope);
     fence_async_proxy();
     meet();
-    bring_values();
+    // X is gone.
+    kept = 0, to = at, loads = Loads(source, kept);
+    if (brings) bring_next(shared, call, maps, source, SLOTS, loads, to, lane);
   }
-  take_values(shared, call, maps, source, at, slope, out);
+  take_values(shared, call, maps, source, kept, at, loads, to, slope, out);
 }

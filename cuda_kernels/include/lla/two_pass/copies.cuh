@@ -70,7 +70,48 @@ __device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& cal
   for (int tile = 0; tile < min(SLOTS, from.tiles); tile++, to.advance()) bring(shared, call, maps, from, tile, false, to.slot, lane);
 }
 
-// Load `number` of the second pass, which takes the keys and the values of each tile in turn.
-__device__ __forceinline__ void bring_again(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int number, unsigned slot, int lane) {
-  if (number < 2 * from.tiles) bring(shared, call, maps, from, number / 2, number % 2, slot, lane);
+// The loads of the second pass in their order: chunks of tiles, of each the keys, unless their X is there, and then the values. The
+// first chunk is that of the last `kept` tiles.
+struct Loads {
+  int first, count, done = 0;  // of the chunk
+  int rest;                    // the first tile of the next chunk
+  int end;                     // of all but the first chunk
+  bool values;
+
+  __device__ __forceinline__ Loads(const Source& from, int kept)
+      : first(kept ? from.tiles - kept : 0), count(kept ? kept : min(SLOTS, from.tiles)), rest(kept ? 0 : count), end(from.tiles - kept), values(kept) {}
+
+  __device__ __forceinline__ bool any() const { return count > 0; }
+
+  __device__ __forceinline__ void next_chunk() {
+    first = rest, count = min(SLOTS, end - first), rest += count;
+    values = false;
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (++done < count) return;
+    done = 0;
+    if (values)
+      next_chunk();
+    else
+      values = true;
+  }
+};
+
+// Brings the next `number` loads, or all that are left, from position `to` on; by a warp.
+__device__ __forceinline__ void bring_next(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int number, Loads& loads, Position& to, int lane) {
+#pragma unroll 1
+  for (; number > 0 && loads.any(); number--, to.advance(), loads.advance())
+    bring(shared, call, maps, from, loads.first + loads.done, loads.values, to.slot, lane);
+}
+
+// The values of the last tiles, as many as the kernel for few keys has, to the second-level cache; by a warp.
+__device__ __forceinline__ void prefetch_values(const lla::Call& call, const Maps& maps, const Source& from, int lane) {
+  constexpr int TILES = 32 / RUNS;
+  const int tile = lane / RUNS;
+  if (!PAGED && tile < min(TILES, from.tiles)) {
+    const int number = from.tiles - 1 - tile;
+    box_prefetch(maps.v, 0, from.position(number), lane % RUNS, from.kv_head, from.batch);
+  }
+  __syncwarp();
 }

@@ -88,8 +88,8 @@ __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, in
   meet();
 }
 
-// A lane's keys of a tile become X, and add to the sums of X and of the weights.
-template <bool SCALED>
+// A lane's keys of a tile become X, and add to the sums of X and of the weights, if SUMS.
+template <bool SCALED, bool SUMS>
 __device__ __forceinline__ void transform(const Reference& reference, unsigned x, const float* scores, float (&sums)[8], float& d1) {
   // At a time, for want of registers.
   constexpr int KEYS = 2;
@@ -104,14 +104,16 @@ __device__ __forceinline__ void transform(const Reference& reference, unsigned x
     for (int i = 0; i < KEYS; i++) {
       const unsigned roots = reference.roots_of(i ? pair.y : pair.x);
       const float root = widen<false>(roots & 0xffff);
-      d1 += root * root;
+      if constexpr (SUMS) d1 += root * root;
       const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
       unsigned rounded[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         rounded[e] = reference.operator()<SCALED>(words[e], e, roots);
-        const float2 weighted = widen_pair<false>(rounded[e]);
-        sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
+        if constexpr (SUMS) {
+          const float2 weighted = widen_pair<false>(rounded[e]);
+          sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
+        }
       }
       shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
     }
@@ -142,7 +144,7 @@ __device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call, c
 }
 
 // One pass over the keys, of which the first tiles are on their way from position `at` on. Leaves their moments about the origin
-// in c and their sums in shared, and nothing in the ring. Returns the number of the last tile in which the weights grew out of what
+// in c, their sums in shared, and X of the last tiles in the ring. Returns the number of the last tile in which the weights grew out of what
 // the first one began with, or 0. exact: whether the scale is that of the largest number of all.
 __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, bool exact, Position& at, float (&c)[D / 2]) {
   const int thread = thread_index();
@@ -154,13 +156,14 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   float d1 = 0.0f, sums[8] = {};
   float products[4] = {};
   const auto next_scores = [&](const Position& next, int tile) {
-    multiply_rows(shared, next, products);
+    wait_for_load(shared, next);
+    multiply_rows<false>(shared, next.slot, products);
     wgmma_wait<0>();
     give_scores(shared, from, tile, thread, products, scale_log2);
   };
   if (is_first) next_scores(at, 0);
   meet();
-  const auto pair_of = [&](int tile) { return reinterpret_cast<const float2*>(shared.scores[tile % 2])[thread % 32]; };
+  const auto pair_of = [&](int tile) { return reinterpret_cast<const float2*>(shared.scores[tile % SCORE_STAGES])[thread % 32]; };
   float m = largest_of_lanes(pair_of(0));
   choose_origin(shared, lane, thread, slot_address(shared, at.slot) + lane.place(), &shared.scores[0][lane.first_key], m, exact);
   Reference reference;
@@ -170,15 +173,15 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
 #pragma unroll 1
   for (int tile = 0; tile < from.tiles; tile++) {
     const unsigned x = slot_address(shared, at.slot) + lane.place();
-    const float* scores = &shared.scores[tile % 2][lane.first_key];
+    const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
     const float2 pair = pair_of(tile);
     if (__any_sync(~0u, fmaxf(pair.x, pair.y) > m + LAZY_LOG2)) m = largest_of_lanes(pair), grew_in = tile;
     const int position = from.position(tile);
     if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
     if (__any_sync(~0u, reference.scale != 1.0f))
-      transform<true>(reference, x, scores, sums, d1);
+      transform<true, true>(reference, x, scores, sums, d1);
     else
-      transform<false>(reference, x, scores, sums, d1);
+      transform<false, true>(reference, x, scores, sums, d1);
     fence_async_proxy();
     Position next = at;
     next.advance();

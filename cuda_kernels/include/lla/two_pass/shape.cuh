@@ -33,7 +33,12 @@ constexpr int BOXES = TILE / BOX;  // of a run
 constexpr int LOAD_LANES = RUNS * BOXES;
 static_assert(BOX % 8 == 0 && TILE % BOX == 0 && LOAD_LANES <= 32, "a lane brings a box");
 
-// A weight may grow to 2^8 before the moments are rescaled.
+// Tiles whose X stays in the ring until the slope is known.
+constexpr int MOST_KEPT = 6;
+constexpr int SCORE_STAGES = 8;
+static_assert(MOST_KEPT <= SLOTS && SLOTS < SCORE_STAGES, "a chunk's scores are there at once, beside those of a tile before");
+
+// A weight may be 2^8 times the first tile's largest.
 constexpr float LAZY_LOG2 = 8.0f;
 
 // In floats. Pairs of adjacent columns of 8 rows, as the tensor cores have them, fall on different banks.
@@ -49,7 +54,7 @@ struct Shared {
       alignas(16) float inverse[D / 16][16][INVERSE_PITCH];
     };
   };
-  // Rows of operands: the query, then three parts of the slope.
+  // Rows of an operand: the query, and from the third row on two parts of the slope.
   alignas(1024) unsigned char query[RUNS][VECTOR];
   union {
     alignas(16) float staged[2][WARPS][D];
@@ -62,11 +67,10 @@ struct Shared {
     };
   };
   alignas(16) float origin[D];
-  alignas(16) float sums[D];   // of the rounded w (k - origin), and before a shift of the origin
-  alignas(16) float shift[D];  // of the origin
+  alignas(16) float sums[D];   // of the rounded w (k - origin)
   alignas(16) float mean[D];
   alignas(16) float slope[D];
-  alignas(16) float scores[2][TILE];  // of two tiles in turn; in the second pass their keys' weights
+  alignas(16) float scores[SCORE_STAGES][TILE];  // of the latest tiles; in the second pass then the weights of their keys
   float warp_d1[2][WARPS];
   float m, d1;
   float inverse_scale;  // one over what X is scaled by, a power of two, and the largest key that decides it, as bits

@@ -1,55 +1,119 @@
 #pragma once
 // The second pass: with the slope u each key's weight is p (1 + u (k - kbar)), and the output is the mean of the values by these
-// weights, which add up to 1 but for what was rounded. The keys are those that X stands for, made anew as it was.
+// weights, which add up to 1 but for what was rounded. The keys are those that X stands for: the last of it is in the ring yet, the
+// rest is made anew as it was.
 
 #include "lla/two_pass/keys.cuh"
 #include "lla/vectors.cuh"
 
-// How a lane weighs its keys of a tile, as it has their values.
-struct Weights {
-  Reference reference;
-  float slope[8];  // of the lane's channels, in units of X
+constexpr int WARPGROUPS = THREADS / 128;
+constexpr int CHUNK_TILES = (SLOTS + WARPGROUPS - 1) / WARPGROUPS;  // of a warpgroup
+constexpr int SLOPE_ROW = 2;  // of the operand: the products with its two parts are one lane's
+
+// The slope as an operand in float16, as X is.
+struct Slope {
+  float unit;      // what the operand was divided by, a power of two
   float constant;  // 1 + u (k0 - kbar)
 
-  __device__ __forceinline__ Weights(const Shared& shared, const Lane& at, int lane, const Entries& solved) {
-    reference.read(shared, at);
+  // By all warps, of which each has the slope; the first one writes it.
+  __device__ __forceinline__ Slope(Shared& shared, int thread, const Entries& solved) {
+    const int lane = thread % 32;
     Entries distance;
+    float largest = 0.0f;
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) {
       const int column = column_of_entry(lane, e);
       distance.of[e] = shared.origin[column] - shared.mean[column];
+      largest = fmaxf(largest, fabsf(solved.of[e]));
     }
     constant = 1.0f + inner_product(solved, distance);
+    // To between 1 and 2.
+    const unsigned exponent = min(max(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23, 1u), 253u);
+    unit = shared.inverse_scale * __uint_as_float(exponent << 23);
+    if (thread < 32) {
+      const float inverse = __uint_as_float((254 - exponent) << 23);
 #pragma unroll
-    for (int e = 0; e < 8; e++) slope[e] = shared.inverse_scale * shared.slope[at.column() + e];
-  }
-
-  template <bool SCALED>
-  __device__ __forceinline__ void find(unsigned x, const float* scores, float (&weights)[LANE_KEYS]) const {
-    const float4 of_keys = *reinterpret_cast<const float4*>(scores);
-    const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
+      for (int e = 0; e < ENTRIES; e++) {
+        const int column = column_of_entry(lane, e);
+        float rest = inverse * solved.of[e];
 #pragma unroll
-    for (int i = 0; i < LANE_KEYS; i++) {
-      const uint4 raw = shared_load4(at_key(x, i));
-      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w}, roots = reference.roots_of(of_four[i]);
-      const float root = widen<false>(roots & 0xffff);
-      float sum = 0.0f;
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        const float2 rounded = widen_pair<false>(reference.operator()<SCALED>(words[e], e, roots));
-        sum += slope[2 * e] * rounded.x, sum += slope[2 * e + 1] * rounded.y;
+        for (int row = SLOPE_ROW; row < SLOPE_ROW + 2; row++) {
+          const half_bits part = narrow<false>(rest);
+          rest -= widen<false>(part);
+          unsigned char* to = shared.query[column / 64] + row * 128;
+          reinterpret_cast<half_bits*>(to + ((column % 64 / 8 ^ row) << 4))[column % 8] = part;
+        }
       }
-      // Over the lanes with other channels.
-#pragma unroll
-      for (int lanes = 16; lanes > 0; lanes /= 2)
-        if (lanes != 2) sum += __shfl_xor_sync(~0u, sum, lanes);
-      weights[i] = root * (root * constant + sum);
     }
   }
 };
 
-// A lane's values of a tile, by their weights.
-__device__ __forceinline__ void add_values(unsigned values, const float (&weights)[LANE_KEYS], float (&sums)[8]) {
+// X of a chunk of keys that have come, from position `at` on.
+__device__ __forceinline__ void make_chunk(Shared& shared, const lla::Call& call, const Source& from, const Loads& chunk, Position at) {
+  const int thread = thread_index(), warpgroup = __shfl_sync(~0u, thread / 128, 0);
+  const Lane lane(thread);
+  Reference reference;
+  reference.read(shared, lane);
+  const float scale_log2 = call.scale * 1.4426950408889634f;
+  float products[4] = {};
+  Position next = at;
+#pragma unroll 1
+  for (int j = 0; j < chunk.count; j++, next.advance()) {
+    wait_for_load(shared, next);
+    if (j % WARPGROUPS != warpgroup) continue;
+    multiply_rows<false>(shared, next.slot, products);
+    wgmma_wait<0>();
+    give_scores(shared, from, chunk.first + j, thread % 128, products, scale_log2);
+  }
+  meet();
+#pragma unroll 1
+  for (int j = 0; j < chunk.count; j++, at.advance()) {
+    const unsigned x = slot_address(shared, at.slot) + lane.place();
+    const int tile = chunk.first + j, position = from.position(tile);
+    if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
+    const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
+    float none[8], no_d1;
+    if (__any_sync(~0u, reference.scale != 1.0f))
+      transform<true, false>(reference, x, scores, none, no_d1);
+    else
+      transform<false, false>(reference, x, scores, none, no_d1);
+  }
+  fence_async_proxy();
+  meet();
+}
+
+// The weights of a chunk's keys, whose X lies from slot `slot` on, in place of their scores; adds them to `sum`. Each warpgroup takes
+// every other tile.
+__device__ __forceinline__ void weigh_chunk(Shared& shared, const Loads& chunk, unsigned slot, const Slope& slope, float& sum) {
+  const int thread = thread_index(), warpgroup = __shfl_sync(~0u, thread / 128, 0);
+  const float half_m = shared.m == minus_infinity() ? 0.0f : 0.5f * shared.m;
+  float products[CHUNK_TILES][4];
+#pragma unroll
+  for (int n = 0; n < CHUNK_TILES; n++) {
+    const int j = WARPGROUPS * n + warpgroup;
+    const unsigned at = slot + j < SLOTS ? slot + j : slot + j - SLOTS;
+    if (j < chunk.count) multiply_rows<true>(shared, at, products[n]);
+  }
+  wgmma_wait<0>();
+#pragma unroll
+  for (int n = 0; n < CHUNK_TILES; n++) {
+    const int j = WARPGROUPS * n + warpgroup;
+    if (j < chunk.count && thread % 4 == SLOPE_ROW / 2) {
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float& score = shared.scores[(chunk.first + j) % SCORE_STAGES][upper_row(thread % 128) + 8 * h];
+        const float root = widen<false>(narrow<false>(root_of(score, half_m)));
+        score = root * (root * slope.constant + slope.unit * (products[n][2 * h] + products[n][2 * h + 1]));
+        sum += score;
+      }
+    }
+  }
+}
+
+// A lane's values of a tile, by the weights of their keys.
+__device__ __forceinline__ void add_values(unsigned values, const float* weights, float (&sums)[8]) {
+  const float4 of_keys = *reinterpret_cast<const float4*>(weights);
+  const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
 #pragma unroll
   for (int i = 0; i < LANE_KEYS; i++) {
     const uint4 raw = shared_load4(at_key(values, i));
@@ -57,65 +121,52 @@ __device__ __forceinline__ void add_values(unsigned values, const float (&weight
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const float2 v = widen_pair<BFLOAT>(words[e]);
-      sums[2 * e] += weights[i] * v.x, sums[2 * e + 1] += weights[i] * v.y;
+      sums[2 * e] += of_four[i] * v.x, sums[2 * e + 1] += of_four[i] * v.y;
     }
   }
 }
 
-// Writes the row's output; the first tiles are on their way from position `at` on.
-__device__ __forceinline__ void take_values(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, Position at, const Entries& solved, half_bits* out) {
+// Writes the row's output. X of the last `kept` tiles lies before position `at`; of what comes after, as much is on its way as the
+// ring has room for, and `loads` and `to` tell of the rest.
+__device__ __forceinline__ void take_values(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int kept, Position at, Loads& loads, Position& to, const Entries& solved, half_bits* out) {
   const int thread = thread_index();
-  const bool is_first = is_first_warpgroup(thread), brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
+  const bool brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
   const Lane lane(thread);
-  const float scale_log2 = call.scale * 1.4426950408889634f;
-  if (thread < 32) {
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) shared.slope[column_of_entry(thread, e)] = solved.of[e];
-  }
-  float products[4] = {};
-  const auto next_scores = [&](const Position& next, int tile) {
-    multiply_rows(shared, next, products);
-    wgmma_wait<0>();
-    give_scores(shared, from, tile, thread, products, scale_log2);
-  };
-  if (is_first) next_scores(at, 0);
+  const Slope slope(shared, thread, solved);
+  fence_async_proxy();
   meet();
-  const Weights weights_of(shared, lane, thread % 32, solved);
-  const bool scaled = __any_sync(~0u, weights_of.reference.scale != 1.0f);
   float sums[8] = {}, all = 0.0f;
+  Loads chunk(from, kept);
 #pragma unroll 1
-  for (int tile = 0; tile < from.tiles; tile++) {
-    Position values = at;
-    values.advance();
-    Position next = values;
-    next.advance();
-    const unsigned k = slot_address(shared, at.slot) + lane.place(), v = slot_address(shared, values.slot) + lane.place();
-    const int position = from.position(tile);
-    const bool partial = __any_sync(~0u, from.is_partial(position));
-    if (partial) hide(lane, k, from.first - position, from.end - position);
-    float weights[LANE_KEYS];
-    const float* scores = &shared.scores[tile % 2][lane.first_key];
-    if (scaled)
-      weights_of.find<true>(k, scores, weights);
-    else
-      weights_of.find<false>(k, scores, weights);
-    wait_for_load(shared, values);
-    if (partial) hide(lane, v, from.first - position, from.end - position);
-    add_values(v, weights, sums);
-#pragma unroll
-    for (int i = 0; i < LANE_KEYS; i++) all += weights[i];
-    if (partial) fence_async_proxy();
-    if (is_first && tile + 1 < from.tiles) next_scores(next, tile + 1);
-    meet();
-    if (brings) {
-      bring_again(shared, call, maps, from, 2 * tile + SLOTS, at.slot, thread % 32);
-      bring_again(shared, call, maps, from, 2 * tile + 1 + SLOTS, values.slot, thread % 32);
+  for (; chunk.any(); chunk.next_chunk()) {
+    unsigned slot = at.slot;
+    if (chunk.values) {
+      slot = slot >= kept ? slot - kept : slot + SLOTS - kept;
+    } else {
+      make_chunk(shared, call, from, chunk, at);
+#pragma unroll 1
+      for (int j = 0; j < chunk.count; j++) at.advance();
     }
-    at = next;
+    weigh_chunk(shared, chunk, slot, slope, all);
+    meet();
+    if (brings) bring_next(shared, call, maps, from, chunk.count, loads, to, thread % 32);
+#pragma unroll 1
+    for (int j = 0; j < chunk.count; j++, at.advance()) {
+      const int tile = chunk.first + j, position = from.position(tile);
+      const unsigned v = slot_address(shared, at.slot) + lane.place();
+      wait_for_load(shared, at);
+      const bool partial = __any_sync(~0u, from.is_partial(position));
+      if (partial) hide(lane, v, from.first - position, from.end - position);
+      add_values(v, &shared.scores[tile % SCORE_STAGES][lane.first_key], sums);
+      if (partial) fence_async_proxy();
+      meet();
+      if (brings) bring_next(shared, call, maps, from, 1, loads, to, thread % 32);
+    }
   }
   stage(shared.staged[0], lane, thread, sums);
-  all = of_all_keys(all);
-  if (thread % 32 == 0) shared.warp_d1[0][thread / 32] = all;
+#pragma unroll
+  for (int lanes = 16; lanes >= 4; lanes /= 2) all += __shfl_xor_sync(~0u, all, lanes);
+  if (thread % 32 == SLOPE_ROW / 2) shared.warp_d1[0][thread / 32] = all;
   meet();
   if (thread < D) out[thread] = narrow<BFLOAT>(staged_sum(shared, 0, thread) / staged_d1(shared, 0));
 }
