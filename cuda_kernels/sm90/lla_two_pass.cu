@@ -22,31 +22,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
   const int thread = threadIdx.x, lane = thread % 32;
-  const bool brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
   if (thread == 0) prefetch_map(maps.k), prefetch_map(maps.v);
   // Nothing before has touched global memory.
   wait_for_launch_ahead();
 
   const lla::Row row(call, blockIdx.x);
-  half_bits* out = output_of(call, row);
   if (row.keys() == 0) {
-    if (thread < D) out[thread] = narrow<BFLOAT>(row.valid ? 0.0f : quiet_nan());
+    if (thread < D) output_of(call, row)[thread] = narrow<BFLOAT>(row.valid ? 0.0f : quiet_nan());
     return;
   }
-  Source source;
   // A box begins where its page allows.
-  source.begin = PAGED ? row.first / BOX * BOX : row.first;
-  source.first = row.first, source.end = row.end;
-  source.batch = row.batch, source.kv_head = row.kv_head;
-  source.tiles = (source.end - source.begin + TILE - 1) / TILE;
+  const int begin = PAGED ? row.first / BOX * BOX : row.first;
+  const Source source = {begin, row.first, row.end, row.batch, row.kv_head, (row.end - begin + TILE - 1) / TILE, 0};
 
   QueryPiece query;
-  if (brings) {
+  if (brings()) {
     if (lane < SLOTS) mbarrier_init(shared_address(&shared.full[lane]), LOAD_LANES);
-    if (lane == 0) shared.largest = shared.out_of_range = shared.bad_page = 0;
+    if (lane == 0) shared.largest = shared.out_of_range = shared.bad_page = 0, shared.source = source;
     fence_mbarrier_init();
     __syncwarp();
     bring_first(shared, call, maps, source, Position(), lane);
+    for (int word = lane; word < D / 2; word += 32) shared.zeros[word] = 0;
   } else {
     query.load(query_of(call, row), thread);
     if (thread < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[thread] = query.packed();
@@ -54,50 +50,49 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   }
   __syncthreads();
 
+  // What is not kept in registers while a row is solved is read anew.
   Position at;
-  float c[D / 2];
-  bool exact = false;
+  Entries slope;
+  int kept;
+  bool exact = false, by_factor = MOST_STEPS == 0;
 #pragma unroll 1
   while (true) {
-    const int grew_in = take_keys(shared, call, maps, source, exact, at, c);
+    float c[D / 2];
+    const int grew_in = take_keys(shared, call, maps, exact, at, c);
     // The same in all lanes, as the compiler sees by this. Where X left the range of float16, the keys again with the scale of the
     // largest; that of keys relative to too small a maximum counts for nothing.
     const bool anew = __any_sync(~0u, grew_in > 0), rescaled = !anew && __any_sync(~0u, !exact && shared.out_of_range);
-    if (!anew && !rescaled) break;
-    source.starts_at = (source.starts_at + grew_in) % source.tiles;
+    if (!anew && !rescaled) {
+      const float ridge = lla::RowIndex(call, block_index()).ridge(call);
+      complete_moments(shared, c);
+      if (by_factor) {
+        solve_by_factor(shared, c, ridge, slope);
+        fence_async_proxy();
+        meet();
+      }
+      // While the row is solved, the values come, as far as there is room for them. The factorisation took the place of X.
+      const Source source = shared.source;
+      kept = by_factor ? 0 : min(MOST_KEPT, source.tiles);
+      if (brings()) {
+        const int lane = thread_index() % 32;
+        prefetch_values(call, maps, source, lane);
+        Loads loads(source, kept, at);
+        loads.bring_next(shared, call, maps, source, SLOTS - kept, lane);
+      }
+      let_next_launch_begin();
+      if (by_factor || solve_by_steps(shared, Matrix(c), ridge, slope)) break;
+      // The moments are rounded by now: once more, for the factorisation. What comes to the ring has to have come before.
+      by_factor = true;
+      const int tiles = shared.source.tiles;
+#pragma unroll 1
+      for (int number = 0; number < min(SLOTS - kept, 2 * tiles - kept); number++, at.advance()) wait_for_load(shared, at);
+    }
     exact |= rescaled;
     meet();
-    if (thread == 0) shared.out_of_range = 0;
-    if (rescaled) rescale(shared, call, source, thread);
-    if (brings) bring_first(shared, call, maps, source, at, lane);
+    if (thread_index() == 0) shared.source.starts_at = (shared.source.starts_at + grew_in) % shared.source.tiles, shared.out_of_range = 0;
+    if (rescaled) rescale(shared, call);
     meet();
+    if (brings()) bring_first(shared, call, maps, shared.source, at, thread_index() % 32);
   }
-  // While the row is solved, the values come, as far as there is room for them.
-  int kept = min(MOST_KEPT, source.tiles);
-  Position to = at;
-  Loads loads(source, kept);
-  if (brings) {
-    prefetch_values(call, maps, source, lane);
-    bring_next(shared, call, maps, source, SLOTS - kept, loads, to, lane);
-  }
-  let_next_launch_begin();
-
-  const float ridge = row.ridge(call);
-  complete_moments(shared, thread, c);
-  pair_lanes(c, lane, false);
-  Entries slope;
-  if (!solve_by_steps(shared, call, thread, c, ridge, slope)) {
-    // What comes to the ring has to have come before something else may lie there.
-    const int coming = min(SLOTS - kept, 2 * source.tiles - kept);
-#pragma unroll 1
-    for (int number = 0; number < coming; number++, at.advance()) wait_for_load(shared, at);
-    meet();
-    solve_by_factor(shared, c, ridge, slope);
-    fence_async_proxy();
-    meet();
-    // X is gone.
-    kept = 0, to = at, loads = Loads(source, kept);
-    if (brings) bring_next(shared, call, maps, source, SLOTS, loads, to, lane);
-  }
-  take_values(shared, call, maps, source, kept, at, loads, to, slope, out);
+  take_values(shared, call, maps, kept, at, slope);
 }

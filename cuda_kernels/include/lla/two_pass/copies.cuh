@@ -4,22 +4,8 @@
 #include "lla/two_pass/shape.cuh"
 #include "maps.cuh"
 
-// A row's keys, whose tiles are taken from one of them on, and after the last those before it.
-struct Source {
-  int begin, first, end;  // of the first tile, and of the keys that are seen
-  int batch, kv_head, tiles;
-  int starts_at = 0;
-
-  // The first key of the tile that is taken as number `number`.
-  __device__ __forceinline__ int position(int number) const {
-    const int tile = number + starts_at;
-    return begin + (tile < tiles ? tile : tile - tiles) * TILE;
-  }
-
-  // Whether the tile from a position on has keys that no one sees.
-  __device__ __forceinline__ bool is_partial(int position) const { return position < first || position + TILE > end; }
-  __device__ __forceinline__ bool is_seen(int key) const { return key >= first && key < end; }
-};
+// Whether this is the warp that brings tiles.
+__device__ __forceinline__ bool brings() { return __shfl_sync(~0u, thread_index() / 32, 0) == WARPS - 1; }
 
 // Of the ring: where the next load goes, or comes from.
 struct Position {
@@ -77,9 +63,10 @@ struct Loads {
   int rest;                    // the first tile of the next chunk
   int end;                     // of all but the first chunk
   bool values;
+  Position to;
 
-  __device__ __forceinline__ Loads(const Source& from, int kept)
-      : first(kept ? from.tiles - kept : 0), count(kept ? kept : min(SLOTS, from.tiles)), rest(kept ? 0 : count), end(from.tiles - kept), values(kept) {}
+  __device__ __forceinline__ Loads(const Source& from, int kept, const Position& to)
+      : first(kept ? from.tiles - kept : 0), count(kept ? kept : min(SLOTS, from.tiles)), rest(kept ? 0 : count), end(from.tiles - kept), values(kept), to(to) {}
 
   __device__ __forceinline__ bool any() const { return count > 0; }
 
@@ -89,6 +76,7 @@ struct Loads {
   }
 
   __device__ __forceinline__ void advance() {
+    to.advance();
     if (++done < count) return;
     done = 0;
     if (values)
@@ -96,14 +84,13 @@ struct Loads {
     else
       values = true;
   }
-};
 
-// Brings the next `number` loads, or all that are left, from position `to` on; by a warp.
-__device__ __forceinline__ void bring_next(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int number, Loads& loads, Position& to, int lane) {
+  // The next `number`, or all that are left; by a warp.
+  __device__ __forceinline__ void bring_next(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int number, int lane) {
 #pragma unroll 1
-  for (; number > 0 && loads.any(); number--, to.advance(), loads.advance())
-    bring(shared, call, maps, from, loads.first + loads.done, loads.values, to.slot, lane);
-}
+    for (; number > 0 && any(); number--, advance()) bring(shared, call, maps, from, first + done, values, to.slot, lane);
+  }
+};
 
 // The values of the last tiles, as many as the kernel for few keys has, to the second-level cache; by a warp.
 __device__ __forceinline__ void prefetch_values(const lla::Call& call, const Maps& maps, const Source& from, int lane) {

@@ -135,10 +135,11 @@ __device__ __forceinline__ float largest_of_all(const lla::Call& call, const Sou
 }
 
 // Before the keys are taken again with the scale of the largest of all.
-__device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call, const Source& from, int thread) {
+__device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call) {
+  const int thread = thread_index();
   if (thread == 0) shared.largest = 0;
   meet();
-  note_largest(shared, thread, largest_of_all(call, from, thread));
+  note_largest(shared, thread, largest_of_all(call, shared.source, thread));
   meet();
   if (thread == 0) shared.inverse_scale = inverse_of_scale(scale_of(shared.largest, TIGHT, 1.0f));
 }
@@ -146,22 +147,22 @@ __device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call, c
 // One pass over the keys, of which the first tiles are on their way from position `at` on. Leaves their moments about the origin
 // in c, their sums in shared, and X of the last tiles in the ring. Returns the number of the last tile in which the weights grew out of what
 // the first one began with, or 0. exact: whether the scale is that of the largest number of all.
-__device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, bool exact, Position& at, float (&c)[D / 2]) {
+__device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, bool exact, Position& at, float (&c)[D / 2]) {
   const int thread = thread_index();
   const bool is_first = is_first_warpgroup(thread), brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
   const Lane lane(thread);
+  const Source from = shared.source;
   const float scale_log2 = call.scale * 1.4426950408889634f;
 #pragma unroll
   for (int e = 0; e < D / 2; e++) c[e] = 0.0f;
   float d1 = 0.0f, sums[8] = {};
   float products[4] = {};
-  const auto next_scores = [&](const Position& next, int tile) {
-    wait_for_load(shared, next);
-    multiply_rows<false>(shared, next.slot, products);
+  if (is_first) {
+    wait_for_load(shared, at);
+    multiply_rows<false>(shared, at.slot, products);
     wgmma_wait<0>();
-    give_scores(shared, from, tile, thread, products, scale_log2);
-  };
-  if (is_first) next_scores(at, 0);
+    give_scores(shared, from, 0, thread, products, scale_log2);
+  }
   meet();
   const auto pair_of = [&](int tile) { return reinterpret_cast<const float2*>(shared.scores[tile % SCORE_STAGES])[thread % 32]; };
   float m = largest_of_lanes(pair_of(0));
@@ -174,6 +175,13 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   for (int tile = 0; tile < from.tiles; tile++) {
     const unsigned x = slot_address(shared, at.slot) + lane.place();
     const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
+    Position next = at;
+    next.advance();
+    const bool gives = is_first && tile + 1 < from.tiles;
+    if (gives) {
+      wait_for_load(shared, next);
+      multiply_rows<false>(shared, next.slot, products);
+    }
     const float2 pair = pair_of(tile);
     if (__any_sync(~0u, fmaxf(pair.x, pair.y) > m + LAZY_LOG2)) m = largest_of_lanes(pair), grew_in = tile;
     const int position = from.position(tile);
@@ -183,11 +191,9 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
     else
       transform<false, true>(reference, x, scores, sums, d1);
     fence_async_proxy();
-    Position next = at;
-    next.advance();
-    if (is_first && tile + 1 < from.tiles) next_scores(next, tile + 1);
-    // The products of the tile before.
+    // The products of the tile before, and the next scores.
     wgmma_wait<0>();
+    if (gives) give_scores(shared, from, tile + 1, thread, products, scale_log2);
     meet();
     if (brings && tile > 0 && tile - 1 + SLOTS < from.tiles) bring(shared, call, maps, from, tile - 1 + SLOTS, false, slot_before, thread % 32);
     const unsigned long long all = keys_outermost(slot_address(shared, at.slot), RUN);

@@ -6,7 +6,6 @@
 #include "lla/query.cuh"
 #include "lla/rows.cuh"
 #include "lla/scale.cuh"
-#include "lla/vectors.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/numbers.cuh"
@@ -16,12 +15,7 @@
 static_assert(D == 128, "two warpgroups have 64 rows of the moments each");
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
-// All warps have moments, and a block has its row to itself.
-constexpr int MATRIX_THREADS = THREADS, MATRIX_WARPS = WARPS;
-constexpr bool TOGETHER = false, IN_CLUSTER = false;
-constexpr int SHARERS = 1;
-#define MAIL_IN_SHARED 0
-constexpr int MOST_IN_CLUSTER = 1;
+constexpr int ENTRIES = D / 32;  // of a vector, of a lane
 
 // A slot of the ring holds a tile of keys or of values in runs of 64 channels, in them a row of 128 bytes for every key, whose
 // pieces of 16 are swapped by the key's number. X takes the place of the keys that it is made from.
@@ -45,6 +39,22 @@ constexpr float LAZY_LOG2 = 8.0f;
 constexpr int MOMENT_PITCH = D + 8;
 constexpr int INVERSE_PITCH = 24;
 
+// A row's keys, whose tiles are taken from one of them on, and after the last those before it.
+struct Source {
+  int begin, first, end;  // of the first tile, and of the keys that are seen
+  int batch, kv_head, tiles, starts_at;
+
+  // The first key of the tile that is taken as number `number`.
+  __device__ __forceinline__ int position(int number) const {
+    const int tile = number + starts_at;
+    return begin + (tile < tiles ? tile : tile - tiles) * TILE;
+  }
+
+  // Whether the tile from a position on has keys that no one sees.
+  __device__ __forceinline__ bool is_partial(int position) const { return position < first || position + TILE > end; }
+  __device__ __forceinline__ bool is_seen(int key) const { return key >= first && key < end; }
+};
+
 struct Shared {
   union {
     alignas(1024) unsigned char ring[SLOTS][SLOT];
@@ -58,26 +68,30 @@ struct Shared {
   alignas(1024) unsigned char query[RUNS][VECTOR];
   union {
     alignas(16) float staged[2][WARPS][D];
-    // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, and what comes of it, of two
-    // steps in turn.
+    // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, also in two parts, and what comes of
+    // it, of two steps in turn.
     struct {
-      alignas(16) LyingVector vectors[WARPS];
-      alignas(16) LyingVector product[2];
-      alignas(16) float curvatures[2][WARPS];
+      alignas(16) float vectors[WARPS][D];
+      alignas(16) unsigned parts[WARPS][2][D / 2];
+      struct {
+        alignas(16) float rows[D];
+        alignas(16) float curvatures[WARPS];
+      } exchanged[2];
     };
   };
+  alignas(16) unsigned zeros[D / 2];
   alignas(16) float origin[D];
   alignas(16) float sums[D];   // of the rounded w (k - origin)
   alignas(16) float mean[D];
   alignas(16) float slope[D];
   alignas(16) float scores[SCORE_STAGES][TILE];  // of the latest tiles; in the second pass then the weights of their keys
   float warp_d1[2][WARPS];
+  Source source;
   float m, d1;
   float inverse_scale;  // one over what X is scaled by, a power of two, and the largest key that decides it, as bits
   unsigned largest;
   unsigned out_of_range;  // X was, in this pass
   unsigned bad_page;
-  unsigned tag, blocks;  // of mail, of which there is none
   alignas(8) unsigned long long full[SLOTS];
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");

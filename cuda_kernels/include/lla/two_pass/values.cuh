@@ -4,7 +4,7 @@
 // rest is made anew as it was.
 
 #include "lla/two_pass/keys.cuh"
-#include "lla/vectors.cuh"
+#include "lla/two_pass/product.cuh"
 
 constexpr int WARPGROUPS = THREADS / 128;
 constexpr int CHUNK_TILES = (SLOTS + WARPGROUPS - 1) / WARPGROUPS;  // of a warpgroup
@@ -127,16 +127,19 @@ __device__ __forceinline__ void add_values(unsigned values, const float* weights
 }
 
 // Writes the row's output. X of the last `kept` tiles lies before position `at`; of what comes after, as much is on its way as the
-// ring has room for, and `loads` and `to` tell of the rest.
-__device__ __forceinline__ void take_values(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int kept, Position at, Loads& loads, Position& to, const Entries& solved, half_bits* out) {
+// ring has room for.
+__device__ __forceinline__ void take_values(Shared& shared, const lla::Call& call, const Maps& maps, int kept, Position at, const Entries& solved) {
   const int thread = thread_index();
   const bool brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
   const Lane lane(thread);
+  const Source from = shared.source;
   const Slope slope(shared, thread, solved);
   fence_async_proxy();
   meet();
   float sums[8] = {}, all = 0.0f;
-  Loads chunk(from, kept);
+  Loads chunk(from, kept, at), loads = chunk;
+#pragma unroll 1
+  for (int number = kept; number < SLOTS && loads.any(); number++) loads.advance();
 #pragma unroll 1
   for (; chunk.any(); chunk.next_chunk()) {
     unsigned slot = at.slot;
@@ -149,7 +152,7 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
     }
     weigh_chunk(shared, chunk, slot, slope, all);
     meet();
-    if (brings) bring_next(shared, call, maps, from, chunk.count, loads, to, thread % 32);
+    if (brings) loads.bring_next(shared, call, maps, from, chunk.count, thread % 32);
 #pragma unroll 1
     for (int j = 0; j < chunk.count; j++, at.advance()) {
       const int tile = chunk.first + j, position = from.position(tile);
@@ -160,7 +163,7 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
       add_values(v, &shared.scores[tile % SCORE_STAGES][lane.first_key], sums);
       if (partial) fence_async_proxy();
       meet();
-      if (brings) bring_next(shared, call, maps, from, 1, loads, to, thread % 32);
+      if (brings) loads.bring_next(shared, call, maps, from, 1, thread % 32);
     }
   }
   stage(shared.staged[0], lane, thread, sums);
@@ -168,5 +171,5 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
   for (int lanes = 16; lanes >= 4; lanes /= 2) all += __shfl_xor_sync(~0u, all, lanes);
   if (thread % 32 == SLOPE_ROW / 2) shared.warp_d1[0][thread / 32] = all;
   meet();
-  if (thread < D) out[thread] = narrow<BFLOAT>(staged_sum(shared, 0, thread) / staged_d1(shared, 0));
+  if (thread < D) output_of(call, lla::RowIndex(call, block_index()))[thread] = narrow<BFLOAT>(staged_sum(shared, 0, thread) / staged_d1(shared, 0));
 }
