@@ -42,7 +42,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     fence_mbarrier_init();
     __syncwarp();
     bring_first(shared, call, maps, source, Position(), lane);
-    for (int word = lane; word < D / 2; word += 32) shared.zeros[word] = 0;
   } else {
     query.load(query_of(call, row), thread);
     if (thread < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[thread] = query.packed();
@@ -52,47 +51,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
 
   // What is not kept in registers while a row is solved is read anew.
   Position at;
-  Entries slope;
-  int kept;
-  bool exact = false, by_factor = MOST_STEPS == 0;
+  float c[D / 2];
+  bool exact = false;
 #pragma unroll 1
   while (true) {
-    float c[D / 2];
     const int grew_in = take_keys(shared, call, maps, exact, at, c);
     // The same in all lanes, as the compiler sees by this. Where X left the range of float16, the keys again with the scale of the
     // largest; that of keys relative to too small a maximum counts for nothing.
     const bool anew = __any_sync(~0u, grew_in > 0), rescaled = !anew && __any_sync(~0u, !exact && shared.out_of_range);
-    if (!anew && !rescaled) {
-      const float ridge = lla::RowIndex(call, block_index()).ridge(call);
-      complete_moments(shared, c);
-      if (by_factor) {
-        solve_by_factor(shared, c, ridge, slope);
-        fence_async_proxy();
-        meet();
-      }
-      // While the row is solved, the values come, as far as there is room for them. The factorisation took the place of X.
-      const Source source = shared.source;
-      kept = by_factor ? 0 : min(MOST_KEPT, source.tiles);
-      if (brings()) {
-        const int lane = thread_index() % 32;
-        prefetch_values(call, maps, source, lane);
-        Loads loads(source, kept, at);
-        loads.bring_next(shared, call, maps, source, SLOTS - kept, lane);
-      }
-      let_next_launch_begin();
-      if (by_factor || solve_by_steps(shared, Matrix(c), ridge, slope)) break;
-      // The moments are rounded by now: once more, for the factorisation. What comes to the ring has to have come before.
-      by_factor = true;
-      const int tiles = shared.source.tiles;
-#pragma unroll 1
-      for (int number = 0; number < min(SLOTS - kept, 2 * tiles - kept); number++, at.advance()) wait_for_load(shared, at);
-    }
+    if (!anew && !rescaled) break;
     exact |= rescaled;
     meet();
     if (thread_index() == 0) shared.source.starts_at = (shared.source.starts_at + grew_in) % shared.source.tiles, shared.out_of_range = 0;
     if (rescaled) rescale(shared, call);
     meet();
     if (brings()) bring_first(shared, call, maps, shared.source, at, thread_index() % 32);
+  }
+  // While the row is solved, the values come, as far as there is room for them.
+  const int tiles = shared.source.tiles;
+  int kept = min(MOST_KEPT, tiles);
+  if (brings()) {
+    const int lane = thread_index() % 32;
+    const Source source = shared.source;
+    prefetch_values(call, maps, source, lane);
+    Loads loads(source, kept, at);
+    loads.bring_next(shared, call, maps, source, SLOTS - kept, lane);
+  }
+  let_next_launch_begin();
+
+  const float ridge = lla::RowIndex(call, block_index()).ridge(call);
+  complete_moments(shared, c);
+  pair_lanes(c, thread_index() % 32, false);
+  Entries slope;
+  if (!solve_by_steps(shared, call, c, ridge, slope)) {
+    // What comes to the ring has to have come before something else may lie there, and takes X's place.
+#pragma unroll 1
+    for (int number = 0; number < min(SLOTS - kept, 2 * tiles - kept); number++, at.advance()) wait_for_load(shared, at);
+    meet();
+    solve_by_factor(shared, c, ridge, slope);
+    fence_async_proxy();
+    meet();
+    kept = 0;
+    if (brings()) {
+      const Source source = shared.source;
+      Loads loads(source, kept, at);
+      loads.bring_next(shared, call, maps, source, SLOTS, thread_index() % 32);
+    }
   }
   take_values(shared, call, maps, kept, at, slope);
 }

@@ -55,8 +55,9 @@ __device__ __forceinline__ float as_float16(float x) { return widen<false>(narro
 
 // The maximum and the origin, the weighted mean, of the first tile, and the scale unless it is known.
 __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, int thread, unsigned x, const float* scores, float m, bool exact) {
-  float sums[8] = {}, d1 = 0.0f, largest = 0.0f;
-#pragma unroll 1
+  float sums[8] = {}, d1 = 0.0f;
+  unsigned largest_pair = 0;
+#pragma unroll
   for (int i = 0; i < LANE_KEYS; i++) {
     const float weight = exp2_fast(scores[i] - m);
     uint4 raw = shared_load4(at_key(x, i));
@@ -67,15 +68,18 @@ __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, in
     for (int e = 0; e < 4; e++) {
       const float2 k = widen_pair<BFLOAT>(words[e]);
       sums[2 * e] += weight * k.x, sums[2 * e + 1] += weight * k.y;
+      largest_pair = larger_pairs<BFLOAT>(largest_pair, words[e] & 0x7fff7fffu);
     }
-    largest = fmaxf(largest, largest_of(raw));
     d1 += weight;
   }
+  const float2 larger = widen_pair<BFLOAT>(largest_pair);
+  const float largest = fmaxf(larger.x, larger.y);
   if (thread == 0) shared.m = m;
   stage(shared.staged[0], at, thread, sums);
   d1 = of_all_keys(d1);
   if (thread % 32 == 0) shared.warp_d1[0][thread / 32] = d1;
-  if (!exact) note_largest(shared, thread, largest);
+  // An infinity, which no scale saves, hides a lane's other numbers.
+  if (!exact) note_largest(shared, thread, largest < -minus_infinity() ? largest : 0.0f);
   meet();
   // Zeros alone say nothing of the scale, and make what follows NaN.
   const float scale = exact ? inverse_of_scale(shared.inverse_scale) : scale_of(shared.largest, ROOMY, 0.0f), inverse_scale = inverse_of_scale(scale);

@@ -6,6 +6,7 @@
 #include "lla/query.cuh"
 #include "lla/rows.cuh"
 #include "lla/scale.cuh"
+#include "lla/vectors.cuh"
 #include "ptx/barrier.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/numbers.cuh"
@@ -15,7 +16,12 @@
 static_assert(D == 128, "two warpgroups have 64 rows of the moments each");
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
-constexpr int ENTRIES = D / 32;  // of a vector, of a lane
+// All warps have moments, and a block has its row to itself.
+constexpr int MATRIX_THREADS = THREADS, MATRIX_WARPS = WARPS;
+constexpr bool TOGETHER = false, IN_CLUSTER = false;
+constexpr int SHARERS = 1;
+#define MAIL_IN_SHARED 0
+constexpr int MOST_IN_CLUSTER = 1;
 
 // A slot of the ring holds a tile of keys or of values in runs of 64 channels, in them a row of 128 bytes for every key, whose
 // pieces of 16 are swapped by the key's number. X takes the place of the keys that it is made from.
@@ -68,18 +74,14 @@ struct Shared {
   alignas(1024) unsigned char query[RUNS][VECTOR];
   union {
     alignas(16) float staged[2][WARPS][D];
-    // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, also in two parts, and what comes of
-    // it, of two steps in turn.
+    // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, and what comes of it, of two
+    // steps in turn.
     struct {
-      alignas(16) float vectors[WARPS][D];
-      alignas(16) unsigned parts[WARPS][2][D / 2];
-      struct {
-        alignas(16) float rows[D];
-        alignas(16) float curvatures[WARPS];
-      } exchanged[2];
+      alignas(16) LyingVector vectors[WARPS];
+      alignas(16) LyingVector product[2];
+      alignas(16) float curvatures[2][WARPS];
     };
   };
-  alignas(16) unsigned zeros[D / 2];
   alignas(16) float origin[D];
   alignas(16) float sums[D];   // of the rounded w (k - origin)
   alignas(16) float mean[D];
@@ -87,6 +89,8 @@ struct Shared {
   alignas(16) float scores[SCORE_STAGES][TILE];  // of the latest tiles; in the second pass then the weights of their keys
   float warp_d1[2][WARPS];
   Source source;
+  unsigned tag, blocks;  // of mail, of which there is none
+  float unit, constant;  // of the slope (values.cuh)
   float m, d1;
   float inverse_scale;  // one over what X is scaled by, a power of two, and the largest key that decides it, as bits
   unsigned largest;

@@ -3,20 +3,10 @@
 // get there, by a Cholesky factorisation in blocks of 16.
 
 #include "lla/blocks.cuh"
-#include "lla/progress.cuh"
-#include "lla/two_pass/product.cuh"
+#include "lla/two_pass/shape.cuh"
+#include "lla/steps.cuh"
 
-// The lane's entries of the right-hand side.
-__device__ __forceinline__ Entries right_side(const Shared& shared, int lane) {
-  Entries x;
-#pragma unroll
-  for (int e = 0; e < ENTRIES; e++) {
-    const int column = column_of_entry(lane, e);
-    const float q = widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[column / 64])[column % 64]);
-    x.of[e] = q - shared.mean[column];
-  }
-  return x;
-}
+__device__ __forceinline__ float mean_of(const Shared& shared, int column) { return shared.mean[column]; }
 
 // The moments about the mean and divided by their weight, in place.
 __device__ __forceinline__ void complete_moments(const Shared& shared, float (&c)[D / 2]) {
@@ -34,38 +24,19 @@ __device__ __forceinline__ void complete_moments(const Shared& shared, float (&c
   }
 }
 
-// Steps from a slope of 0: whether x solves the system, as all lanes find.
-__device__ __forceinline__ bool solve_by_steps(Shared& shared, const Matrix& matrix, float ridge, Entries& x) {
+// Whether x, which has all that many steps found, solves the system; all lanes find the same.
+__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const float (&c)[D / 2], float ridge, Entries& x) {
   const int thread = thread_index(), lane = thread % 32;
+  const Exchange exchange(shared, call);
   Progress progress(ridge);
-  Entries r = right_side(shared, lane), p = {}, s = {};
-  x = {};
-  bool small;
-  int number = 0;
-#pragma unroll 1
-  while (true) {
-    const Product product = multiply(shared, matrix, r, thread);
-    // Beside the product, whose latency hides it.
-    progress.look(inner_product(r, r), ridge);
-    // The same in all lanes, as the compiler sees by this.
-    small = __any_sync(~0u, progress.is_small(progress.gamma, ridge, TOLERANCE));
-    if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number >= MOST_STEPS) break;
-    float curvature;
-    const Entries w = exchange(shared, product, thread, number, curvature);
-    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature));
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) {
-      s.of[e] = __fmaf_rn(progress.beta, s.of[e], __fmaf_rn(ridge, r.of[e], w.of[e]));
-      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
-      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
-      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
-    }
-    number++;
-  }
-  if (!small) return false;
+  int number = 1;
+  if (!take_steps(shared, exchange, c, ridge, thread, x, progress, number)) return false;
   __syncwarp();
-  float curvature;
-  const Entries product = exchange(shared, multiply(shared, matrix, x, thread), thread, number, curvature), right = right_side(shared, lane);
+  LyingVector& vector = shared.vectors[thread / 32];
+  entries_of_lane(vector, lane) = x;
+  __syncwarp();
+  const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply<false>(vector, c, thread).y);
+  const Entries right = right_side(shared, lane);
   Entries residual;
 #pragma unroll
   for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
@@ -74,13 +45,14 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const Matrix& mat
 
 __device__ __forceinline__ float* block_at(Shared& shared, int i, int j) { return &shared.moments[i * BLOCK][j * BLOCK]; }
 
-// By the factorisation of the completed moments; nothing is on its way to the ring, whose place it takes. With M = L^-1 of the diagonal blocks, the panels
+// By the factorisation; nothing is on its way to the ring, whose place it takes. With M = L^-1 of the diagonal blocks, the panels
 // are Q_i = A_ib M^T, and L^-1 and then L^-T are applied to the right side block by block.
-__device__ __forceinline__ void solve_by_factor(Shared& shared, const float (&c)[D / 2], float ridge, Entries& x) {
+__device__ __forceinline__ void solve_by_factor(Shared& shared, float (&c)[D / 2], float ridge, Entries& x) {
   constexpr int BLOCKS = D / BLOCK;
   // Anew: what is derived from it would be kept over the steps.
   const int thread = thread_index();
   const int lane = thread % 32, warp = thread / 32;
+  pair_lanes(c, lane, true);
   const int upper = upper_row(thread), column = thread % 4 * 2;
 #pragma unroll
   for (int j = 0; j < D / 8; j++)

@@ -4,49 +4,41 @@
 // rest is made anew as it was.
 
 #include "lla/two_pass/keys.cuh"
-#include "lla/two_pass/product.cuh"
 
 constexpr int WARPGROUPS = THREADS / 128;
 constexpr int CHUNK_TILES = (SLOTS + WARPGROUPS - 1) / WARPGROUPS;  // of a warpgroup
 constexpr int SLOPE_ROW = 2;  // of the operand: the products with its two parts are one lane's
 
-// The slope as an operand in float16, as X is.
-struct Slope {
-  float unit;      // what the operand was divided by, a power of two
-  float constant;  // 1 + u (k0 - kbar)
-
-  // By all warps, of which each has the slope; the first one writes it.
-  __device__ __forceinline__ Slope(Shared& shared, int thread, const Entries& solved) {
-    const int lane = thread % 32;
-    Entries distance;
-    float largest = 0.0f;
+// The slope as an operand in float16, as X is, and beside it in shared the power of two that it was divided by, in units of X, and
+// 1 + u (k0 - kbar). By one warp.
+__device__ __forceinline__ void give_slope(Shared& shared, int lane, const Entries& solved) {
+  Entries distance;
+  float largest = 0.0f;
 #pragma unroll
-    for (int e = 0; e < ENTRIES; e++) {
-      const int column = column_of_entry(lane, e);
-      distance.of[e] = shared.origin[column] - shared.mean[column];
-      largest = fmaxf(largest, fabsf(solved.of[e]));
-    }
-    constant = 1.0f + inner_product(solved, distance);
-    // To between 1 and 2.
-    const unsigned exponent = min(max(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23, 1u), 253u);
-    unit = shared.inverse_scale * __uint_as_float(exponent << 23);
-    if (thread < 32) {
-      const float inverse = __uint_as_float((254 - exponent) << 23);
+  for (int e = 0; e < ENTRIES; e++) {
+    const int column = column_of_entry(lane, e);
+    distance.of[e] = shared.origin[column] - shared.mean[column];
+    largest = fmaxf(largest, fabsf(solved.of[e]));
+  }
+  const float constant = 1.0f + inner_product(solved, distance);
+  // To between 1 and 2.
+  const unsigned exponent = min(max(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23, 1u), 253u);
+  if (lane == 0) shared.unit = shared.inverse_scale * __uint_as_float(exponent << 23), shared.constant = constant;
+  const float inverse = __uint_as_float((254 - exponent) << 23);
 #pragma unroll
-      for (int e = 0; e < ENTRIES; e++) {
-        const int column = column_of_entry(lane, e);
-        float rest = inverse * solved.of[e];
+  for (int e = 0; e < ENTRIES; e++) {
+    const int column = column_of_entry(lane, e);
+    float rest = inverse * solved.of[e];
 #pragma unroll
-        for (int row = SLOPE_ROW; row < SLOPE_ROW + 2; row++) {
-          const half_bits part = narrow<false>(rest);
-          rest -= widen<false>(part);
-          unsigned char* to = shared.query[column / 64] + row * 128;
-          reinterpret_cast<half_bits*>(to + ((column % 64 / 8 ^ row) << 4))[column % 8] = part;
-        }
-      }
+    for (int row = SLOPE_ROW; row < SLOPE_ROW + 2; row++) {
+      const half_bits part = narrow<false>(rest);
+      rest -= widen<false>(part);
+      unsigned char* to = shared.query[column / 64] + row * 128;
+      reinterpret_cast<half_bits*>(to + ((column % 64 / 8 ^ row) << 4))[column % 8] = part;
     }
   }
-};
+  fence_async_proxy();
+}
 
 // X of a chunk of keys that have come, from position `at` on.
 __device__ __forceinline__ void make_chunk(Shared& shared, const lla::Call& call, const Source& from, const Loads& chunk, Position at) {
@@ -84,9 +76,9 @@ __device__ __forceinline__ void make_chunk(Shared& shared, const lla::Call& call
 
 // The weights of a chunk's keys, whose X lies from slot `slot` on, in place of their scores; adds them to `sum`. Each warpgroup takes
 // every other tile.
-__device__ __forceinline__ void weigh_chunk(Shared& shared, const Loads& chunk, unsigned slot, const Slope& slope, float& sum) {
+__device__ __forceinline__ void weigh_chunk(Shared& shared, const Loads& chunk, unsigned slot, float& sum) {
   const int thread = thread_index(), warpgroup = __shfl_sync(~0u, thread / 128, 0);
-  const float half_m = shared.m == minus_infinity() ? 0.0f : 0.5f * shared.m;
+  const float half_m = shared.m == minus_infinity() ? 0.0f : 0.5f * shared.m, unit = shared.unit, constant = shared.constant;
   float products[CHUNK_TILES][4];
 #pragma unroll
   for (int n = 0; n < CHUNK_TILES; n++) {
@@ -103,7 +95,7 @@ __device__ __forceinline__ void weigh_chunk(Shared& shared, const Loads& chunk, 
       for (int h = 0; h < 2; h++) {
         float& score = shared.scores[(chunk.first + j) % SCORE_STAGES][upper_row(thread % 128) + 8 * h];
         const float root = widen<false>(narrow<false>(root_of(score, half_m)));
-        score = root * (root * slope.constant + slope.unit * (products[n][2 * h] + products[n][2 * h + 1]));
+        score = root * (root * constant + unit * (products[n][2 * h] + products[n][2 * h + 1]));
         sum += score;
       }
     }
@@ -133,8 +125,7 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
   const bool brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
   const Lane lane(thread);
   const Source from = shared.source;
-  const Slope slope(shared, thread, solved);
-  fence_async_proxy();
+  if (thread < 32) give_slope(shared, thread, solved);
   meet();
   float sums[8] = {}, all = 0.0f;
   Loads chunk(from, kept, at), loads = chunk;
@@ -150,7 +141,7 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
 #pragma unroll 1
       for (int j = 0; j < chunk.count; j++) at.advance();
     }
-    weigh_chunk(shared, chunk, slot, slope, all);
+    weigh_chunk(shared, chunk, slot, all);
     meet();
     if (brings) loads.bring_next(shared, call, maps, from, chunk.count, thread % 32);
 #pragma unroll 1
