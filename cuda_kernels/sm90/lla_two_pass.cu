@@ -35,23 +35,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const int begin = PAGED ? row.first / BOX * BOX : row.first;
   const Source source = {begin, row.first, row.end, row.batch, row.kv_head, (row.end - begin + TILE - 1) / TILE, 0};
 
-  QueryPiece query;
   if (brings()) {
     if (lane < SLOTS) mbarrier_init(shared_address(&shared.full[lane]), LOAD_LANES);
     if (lane == 0) shared.largest = shared.out_of_range = shared.bad_page = 0, shared.source = source;
     fence_mbarrier_init();
     __syncwarp();
     bring_first(shared, call, maps, source, Position(), lane);
-  } else {
-    query.load(query_of(call, row), thread);
-    if (thread < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[thread] = query.packed();
-    fence_async_proxy();
   }
+  static_assert(QUERY_PIECES == THREADS);
+  QueryPiece query;
+  query.load(query_of(call, row), thread);
+  reinterpret_cast<uint4*>(shared.query)[thread] = query.packed();
+  fence_async_proxy();
   __syncthreads();
 
   // What is not kept in registers while a row is solved is read anew.
   Position at;
-  float c[D / 2];
+  float c[ROW_BLOCKS][D / 2];
   bool exact = false;
 #pragma unroll 1
   while (true) {
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
 
   const float ridge = lla::RowIndex(call, block_index()).ridge(call);
   complete_moments(shared, c);
-  pair_lanes(c, thread_index() % 32, false);
+  pair_lanes(c, false);
   Entries slope;
   if (!solve_by_steps(shared, call, c, ridge, slope)) {
     // What comes to the ring has to have come before something else may lie there, and takes X's place.

@@ -172,14 +172,13 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   Progress progress(ridge);
   int number = 1;  // of the exchange
   if (!take_steps(shared, exchange, c + D / 2, ridge, thread, x, progress, number)) return false;
-  float y;
 
   __syncwarp();
   entries_of_lane(vector, lane) = x;
   __syncwarp();
-  y = multiply<false>(vector, c + D / 2, thread).y;
+  const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
   // Beside what was sent in this step and is not received.
-  if constexpr (TOGETHER) send_row(exchange, thread, number, D, y);
+  if constexpr (TOGETHER) send_row(exchange, thread, number, D, rows.of[0]);
   multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
   // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
   const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
@@ -201,7 +200,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     meet_matrix_warps();
     if (thread < D) exchange.send<false>(number, 2 * D + thread, sum_of_values());
   }
-  const Entries product = exchange_rows(shared, exchange, thread, number, D, y), right = right_side(shared, lane);
+  const Entries product = exchange_rows(shared, exchange, thread, number, D, rows), right = right_side(shared, lane);
   Entries residual;
 #pragma unroll
   for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);

@@ -15,6 +15,7 @@
 
 constexpr int MATRIX_WARPGROUPS = D / 64;
 constexpr int MATRIX_THREADS = 128 * MATRIX_WARPGROUPS, MATRIX_WARPS = MATRIX_THREADS / 32;
+constexpr int ROW_BLOCKS = 1;  // of 64 rows of the moments, of a warpgroup
 constexpr int TRANSFORM_WARPS = D == 64 ? 4 : 8;
 constexpr int TRANSFORM_THREADS = 32 * TRANSFORM_WARPS;
 constexpr int THREADS = MATRIX_THREADS + TRANSFORM_THREADS;

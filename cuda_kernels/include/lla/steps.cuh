@@ -45,9 +45,28 @@ __device__ __forceinline__ float receive_row(const Exchange& exchange, int threa
   return y + __shfl_xor_sync(~0u, y, 2);
 }
 
+// Of a product a lane has a row of each of its warpgroup's blocks of 64.
+static_assert(!TOGETHER || ROW_BLOCKS == 1);
+struct Rows {
+  float of[ROW_BLOCKS];
+  float curvature = 0.0f;  // of the warp's rows, in all lanes, if it was asked for
+};
+
+template <bool WITH_CURVATURE>
+__device__ __forceinline__ Rows multiply_rows_of_warp(LyingVector& vector, const float* moments, int thread) {
+  Rows rows;
+#pragma unroll
+  for (int b = 0; b < ROW_BLOCKS; b++) {
+    const Product product = multiply<WITH_CURVATURE>(vector, moments + b * D / 2, thread, b * 64);
+    rows.of[b] = product.y, rows.curvature += product.curvature;
+  }
+  if constexpr (WITH_CURVATURE) rows.curvature = sum_of_lanes(rows.curvature);
+  return rows;
+}
+
 // The lane's entries of a product whose rows all warps have, and all blocks sent. What is in shared memory is read until
 // the exchange after next. Waits for all warps: of a cluster's mail each has all by itself.
-__device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange& exchange, int thread, int number, int first, float y) {
+__device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange& exchange, int thread, int number, int first, Rows rows) {
   const int lane = thread % 32;
   if constexpr (IN_CLUSTER) {
     Entries sum;
@@ -55,24 +74,27 @@ __device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange&
     for (int e = 0; e < ENTRIES; e++) sum.of[e] = exchange.receive_sum(number, first + column_of_entry(lane, e));
     return sum;
   } else {
-    if constexpr (TOGETHER) y = receive_row(exchange, thread, number, first);
+    if constexpr (TOGETHER) rows.of[0] = receive_row(exchange, thread, number, first);
     LyingVector& product = shared.product[number % 2];
-    if (thread % 4 < 2) entry_of_row(product, row_of_product(thread)) = y;
+    if (thread % 4 < 2) {
+#pragma unroll
+      for (int b = 0; b < ROW_BLOCKS; b++) entry_of_row(product, b * 64 + row_of_product(thread)) = rows.of[b];
+    }
     meet_matrix_warps();
     return entries_of_lane(product, lane);
   }
 }
 
 // The same, and the inner product with the vector x that was multiplied.
-__device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchange& exchange, int thread, int number, const Product& product, const Entries& x, float& curvature) {
+__device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchange& exchange, int thread, int number, const Rows& product, const Entries& x, float& curvature) {
   if constexpr (TOGETHER) {
-    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product.y);
+    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product);
     curvature = inner_product(x, rows);
     return rows;
   } else {
     float(&of_warps)[MATRIX_WARPS] = shared.curvatures[number % 2];
     if (thread % 32 == 0) of_warps[thread / 32] = product.curvature;
-    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product.y);
+    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product);
     float sums[4];
 #pragma unroll
     for (int w = 0; w < MATRIX_WARPS; w++) sums[w % 4] = w < 4 ? of_warps[w] : sums[w % 4] + of_warps[w];
@@ -89,14 +111,13 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
   Entries r = right_side(shared, lane), p = {}, s = {};
   x = {};
   bool small;
-  float y;
+  Rows product;
 #pragma unroll 1
   while (true) {
     entries_of_lane(vector, lane) = r;
     __syncwarp();
-    const Product product = multiply<!TOGETHER>(vector, moments, thread);
-    y = product.y;
-    if constexpr (TOGETHER) send_row(exchange, thread, number, 0, y);
+    product = multiply_rows_of_warp<!TOGETHER>(vector, moments, thread);
+    if constexpr (TOGETHER) send_row(exchange, thread, number, 0, product.of[0]);
     // Beside the product, whose latency hides it.
     progress.look(inner_product(r, r), ridge);
     // The same in all lanes, as the compiler sees by this.
@@ -118,6 +139,6 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     number++;
   }
   // No block may leave before all that is sent to it has come.
-  if constexpr (IN_CLUSTER) exchange_rows(shared, exchange, thread, number, 0, y);
+  if constexpr (IN_CLUSTER) exchange_rows(shared, exchange, thread, number, 0, product);
   return small;
 }

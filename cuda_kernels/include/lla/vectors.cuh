@@ -74,12 +74,13 @@ __device__ __forceinline__ int row_of_product(int thread) { return upper_row(thr
 
 struct Product {
   float y;                 // of the lane's row
-  float curvature = 0.0f;  // the vector times the product, of the warp's rows
+  float curvature = 0.0f;  // what the lane has of the vector times the product, of the warp's rows
 };
 
-// The keys' moments times a vector. Sums that do not wait for one another hide each other's latency.
+// The moments of 64 keys' channels, or fewer, from row `first` on, times a vector. Sums that do not wait for one another hide each
+// other's latency.
 template <bool WITH_CURVATURE>
-__device__ __forceinline__ Product multiply(LyingVector& vector, const float* moments, int thread) {
+__device__ __forceinline__ Product multiply(LyingVector& vector, const float* moments, int thread, int first = 0) {
   constexpr int ROWS = PAIRED ? 4 : 2;
   const float4* quads = reinterpret_cast<const float4*>(vector[thread % VECTOR_RUNS]);
   float sums[ROWS][2] = {};
@@ -97,7 +98,7 @@ __device__ __forceinline__ Product multiply(LyingVector& vector, const float* mo
     }
   }
   Product product;
-  const int upper = upper_row(thread);
+  const int upper = first + upper_row(thread);
   float of_upper = sums[0][0] + sums[0][1], of_lower = sums[1][0] + sums[1][1];
   if constexpr (WITH_CURVATURE) product.curvature = entry_of_row(vector, upper) * of_upper + entry_of_row(vector, upper + 8) * of_lower;
   if constexpr (PAIRED) {
@@ -110,6 +111,5 @@ __device__ __forceinline__ Product multiply(LyingVector& vector, const float* mo
   const bool second = thread % 2;
   const float y = (second ? of_lower : of_upper) + __shfl_xor_sync(~0u, second ? of_upper : of_lower, 1);
   product.y = y + __shfl_xor_sync(~0u, y, 2);
-  if constexpr (WITH_CURVATURE) product.curvature = sum_of_lanes(product.curvature);
   return product;
 }

@@ -58,9 +58,10 @@ __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, in
   float sums[8] = {}, d1 = 0.0f;
   unsigned largest_pair = 0;
 #pragma unroll
-  for (int i = 0; i < LANE_KEYS; i++) {
-    const float weight = exp2_fast(scores[i] - m);
-    uint4 raw = shared_load4(at_key(x, i));
+  for (int i = 0; i < GROUPS * LANE_KEYS; i++) {
+    const int group = i / LANE_KEYS;
+    const float weight = exp2_fast(scores[group * GROUP_KEYS + i % LANE_KEYS] - m);
+    uint4 raw = shared_load4(at_key(at_group(x, group), i % LANE_KEYS));
     // What no one sees may be anything.
     if (!(weight > 0.0f)) raw = {0, 0, 0, 0};
     const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -75,16 +76,16 @@ __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, in
   const float2 larger = widen_pair<BFLOAT>(largest_pair);
   const float largest = fmaxf(larger.x, larger.y);
   if (thread == 0) shared.m = m;
-  stage(shared.staged[0], at, thread, sums);
+  stage(shared, at, thread, sums);
   d1 = of_all_keys(d1);
-  if (thread % 32 == 0) shared.warp_d1[0][thread / 32] = d1;
+  if (thread % 32 == 0) shared.warp_d1[thread / 32] = d1;
   // An infinity, which no scale saves, hides a lane's other numbers.
   if (!exact) note_largest(shared, thread, largest < -minus_infinity() ? largest : 0.0f);
   meet();
   // Zeros alone say nothing of the scale, and make what follows NaN.
   const float scale = exact ? inverse_of_scale(shared.inverse_scale) : scale_of(shared.largest, ROOMY, 0.0f), inverse_scale = inverse_of_scale(scale);
   if (thread < D) {
-    const float mean = as_float16(scale * staged_sum(shared, 0, thread) * reciprocal_fast(staged_d1(shared, 0))) * inverse_scale;
+    const float mean = as_float16(scale * staged_sum(shared, thread) * reciprocal_fast(staged_d1(shared))) * inverse_scale;
     // Without a finite score all is NaN, or a later tile's are the first.
     shared.origin[thread] = m == minus_infinity() ? 0.0f : mean;
   }
@@ -95,18 +96,17 @@ __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, in
 // A lane's keys of a tile become X, and add to the sums of X and of the weights, if SUMS.
 template <bool SCALED, bool SUMS>
 __device__ __forceinline__ void transform(const Reference& reference, unsigned x, const float* scores, float (&sums)[8], float& d1) {
-  // At a time, for want of registers.
-  constexpr int KEYS = 2;
 #pragma unroll 1
-  for (int first = 0; first < LANE_KEYS; first += KEYS) {
+  for (int group = 0; group < GROUPS; group++, x = at_group(x, 1), scores += GROUP_KEYS) {
+    const float4 of_keys = *reinterpret_cast<const float4*>(scores);
+    const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
     // All loads before the stores: the compiler may not move a load across a store.
-    uint4 raws[KEYS];
+    uint4 raws[LANE_KEYS];
 #pragma unroll
-    for (int i = 0; i < KEYS; i++) raws[i] = shared_load4(at_key(x, i));
-    const float2 pair = *reinterpret_cast<const float2*>(scores + first);
+    for (int i = 0; i < LANE_KEYS; i++) raws[i] = shared_load4(at_key(x, i));
 #pragma unroll
-    for (int i = 0; i < KEYS; i++) {
-      const unsigned roots = reference.roots_of(i ? pair.y : pair.x);
+    for (int i = 0; i < LANE_KEYS; i++) {
+      const unsigned roots = reference.roots_of(of_four[i]);
       const float root = widen<false>(roots & 0xffff);
       if constexpr (SUMS) d1 += root * root;
       const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
@@ -121,7 +121,6 @@ __device__ __forceinline__ void transform(const Reference& reference, unsigned x
       }
       shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
     }
-    x = at_key(x, KEYS);
   }
 }
 
@@ -151,22 +150,20 @@ __device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call) {
 // One pass over the keys, of which the first tiles are on their way from position `at` on. Leaves their moments about the origin
 // in c, their sums in shared, and X of the last tiles in the ring. Returns the number of the last tile in which the weights grew out of what
 // the first one began with, or 0. exact: whether the scale is that of the largest number of all.
-__device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, bool exact, Position& at, float (&c)[D / 2]) {
+__device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, bool exact, Position& at, float (&c)[ROW_BLOCKS][D / 2]) {
   const int thread = thread_index();
-  const bool is_first = is_first_warpgroup(thread), brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
+  const bool brings = ::brings();
   const Lane lane(thread);
   const Source from = shared.source;
   const float scale_log2 = call.scale * 1.4426950408889634f;
 #pragma unroll
-  for (int e = 0; e < D / 2; e++) c[e] = 0.0f;
+  for (int e = 0; e < ROW_BLOCKS * D / 2; e++) c[e / (D / 2)][e % (D / 2)] = 0.0f;
   float d1 = 0.0f, sums[8] = {};
   float products[4] = {};
-  if (is_first) {
-    wait_for_load(shared, at);
-    multiply_rows<false>(shared, at.slot, products);
-    wgmma_wait<0>();
-    give_scores(shared, from, 0, thread, products, scale_log2);
-  }
+  wait_for_load(shared, at);
+  multiply_rows<false>(shared, at.slot, products);
+  wgmma_wait<0>();
+  give_scores(shared, from, 0, thread, products, scale_log2);
   meet();
   const auto pair_of = [&](int tile) { return reinterpret_cast<const float2*>(shared.scores[tile % SCORE_STAGES])[thread % 32]; };
   float m = largest_of_lanes(pair_of(0));
@@ -181,7 +178,7 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
     const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
     Position next = at;
     next.advance();
-    const bool gives = is_first && tile + 1 < from.tiles;
+    const bool gives = tile + 1 < from.tiles;
     if (gives) {
       wait_for_load(shared, next);
       multiply_rows<false>(shared, next.slot, products);
@@ -201,23 +198,25 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
     meet();
     if (brings && tile > 0 && tile - 1 + SLOTS < from.tiles) bring(shared, call, maps, from, tile - 1 + SLOTS, false, slot_before, thread % 32);
     const unsigned long long all = keys_outermost(slot_address(shared, at.slot), RUN);
-    const unsigned long long own = all + descriptor_step(is_first ? 0 : RUN);
     wgmma_fence();
 #pragma unroll
-    for (int step = 0; step < TILE / 16; step++) wgmma_m64n128(c, own + descriptor_step(16 * step * 128), all + descriptor_step(16 * step * 128));
+    for (int step = 0; step < TILE / 16; step++)
+#pragma unroll
+      for (int b = 0; b < ROW_BLOCKS; b++)
+        wgmma_m64n128(c[b], all + descriptor_step(b * RUN + 16 * step * 128), all + descriptor_step(16 * step * 128));
     wgmma_commit();
     slot_before = at.slot;
     at = next;
   }
   wgmma_wait<0>();
 
-  stage(shared.staged[0], lane, thread, sums);
+  stage(shared, lane, thread, sums);
   d1 = of_all_keys(d1);
-  if (thread % 32 == 0) shared.warp_d1[0][thread / 32] = d1;
+  if (thread % 32 == 0) shared.warp_d1[thread / 32] = d1;
   meet();
-  const float all = shared.bad_page ? quiet_nan() : staged_d1(shared, 0);
+  const float all = shared.bad_page ? quiet_nan() : staged_d1(shared);
   if (thread < D) {
-    const float sum = staged_sum(shared, 0, thread) * shared.inverse_scale;
+    const float sum = staged_sum(shared, thread) * shared.inverse_scale;
     shared.sums[thread] = sum;
     shared.mean[thread] = shared.origin[thread] + sum * inverse_weight(all);
     if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);

@@ -1,11 +1,9 @@
 #pragma once
-// The products of a tile's keys with the rows of an operand, by a warpgroup.
+// The products of a tile's keys with the rows of an operand, by all warps.
 
 #include "lla/accumulators.cuh"
 #include "lla/two_pass/copies.cuh"
 #include "ptx/wgmma.cuh"
-
-__device__ __forceinline__ bool is_first_warpgroup(int thread) { return __shfl_sync(~0u, thread / 128, 0) == 0; }
 
 // KEYS_ARE_X: in float16, whatever the row's numbers are. They are for the reader of a group of products.
 template <bool KEYS_ARE_X>
@@ -21,7 +19,7 @@ __device__ __forceinline__ void multiply_rows(const Shared& shared, unsigned slo
   wgmma_commit();
 }
 
-// The products with the query, in units of log2; -inf for keys that are not seen. thread: of the warpgroup.
+// The products with the query, in units of log2; -inf for keys that are not seen.
 __device__ __forceinline__ void give_scores(Shared& shared, const Source& from, int tile, int thread, const float (&products)[4], float scale_log2) {
   if (thread % 4 == 0) {
 #pragma unroll

@@ -13,8 +13,8 @@
 #include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
 
-static_assert(D == 128, "two warpgroups have 64 rows of the moments each");
-constexpr int THREADS = 256, WARPS = THREADS / 32;
+constexpr int THREADS = 128, WARPS = THREADS / 32;
+constexpr int ROW_BLOCKS = D / 64;  // of 64 rows of the moments
 constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
 // All warps have moments, and a block has its row to itself.
 constexpr int MATRIX_THREADS = THREADS, MATRIX_WARPS = WARPS;
@@ -73,7 +73,7 @@ struct Shared {
   // Rows of an operand: the query, and from the third row on two parts of the slope.
   alignas(1024) unsigned char query[RUNS][VECTOR];
   union {
-    alignas(16) float staged[2][WARPS][D];
+    alignas(16) float staged[WARPS][D];
     // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, and what comes of it, of two
     // steps in turn.
     struct {
@@ -87,7 +87,7 @@ struct Shared {
   alignas(16) float mean[D];
   alignas(16) float slope[D];
   alignas(16) float scores[SCORE_STAGES][TILE];  // of the latest tiles; in the second pass then the weights of their keys
-  float warp_d1[2][WARPS];
+  float warp_d1[WARPS];
   Source source;
   unsigned tag, blocks;  // of mail, of which there is none
   float unit, constant;  // of the slope (values.cuh)

@@ -9,33 +9,46 @@
 __device__ __forceinline__ float mean_of(const Shared& shared, int column) { return shared.mean[column]; }
 
 // The moments about the mean and divided by their weight, in place.
-__device__ __forceinline__ void complete_moments(const Shared& shared, float (&c)[D / 2]) {
+__device__ __forceinline__ void complete_moments(const Shared& shared, float (&c)[ROW_BLOCKS][D / 2]) {
   const int thread = thread_index(), upper = upper_row(thread), column = thread % 4 * 2;
   const float inverse_d1 = inverse_weight(shared.d1), factor = inverse_d1 * shared.inverse_scale * shared.inverse_scale;
-  const float means[2] = {inverse_d1 * inverse_d1 * shared.sums[upper], inverse_d1 * inverse_d1 * shared.sums[upper + 8]};
+  float means[ROW_BLOCKS][2];
+#pragma unroll
+  for (int b = 0; b < ROW_BLOCKS; b++)
+#pragma unroll
+    for (int h = 0; h < 2; h++) means[b][h] = inverse_d1 * inverse_d1 * shared.sums[64 * b + upper + 8 * h];
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
     const float2 sums = *reinterpret_cast<const float2*>(&shared.sums[8 * j + column]);
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      c[4 * j + 2 * h] = factor * c[4 * j + 2 * h] - means[h] * sums.x;
-      c[4 * j + 2 * h + 1] = factor * c[4 * j + 2 * h + 1] - means[h] * sums.y;
-    }
+    for (int b = 0; b < ROW_BLOCKS; b++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        float* pair = &c[b][4 * j + 2 * h];
+        pair[0] = factor * pair[0] - means[b][h] * sums.x;
+        pair[1] = factor * pair[1] - means[b][h] * sums.y;
+      }
   }
 }
 
+// As conjugate gradients take them, or back.
+__device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2], bool back) {
+#pragma unroll
+  for (int b = 0; b < ROW_BLOCKS; b++) pair_lanes(c[b], thread_index() % 32, back);
+}
+
 // Whether x, which has all that many steps found, solves the system; all lanes find the same.
-__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const float (&c)[D / 2], float ridge, Entries& x) {
+__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
   const int thread = thread_index(), lane = thread % 32;
   const Exchange exchange(shared, call);
   Progress progress(ridge);
   int number = 1;
-  if (!take_steps(shared, exchange, c, ridge, thread, x, progress, number)) return false;
+  if (!take_steps(shared, exchange, c[0], ridge, thread, x, progress, number)) return false;
   __syncwarp();
   LyingVector& vector = shared.vectors[thread / 32];
   entries_of_lane(vector, lane) = x;
   __syncwarp();
-  const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply<false>(vector, c, thread).y);
+  const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply_rows_of_warp<false>(vector, c[0], thread));
   const Entries right = right_side(shared, lane);
   Entries residual;
 #pragma unroll
@@ -47,23 +60,25 @@ __device__ __forceinline__ float* block_at(Shared& shared, int i, int j) { retur
 
 // By the factorisation; nothing is on its way to the ring, whose place it takes. With M = L^-1 of the diagonal blocks, the panels
 // are Q_i = A_ib M^T, and L^-1 and then L^-T are applied to the right side block by block.
-__device__ __forceinline__ void solve_by_factor(Shared& shared, float (&c)[D / 2], float ridge, Entries& x) {
+__device__ __forceinline__ void solve_by_factor(Shared& shared, float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
   constexpr int BLOCKS = D / BLOCK;
   // Anew: what is derived from it would be kept over the steps.
   const int thread = thread_index();
   const int lane = thread % 32, warp = thread / 32;
-  pair_lanes(c, lane, true);
+  pair_lanes(c, true);
   const int upper = upper_row(thread), column = thread % 4 * 2;
 #pragma unroll
-  for (int j = 0; j < D / 8; j++)
+  for (int b = 0; b < ROW_BLOCKS; b++)
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-      const int row = upper + 8 * h;
-      float2 pair = {c[4 * j + 2 * h], c[4 * j + 2 * h + 1]};
-      if (row == 8 * j + column) pair.x += ridge;
-      if (row == 8 * j + column + 1) pair.y += ridge;
-      *reinterpret_cast<float2*>(&shared.moments[row][8 * j + column]) = pair;
-    }
+    for (int j = 0; j < D / 8; j++)
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const int row = 64 * b + upper + 8 * h;
+        float2 pair = {c[b][4 * j + 2 * h], c[b][4 * j + 2 * h + 1]};
+        if (row == 8 * j + column) pair.x += ridge;
+        if (row == 8 * j + column + 1) pair.y += ridge;
+        *reinterpret_cast<float2*>(&shared.moments[row][8 * j + column]) = pair;
+      }
   if (warp == 0) {
     const Entries right = right_side(shared, lane);
 #pragma unroll
@@ -79,13 +94,14 @@ __device__ __forceinline__ void solve_by_factor(Shared& shared, float (&c)[D / 2
       pivots.store(shared.inverse[b][0], INVERSE_PITCH);
     }
     meet();
-    const int i = b + 1 + warp;
-    if (i < BLOCKS) {
+#pragma unroll 1
+    for (int i = b + 1 + warp; i < BLOCKS; i += WARPS) {
       Tile a, m;
       a.load(block_at(shared, i, b), MOMENT_PITCH);
       m.load(shared.inverse[b][0], INVERSE_PITCH);
       multiply(Operand(a), Operand(m)).store(block_at(shared, i, b), MOMENT_PITCH);
-    } else if (warp == WARPS - 1) {
+    }
+    if (warp == WARPS - 1) {
       float y = 0.0f;
       for (int k = 0; k < BLOCK; k++) y += shared.inverse[b][lane % BLOCK][k] * shared.slope[b * BLOCK + k];
       __syncwarp();

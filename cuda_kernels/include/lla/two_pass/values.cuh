@@ -5,8 +5,6 @@
 
 #include "lla/two_pass/keys.cuh"
 
-constexpr int WARPGROUPS = THREADS / 128;
-constexpr int CHUNK_TILES = (SLOTS + WARPGROUPS - 1) / WARPGROUPS;  // of a warpgroup
 constexpr int SLOPE_ROW = 2;  // of the operand: the products with its two parts are one lane's
 
 // The slope as an operand in float16, as X is, and beside it in shared the power of two that it was divided by, in units of X, and
@@ -42,7 +40,7 @@ __device__ __forceinline__ void give_slope(Shared& shared, int lane, const Entri
 
 // X of a chunk of keys that have come, from position `at` on.
 __device__ __forceinline__ void make_chunk(Shared& shared, const lla::Call& call, const Source& from, const Loads& chunk, Position at) {
-  const int thread = thread_index(), warpgroup = __shfl_sync(~0u, thread / 128, 0);
+  const int thread = thread_index();
   const Lane lane(thread);
   Reference reference;
   reference.read(shared, lane);
@@ -52,10 +50,9 @@ __device__ __forceinline__ void make_chunk(Shared& shared, const lla::Call& call
 #pragma unroll 1
   for (int j = 0; j < chunk.count; j++, next.advance()) {
     wait_for_load(shared, next);
-    if (j % WARPGROUPS != warpgroup) continue;
     multiply_rows<false>(shared, next.slot, products);
     wgmma_wait<0>();
-    give_scores(shared, from, chunk.first + j, thread % 128, products, scale_log2);
+    give_scores(shared, from, chunk.first + j, thread, products, scale_log2);
   }
   meet();
 #pragma unroll 1
@@ -74,28 +71,25 @@ __device__ __forceinline__ void make_chunk(Shared& shared, const lla::Call& call
   meet();
 }
 
-// The weights of a chunk's keys, whose X lies from slot `slot` on, in place of their scores; adds them to `sum`. Each warpgroup takes
-// every other tile.
+// The weights of a chunk's keys, whose X lies from slot `slot` on, in place of their scores; adds them to `sum`.
 __device__ __forceinline__ void weigh_chunk(Shared& shared, const Loads& chunk, unsigned slot, float& sum) {
-  const int thread = thread_index(), warpgroup = __shfl_sync(~0u, thread / 128, 0);
+  const int thread = thread_index();
   const float half_m = shared.m == minus_infinity() ? 0.0f : 0.5f * shared.m, unit = shared.unit, constant = shared.constant;
-  float products[CHUNK_TILES][4];
+  float products[SLOTS][4];
 #pragma unroll
-  for (int n = 0; n < CHUNK_TILES; n++) {
-    const int j = WARPGROUPS * n + warpgroup;
+  for (int j = 0; j < SLOTS; j++) {
     const unsigned at = slot + j < SLOTS ? slot + j : slot + j - SLOTS;
-    if (j < chunk.count) multiply_rows<true>(shared, at, products[n]);
+    if (j < chunk.count) multiply_rows<true>(shared, at, products[j]);
   }
   wgmma_wait<0>();
 #pragma unroll
-  for (int n = 0; n < CHUNK_TILES; n++) {
-    const int j = WARPGROUPS * n + warpgroup;
+  for (int j = 0; j < SLOTS; j++) {
     if (j < chunk.count && thread % 4 == SLOPE_ROW / 2) {
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        float& score = shared.scores[(chunk.first + j) % SCORE_STAGES][upper_row(thread % 128) + 8 * h];
+        float& score = shared.scores[(chunk.first + j) % SCORE_STAGES][upper_row(thread) + 8 * h];
         const float root = widen<false>(narrow<false>(root_of(score, half_m)));
-        score = root * (root * constant + unit * (products[n][2 * h] + products[n][2 * h + 1]));
+        score = root * (root * constant + unit * (products[j][2 * h] + products[j][2 * h + 1]));
         sum += score;
       }
     }
@@ -104,16 +98,19 @@ __device__ __forceinline__ void weigh_chunk(Shared& shared, const Loads& chunk, 
 
 // A lane's values of a tile, by the weights of their keys.
 __device__ __forceinline__ void add_values(unsigned values, const float* weights, float (&sums)[8]) {
-  const float4 of_keys = *reinterpret_cast<const float4*>(weights);
-  const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
 #pragma unroll
-  for (int i = 0; i < LANE_KEYS; i++) {
-    const uint4 raw = shared_load4(at_key(values, i));
-    const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+  for (int group = 0; group < GROUPS; group++) {
+    const float4 of_keys = *reinterpret_cast<const float4*>(weights + group * GROUP_KEYS);
+    const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
 #pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const float2 v = widen_pair<BFLOAT>(words[e]);
-      sums[2 * e] += of_four[i] * v.x, sums[2 * e + 1] += of_four[i] * v.y;
+    for (int i = 0; i < LANE_KEYS; i++) {
+      const uint4 raw = shared_load4(at_key(at_group(values, group), i));
+      const unsigned words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float2 v = widen_pair<BFLOAT>(words[e]);
+        sums[2 * e] += of_four[i] * v.x, sums[2 * e + 1] += of_four[i] * v.y;
+      }
     }
   }
 }
@@ -122,7 +119,7 @@ __device__ __forceinline__ void add_values(unsigned values, const float* weights
 // ring has room for.
 __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& call, const Maps& maps, int kept, Position at, const Entries& solved) {
   const int thread = thread_index();
-  const bool brings = __shfl_sync(~0u, thread / 32, 0) == WARPS - 1;
+  const bool brings = ::brings();
   const Lane lane(thread);
   const Source from = shared.source;
   if (thread < 32) give_slope(shared, thread, solved);
@@ -157,10 +154,10 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
       if (brings) loads.bring_next(shared, call, maps, from, 1, thread % 32);
     }
   }
-  stage(shared.staged[0], lane, thread, sums);
+  stage(shared, lane, thread, sums);
 #pragma unroll
   for (int lanes = 16; lanes >= 4; lanes /= 2) all += __shfl_xor_sync(~0u, all, lanes);
-  if (thread % 32 == SLOPE_ROW / 2) shared.warp_d1[0][thread / 32] = all;
+  if (thread % 32 == SLOPE_ROW / 2) shared.warp_d1[thread / 32] = all;
   meet();
-  if (thread < D) output_of(call, lla::RowIndex(call, block_index()))[thread] = narrow<BFLOAT>(staged_sum(shared, 0, thread) / staged_d1(shared, 0));
+  if (thread < D) output_of(call, lla::RowIndex(call, block_index()))[thread] = narrow<BFLOAT>(staged_sum(shared, thread) / staged_d1(shared));
 }
