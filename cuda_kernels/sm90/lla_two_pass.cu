@@ -42,11 +42,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     __syncwarp();
     bring_first(shared, call, maps, source, Position(), lane);
   }
-  static_assert(QUERY_PIECES == THREADS);
-  QueryPiece query;
-  query.load(query_of(call, row), thread);
-  reinterpret_cast<uint4*>(shared.query)[thread] = query.packed();
-  fence_async_proxy();
+  static_assert(D == THREADS);
+  shared.query[thread / 64][thread % 64] = query_of(call, row)[thread];
   __syncthreads();
 
   // What is not kept in registers while a row is solved is read anew.

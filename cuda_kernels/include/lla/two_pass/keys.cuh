@@ -9,6 +9,7 @@
 
 #include "lla/two_pass/lanes.cuh"
 #include "lla/two_pass/scores.cuh"
+#include "ptx/wgmma.cuh"
 
 // What X is made with.
 struct Reference {
@@ -147,54 +148,55 @@ __device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call) {
   if (thread == 0) shared.inverse_scale = inverse_of_scale(scale_of(shared.largest, TIGHT, 1.0f));
 }
 
-// One pass over the keys, of which the first tiles are on their way from position `at` on. Leaves their moments about the origin
-// in c, their sums in shared, and X of the last tiles in the ring. Returns the number of the last tile in which the weights grew out of what
-// the first one began with, or 0. exact: whether the scale is that of the largest number of all.
+// The largest growth of a weight beyond what is allowed for, and the tile that it is in.
+constexpr unsigned TILE_OF_GROWTH = 0xfff;
+
+// One pass over the keys, of which the first tiles are on their way from position `at` on. Leaves their moments about the origin in c,
+// their sums in shared, and X of the last tiles in the ring. Returns the number of the tile in which the weights grew most out of what the
+// first one began with, or 0 where none did. exact: whether the scale is that of the largest number of all.
 __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, bool exact, Position& at, float (&c)[ROW_BLOCKS][D / 2]) {
   const int thread = thread_index();
   const bool brings = ::brings();
   const Lane lane(thread);
   const Source from = shared.source;
   const float scale_log2 = call.scale * 1.4426950408889634f;
+  const unsigned rows = rows_of_warp(thread);
+  const Columns query = query_columns(shared, thread % 32);
 #pragma unroll
   for (int e = 0; e < ROW_BLOCKS * D / 2; e++) c[e / (D / 2)][e % (D / 2)] = 0.0f;
   float d1 = 0.0f, sums[8] = {};
-  float products[4] = {};
+  if (thread == 0) shared.growth = 0;
   wait_for_load(shared, at);
-  multiply_rows<false>(shared, at.slot, products);
-  wgmma_wait<0>();
-  give_scores(shared, from, 0, thread, products, scale_log2);
+  give_scores(shared, from, 0, slot_address(shared, at.slot), thread, rows, query, scale_log2);
   meet();
-  const auto pair_of = [&](int tile) { return reinterpret_cast<const float2*>(shared.scores[tile % SCORE_STAGES])[thread % 32]; };
-  float m = largest_of_lanes(pair_of(0));
+  const float m = largest_of_lanes(reinterpret_cast<const float2*>(shared.scores[0])[thread % 32]);
   choose_origin(shared, lane, thread, slot_address(shared, at.slot) + lane.place(), &shared.scores[0][lane.first_key], m, exact);
   Reference reference;
   reference.read(shared, lane);
-  int grew_in = 0;
   unsigned slot_before = 0;
 #pragma unroll 1
   for (int tile = 0; tile < from.tiles; tile++) {
     const unsigned x = slot_address(shared, at.slot) + lane.place();
-    const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
-    Position next = at;
-    next.advance();
-    const bool gives = tile + 1 < from.tiles;
-    if (gives) {
-      wait_for_load(shared, next);
-      multiply_rows<false>(shared, next.slot, products);
-    }
-    const float2 pair = pair_of(tile);
-    if (__any_sync(~0u, fmaxf(pair.x, pair.y) > m + LAZY_LOG2)) m = largest_of_lanes(pair), grew_in = tile;
     const int position = from.position(tile);
     if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
+    const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
     if (__any_sync(~0u, reference.scale != 1.0f))
       transform<true, true>(reference, x, scores, sums, d1);
     else
       transform<false, true>(reference, x, scores, sums, d1);
     fence_async_proxy();
-    // The products of the tile before, and the next scores.
+    Position next = at;
+    next.advance();
+    if (tile + 1 < from.tiles) {
+      // Beside the products of the tile before.
+      wait_for_load(shared, next);
+      const float largest = give_scores(shared, from, tile + 1, slot_address(shared, next.slot), thread, rows, query, scale_log2);
+      if (__any_sync(~0u, largest > m + LAZY_LOG2)) {
+        const float growth = largest > m + LAZY_LOG2 ? fminf(largest - m, 1e30f) : 0.0f;
+        atomicMax(&shared.growth, growth > 0.0f ? __float_as_uint(growth) & ~TILE_OF_GROWTH | tile + 1 : 0u);
+      }
+    }
     wgmma_wait<0>();
-    if (gives) give_scores(shared, from, tile + 1, thread, products, scale_log2);
     meet();
     if (brings && tile > 0 && tile - 1 + SLOTS < from.tiles) bring(shared, call, maps, from, tile - 1 + SLOTS, false, slot_before, thread % 32);
     const unsigned long long all = keys_outermost(slot_address(shared, at.slot), RUN);
@@ -223,5 +225,5 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   }
   if (thread == 0) shared.d1 = all;
   meet();
-  return grew_in;
+  return shared.growth & TILE_OF_GROWTH;
 }

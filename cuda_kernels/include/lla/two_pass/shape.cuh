@@ -70,8 +70,7 @@ struct Shared {
       alignas(16) float inverse[D / 16][16][INVERSE_PITCH];
     };
   };
-  // Rows of an operand: the query, and from the third row on two parts of the slope.
-  alignas(1024) unsigned char query[RUNS][VECTOR];
+  alignas(16) half_bits query[RUNS][64];
   union {
     alignas(16) float staged[WARPS][D];
     // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, and what comes of it, of two
@@ -90,10 +89,10 @@ struct Shared {
   float warp_d1[WARPS];
   Source source;
   unsigned tag, blocks;  // of mail, of which there is none
-  float unit, constant;  // of the slope (values.cuh)
   float m, d1;
   float inverse_scale;  // one over what X is scaled by, a power of two, and the largest key that decides it, as bits
   unsigned largest;
+  unsigned growth;        // of a weight, in this pass
   unsigned out_of_range;  // X was, in this pass
   unsigned bad_page;
   alignas(8) unsigned long long full[SLOTS];

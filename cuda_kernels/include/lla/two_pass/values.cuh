@@ -1,99 +1,63 @@
 #pragma once
 // The second pass: with the slope u each key's weight is p (1 + u (k - kbar)), and the output is the mean of the values by these
 // weights, which add up to 1 but for what was rounded. The keys are those that X stands for: the last of it is in the ring yet, the
-// rest is made anew as it was.
+// rest is made anew as it was. Each warp has keys of its own to the end.
 
 #include "lla/two_pass/keys.cuh"
+#include "lla/vectors.cuh"
 
-constexpr int SLOPE_ROW = 2;  // of the operand: the products with its two parts are one lane's
+// The slope as an operand in two parts in float16, as X is.
+struct Slope {
+  float unit, constant;  // what the operand was divided by, a power of two, in units of X; 1 + u (k0 - kbar)
+  Columns parts;
 
-// The slope as an operand in float16, as X is, and beside it in shared the power of two that it was divided by, in units of X, and
-// 1 + u (k0 - kbar). By one warp.
-__device__ __forceinline__ void give_slope(Shared& shared, int lane, const Entries& solved) {
-  Entries distance;
-  float largest = 0.0f;
+  __device__ __forceinline__ Slope(const Shared& shared, int lane, const Entries& solved)
+      : Slope(shared, lane, solved, exponent_of(solved)) {}
+
+ private:
+  // Of the largest number.
+  __device__ __forceinline__ static unsigned exponent_of(const Entries& solved) {
+    float largest = 0.0f;
 #pragma unroll
-  for (int e = 0; e < ENTRIES; e++) {
-    const int column = column_of_entry(lane, e);
-    distance.of[e] = shared.origin[column] - shared.mean[column];
-    largest = fmaxf(largest, fabsf(solved.of[e]));
+    for (int e = 0; e < ENTRIES; e++) largest = fmaxf(largest, fabsf(solved.of[e]));
+    return min(max(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23, 1u), 253u);
   }
-  const float constant = 1.0f + inner_product(solved, distance);
-  // To between 1 and 2.
-  const unsigned exponent = min(max(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23, 1u), 253u);
-  if (lane == 0) shared.unit = shared.inverse_scale * __uint_as_float(exponent << 23), shared.constant = constant;
-  const float inverse = __uint_as_float((254 - exponent) << 23);
+
+  __device__ __forceinline__ Slope(const Shared& shared, int lane, const Entries& solved, unsigned exponent)
+      : unit(shared.inverse_scale * __uint_as_float(exponent << 23)), parts(lane, [&](int part, int number) {
+          // To between 1 and 2.
+          const float inverse = __uint_as_float((254 - exponent) << 23);
+          const float x = inverse * shared.slope[number], y = inverse * shared.slope[number + 1];
+          const unsigned high = narrow_pair<false>(x, y);
+          const float2 rounded = widen_pair<false>(high);
+          return part == 0 ? high : narrow_pair<false>(x - rounded.x, y - rounded.y);
+        }) {
+    Entries distance;
 #pragma unroll
-  for (int e = 0; e < ENTRIES; e++) {
-    const int column = column_of_entry(lane, e);
-    float rest = inverse * solved.of[e];
+    for (int e = 0; e < ENTRIES; e++) {
+      const int column = column_of_entry(lane, e);
+      distance.of[e] = shared.origin[column] - shared.mean[column];
+    }
+    constant = 1.0f + inner_product(solved, distance);
+  }
+};
+
+// The weights of the warp's keys of a tile, whose X lies in a slot, in place of their scores. Returns what the lane has of their sum.
+__device__ __forceinline__ float weigh_tile(Shared& shared, int tile, unsigned slot, int thread, unsigned rows, float half_m, const Slope& slope) {
+  float2 products[2];
+  multiply_keys<false>(slot, rows, slope.parts, products);
+  float sum = 0.0f;
+  if (thread % 4 == 0) {
 #pragma unroll
-    for (int row = SLOPE_ROW; row < SLOPE_ROW + 2; row++) {
-      const half_bits part = narrow<false>(rest);
-      rest -= widen<false>(part);
-      unsigned char* to = shared.query[column / 64] + row * 128;
-      reinterpret_cast<half_bits*>(to + ((column % 64 / 8 ^ row) << 4))[column % 8] = part;
+    for (int h = 0; h < 2; h++) {
+      float& score = shared.scores[tile % SCORE_STAGES][thread / 32 * KEYS_OF_WARP + thread % 32 / 4 + 8 * h];
+      const float root = widen<false>(narrow<false>(root_of(score, half_m)));
+      score = root * (root * slope.constant + slope.unit * (products[h].x + products[h].y));
+      sum += score;
     }
   }
-  fence_async_proxy();
-}
-
-// X of a chunk of keys that have come, from position `at` on.
-__device__ __forceinline__ void make_chunk(Shared& shared, const lla::Call& call, const Source& from, const Loads& chunk, Position at) {
-  const int thread = thread_index();
-  const Lane lane(thread);
-  Reference reference;
-  reference.read(shared, lane);
-  const float scale_log2 = call.scale * 1.4426950408889634f;
-  float products[4] = {};
-  Position next = at;
-#pragma unroll 1
-  for (int j = 0; j < chunk.count; j++, next.advance()) {
-    wait_for_load(shared, next);
-    multiply_rows<false>(shared, next.slot, products);
-    wgmma_wait<0>();
-    give_scores(shared, from, chunk.first + j, thread, products, scale_log2);
-  }
-  meet();
-#pragma unroll 1
-  for (int j = 0; j < chunk.count; j++, at.advance()) {
-    const unsigned x = slot_address(shared, at.slot) + lane.place();
-    const int tile = chunk.first + j, position = from.position(tile);
-    if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
-    const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
-    float none[8], no_d1;
-    if (__any_sync(~0u, reference.scale != 1.0f))
-      transform<true, false>(reference, x, scores, none, no_d1);
-    else
-      transform<false, false>(reference, x, scores, none, no_d1);
-  }
-  fence_async_proxy();
-  meet();
-}
-
-// The weights of a chunk's keys, whose X lies from slot `slot` on, in place of their scores; adds them to `sum`.
-__device__ __forceinline__ void weigh_chunk(Shared& shared, const Loads& chunk, unsigned slot, float& sum) {
-  const int thread = thread_index();
-  const float half_m = shared.m == minus_infinity() ? 0.0f : 0.5f * shared.m, unit = shared.unit, constant = shared.constant;
-  float products[SLOTS][4];
-#pragma unroll
-  for (int j = 0; j < SLOTS; j++) {
-    const unsigned at = slot + j < SLOTS ? slot + j : slot + j - SLOTS;
-    if (j < chunk.count) multiply_rows<true>(shared, at, products[j]);
-  }
-  wgmma_wait<0>();
-#pragma unroll
-  for (int j = 0; j < SLOTS; j++) {
-    if (j < chunk.count && thread % 4 == SLOPE_ROW / 2) {
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float& score = shared.scores[(chunk.first + j) % SCORE_STAGES][upper_row(thread) + 8 * h];
-        const float root = widen<false>(narrow<false>(root_of(score, half_m)));
-        score = root * (root * constant + unit * (products[j][2 * h] + products[j][2 * h + 1]));
-        sum += score;
-      }
-    }
-  }
+  __syncwarp();
+  return sum;
 }
 
 // A lane's values of a tile, by the weights of their keys.
@@ -122,23 +86,47 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
   const bool brings = ::brings();
   const Lane lane(thread);
   const Source from = shared.source;
-  if (thread < 32) give_slope(shared, thread, solved);
+  const unsigned rows = rows_of_warp(thread);
+  const float scale_log2 = call.scale * 1.4426950408889634f;
+  Reference reference;
+  reference.read(shared, lane);
+  if (thread < 32) {
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) shared.slope[column_of_entry(thread, e)] = solved.of[e];
+  }
   meet();
+  const Slope slope(shared, thread % 32, solved);
+  const Columns query = query_columns(shared, thread % 32);
   float sums[8] = {}, all = 0.0f;
   Loads chunk(from, kept, at), loads = chunk;
 #pragma unroll 1
   for (int number = kept; number < SLOTS && loads.any(); number++) loads.advance();
 #pragma unroll 1
   for (; chunk.any(); chunk.next_chunk()) {
-    unsigned slot = at.slot;
-    if (chunk.values) {
-      slot = slot >= kept ? slot - kept : slot + SLOTS - kept;
-    } else {
-      make_chunk(shared, call, from, chunk, at);
+    unsigned slot = chunk.values ? (at.slot >= kept ? at.slot - kept : at.slot + SLOTS - kept) : at.slot;
 #pragma unroll 1
-      for (int j = 0; j < chunk.count; j++) at.advance();
+    for (int j = 0; j < chunk.count; j++) {
+      const int tile = chunk.first + j;
+      const unsigned keys = slot_address(shared, slot);
+      if (!chunk.values) {
+        wait_for_load(shared, at);
+        give_scores(shared, from, tile, keys, thread, rows, query, scale_log2);
+        const unsigned x = keys + lane.place();
+        const int position = from.position(tile);
+        if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
+        const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
+        float none[8], no_d1;
+        if (__any_sync(~0u, reference.scale != 1.0f))
+          transform<true, false>(reference, x, scores, none, no_d1);
+        else
+          transform<false, false>(reference, x, scores, none, no_d1);
+        __syncwarp();
+        at.advance();
+      }
+      all += weigh_tile(shared, tile, keys, thread, rows, reference.half_m, slope);
+      if (++slot == SLOTS) slot = 0;
     }
-    weigh_chunk(shared, chunk, slot, all);
+    fence_async_proxy();
     meet();
     if (brings) loads.bring_next(shared, call, maps, from, chunk.count, thread % 32);
 #pragma unroll 1
@@ -157,7 +145,7 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
   stage(shared, lane, thread, sums);
 #pragma unroll
   for (int lanes = 16; lanes >= 4; lanes /= 2) all += __shfl_xor_sync(~0u, all, lanes);
-  if (thread % 32 == SLOPE_ROW / 2) shared.warp_d1[thread / 32] = all;
+  if (thread % 32 == 0) shared.warp_d1[thread / 32] = all;
   meet();
   if (thread < D) output_of(call, lla::RowIndex(call, block_index()))[thread] = narrow<BFLOAT>(staged_sum(shared, thread) / staged_d1(shared));
 }
