@@ -40,10 +40,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (lane == 0) shared.largest = shared.out_of_range = shared.bad_page = 0, shared.source = source;
     fence_mbarrier_init();
     __syncwarp();
-    bring_first(shared, call, maps, source, Position(), lane);
+    bring_tiles<0, AT_FIRST>(shared, call, maps, source, Position(), lane);
   }
   static_assert(D == THREADS);
-  shared.query[thread / 64][thread % 64] = query_of(call, row)[thread];
+  const half_bits q = query_of(call, row)[thread];
+  shared.query[thread / 64][thread % 64] = entry_of_column(shared.query_column, thread) = q;
+  if (thread < 32) shared.zeros[thread] = 0;
   __syncthreads();
 
   // What is not kept in registers while a row is solved is read anew.
@@ -62,7 +64,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (thread_index() == 0) shared.source.starts_at = (shared.source.starts_at + grew_in) % shared.source.tiles, shared.out_of_range = 0;
     if (rescaled) rescale(shared, call);
     meet();
-    if (brings()) bring_first(shared, call, maps, shared.source, at, thread_index() % 32);
+    if (brings()) bring_tiles<0, AT_FIRST>(shared, call, maps, shared.source, at, thread_index() % 32);
   }
   // While the row is solved, the values come, as far as there is room for them.
   const int tiles = shared.source.tiles;

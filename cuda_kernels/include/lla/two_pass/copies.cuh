@@ -50,10 +50,16 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
   __syncwarp();
 }
 
-// The first tiles of keys, from a position on.
-__device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, Position to, int lane) {
+// Tiles of keys that are asked for before the first one is there. All blocks begin together, and what they ask for comes in no
+// order: the first tile would come with the last.
+constexpr int AT_FIRST = 1;
+
+// Tiles FIRST to LAST of the keys, of which the first comes to position `to`; by a warp.
+template <int FIRST, int LAST>
+__device__ __forceinline__ void bring_tiles(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, Position to, int lane) {
 #pragma unroll 1
-  for (int tile = 0; tile < min(SLOTS, from.tiles); tile++, to.advance()) bring(shared, call, maps, from, tile, false, to.slot, lane);
+  for (int tile = 0; tile < min(LAST, from.tiles); tile++, to.advance())
+    if (tile >= FIRST) bring(shared, call, maps, from, tile, false, to.slot, lane);
 }
 
 // The loads of the second pass in their order: chunks of tiles, of each the keys, unless their X is there, and then the values. The

@@ -58,7 +58,7 @@ __device__ __forceinline__ float as_float16(float x) { return widen<false>(narro
 __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, int thread, unsigned x, const float* scores, float m, bool exact) {
   float sums[8] = {}, d1 = 0.0f;
   unsigned largest_pair = 0;
-#pragma unroll
+#pragma unroll 2
   for (int i = 0; i < GROUPS * LANE_KEYS; i++) {
     const int group = i / LANE_KEYS;
     const float weight = exp2_fast(scores[group * GROUP_KEYS + i % LANE_KEYS] - m);
@@ -94,23 +94,32 @@ __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, in
   meet();
 }
 
-// A lane's keys of a tile become X, and add to the sums of X and of the weights, if SUMS.
-template <bool SCALED, bool SUMS>
-__device__ __forceinline__ void transform(const Reference& reference, unsigned x, const float* scores, float (&sums)[8], float& d1) {
-#pragma unroll 1
-  for (int group = 0; group < GROUPS; group++, x = at_group(x, 1), scores += GROUP_KEYS) {
-    const float4 of_keys = *reinterpret_cast<const float4*>(scores);
-    const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
-    // All loads before the stores: the compiler may not move a load across a store.
-    uint4 raws[LANE_KEYS];
+// A lane's keys of a tile, as they came.
+struct RawKeys {
+  uint4 of[GROUPS][LANE_KEYS];
+
+  __device__ __forceinline__ void load(unsigned x) {
 #pragma unroll
-    for (int i = 0; i < LANE_KEYS; i++) raws[i] = shared_load4(at_key(x, i));
+    for (int group = 0; group < GROUPS; group++)
+#pragma unroll
+      for (int i = 0; i < LANE_KEYS; i++) of[group][i] = shared_load4(at_key(at_group(x, group), i));
+  }
+};
+
+// They become X, and add to the sums of X and of the weights, if SUMS.
+template <bool SCALED, bool SUMS>
+__device__ __forceinline__ void transform(const Reference& reference, const RawKeys& raw, unsigned x, const float* scores, float (&sums)[8], float& d1) {
+#pragma unroll
+  for (int group = 0; group < GROUPS; group++) {
+    const float4 of_keys = *reinterpret_cast<const float4*>(scores + group * GROUP_KEYS);
+    const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
 #pragma unroll
     for (int i = 0; i < LANE_KEYS; i++) {
       const unsigned roots = reference.roots_of(of_four[i]);
       const float root = widen<false>(roots & 0xffff);
       if constexpr (SUMS) d1 += root * root;
-      const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
+      const uint4& key = raw.of[group][i];
+      const unsigned words[4] = {key.x, key.y, key.z, key.w};
       unsigned rounded[4];
 #pragma unroll
       for (int e = 0; e < 4; e++) {
@@ -120,9 +129,17 @@ __device__ __forceinline__ void transform(const Reference& reference, unsigned x
           sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
         }
       }
-      shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
+      shared_store4(at_key(at_group(x, group), i), {rounded[0], rounded[1], rounded[2], rounded[3]});
     }
   }
+}
+
+template <bool SUMS>
+__device__ __forceinline__ void transform(const Reference& reference, const RawKeys& raw, unsigned x, const float* scores, float (&sums)[8], float& d1) {
+  if (__any_sync(~0u, reference.scale != 1.0f))
+    transform<true, SUMS>(reference, raw, x, scores, sums, d1);
+  else
+    transform<false, SUMS>(reference, raw, x, scores, sums, d1);
 }
 
 // The largest number of the row's keys.
@@ -151,7 +168,7 @@ __device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call) {
 // The largest growth of a weight beyond what is allowed for, and the tile that it is in.
 constexpr unsigned TILE_OF_GROWTH = 0xfff;
 
-// One pass over the keys, of which the first tiles are on their way from position `at` on. Leaves their moments about the origin in c,
+// One pass over the keys, of which the first AT_FIRST tiles are on their way from position `at` on. Leaves their moments about the origin in c,
 // their sums in shared, and X of the last tiles in the ring. Returns the number of the tile in which the weights grew most out of what the
 // first one began with, or 0 where none did. exact: whether the scale is that of the largest number of all.
 __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, bool exact, Position& at, float (&c)[ROW_BLOCKS][D / 2]) {
@@ -161,29 +178,32 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   const Source from = shared.source;
   const float scale_log2 = call.scale * 1.4426950408889634f;
   const unsigned rows = rows_of_warp(thread);
-  const Columns query = query_columns(shared, thread % 32);
+  const Columns query(thread % 32, shared.query_column, shared.query_column, shared.zeros);
 #pragma unroll
   for (int e = 0; e < ROW_BLOCKS * D / 2; e++) c[e / (D / 2)][e % (D / 2)] = 0.0f;
   float d1 = 0.0f, sums[8] = {};
   if (thread == 0) shared.growth = 0;
   wait_for_load(shared, at);
+  if (brings) bring_tiles<AT_FIRST, SLOTS>(shared, call, maps, from, at, thread % 32);
   give_scores(shared, from, 0, slot_address(shared, at.slot), thread, rows, query, scale_log2);
   meet();
   const float m = largest_of_lanes(reinterpret_cast<const float2*>(shared.scores[0])[thread % 32]);
   choose_origin(shared, lane, thread, slot_address(shared, at.slot) + lane.place(), &shared.scores[0][lane.first_key], m, exact);
   Reference reference;
   reference.read(shared, lane);
-  unsigned slot_before = 0;
-#pragma unroll 1
-  for (int tile = 0; tile < from.tiles; tile++) {
+  // Ahead of the tile's turn: loads of the warp's own keys.
+  RawKeys raw;
+  const auto load_seen = [&](int tile, const Position& at) {
     const unsigned x = slot_address(shared, at.slot) + lane.place();
     const int position = from.position(tile);
     if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
-    const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
-    if (__any_sync(~0u, reference.scale != 1.0f))
-      transform<true, true>(reference, x, scores, sums, d1);
-    else
-      transform<false, true>(reference, x, scores, sums, d1);
+    raw.load(x);
+  };
+  load_seen(0, at);
+  unsigned slot_before = 0;
+#pragma unroll 1
+  for (int tile = 0; tile < from.tiles; tile++) {
+    transform<true>(reference, raw, slot_address(shared, at.slot) + lane.place(), &shared.scores[tile % SCORE_STAGES][lane.first_key], sums, d1);
     fence_async_proxy();
     Position next = at;
     next.advance();
@@ -195,6 +215,7 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
         const float growth = largest > m + LAZY_LOG2 ? fminf(largest - m, 1e30f) : 0.0f;
         atomicMax(&shared.growth, growth > 0.0f ? __float_as_uint(growth) & ~TILE_OF_GROWTH | tile + 1 : 0u);
       }
+      load_seen(tile + 1, next);
     }
     wgmma_wait<0>();
     meet();

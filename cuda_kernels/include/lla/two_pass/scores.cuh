@@ -14,15 +14,19 @@ __device__ __forceinline__ unsigned rows_of_warp(int thread) {
   return key * 128 + ((lane / 16 ^ key % 8) << 4);
 }
 
-// Vectors as columns 0 and 1 of an operand, of which each lane has its column's numbers 2 t and 2 t + 1 of every 8 (t = lane % 4).
-struct Columns {
-  unsigned pairs[D / 8];
+// An operand of two vectors, columns 0 and 1, of which a lane has pairs of its column's numbers: 2 t and 2 t + 1 of every 8
+// (t = lane % 4). In shared memory they lie as lanes take them, on different banks.
 
-  // pair_of(column, number): numbers `number` and that after it, of column 0 or 1.
-  template <class PairOf>
-  __device__ __forceinline__ Columns(int lane, PairOf pair_of) {
+__device__ __forceinline__ half_bits& entry_of_column(LyingColumn& column, int number) { return column[number % 8 / 2][number / 8 * 2 + number % 2]; }
+
+struct Columns {
+  uint4 quads[D / 32];
+
+  // zeros: 32 of them.
+  __device__ __forceinline__ Columns(int lane, const LyingColumn& first, const LyingColumn& second, const half_bits* zeros) {
+    const half_bits* from = lane < 4 ? first[lane % 4] : lane < 8 ? second[lane % 4] : zeros;
 #pragma unroll
-    for (int j = 0; j < D / 8; j++) pairs[j] = lane < 8 ? pair_of(lane / 4, 8 * j + lane % 4 * 2) : 0;
+    for (int q = 0; q < D / 32; q++) quads[q] = reinterpret_cast<const uint4*>(from)[q];
   }
 };
 
@@ -33,21 +37,22 @@ __device__ __forceinline__ void multiply_keys(unsigned slot, unsigned rows, cons
   // Sums that do not wait for one another hide each other's latency.
   float c[2][4] = {};
 #pragma unroll
-  for (int step = 0; step < D / 16; step++) {
-    unsigned keys[4];
-    load_matrices(keys, ((slot + rows) ^ step % 4 << 5) + step / 4 * RUN);
-    float(&sum)[4] = c[step % 2];
-    multiply_add<BFLOAT16>(sum[0], sum[1], sum[2], sum[3], keys, columns.pairs[2 * step], columns.pairs[2 * step + 1]);
+  for (int half = 0; half < 2; half++) {
+    constexpr int STEPS = D / 32;
+    unsigned keys[STEPS][4];
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) load_matrices(keys[step], ((slot + rows) ^ step % 4 << 5) + half * RUN);
+#pragma unroll
+    for (int step = 0; step < STEPS; step++) {
+      float(&sum)[4] = c[step % 2];
+      const uint4 quad = columns.quads[half * STEPS / 2 + step / 2];
+      multiply_add<BFLOAT16>(sum[0], sum[1], sum[2], sum[3], keys[step], step % 2 ? quad.z : quad.x, step % 2 ? quad.w : quad.y);
+    }
   }
   products[0] = {c[0][0] + c[1][0], c[0][1] + c[1][1]};
   products[1] = {c[0][2] + c[1][2], c[0][3] + c[1][3]};
 }
-
-__device__ __forceinline__ Columns query_columns(const Shared& shared, int lane) {
-  return Columns(lane, [&](int column, int number) {
-    return column == 0 ? *reinterpret_cast<const unsigned*>(&shared.query[number / 64][number % 64]) : 0u;
-  });
-}
+static_assert(RUNS == 2, "a half of the steps is of a run");
 
 // The products with the query of a tile that has come, in units of log2, to the warp's part of shared.scores; -inf for keys that are not
 // seen. Returns the largest that the lane has.

@@ -61,6 +61,9 @@ struct Source {
   __device__ __forceinline__ bool is_seen(int key) const { return key >= first && key < end; }
 };
 
+// A vector as a column of an operand (scores.cuh).
+using LyingColumn = half_bits[4][40];
+
 struct Shared {
   union {
     alignas(1024) unsigned char ring[SLOTS][SLOT];
@@ -71,6 +74,8 @@ struct Shared {
     };
   };
   alignas(16) half_bits query[RUNS][64];
+  alignas(16) LyingColumn query_column, slope_columns[2];
+  alignas(16) half_bits zeros[32];
   union {
     alignas(16) float staged[WARPS][D];
     // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, and what comes of it, of two

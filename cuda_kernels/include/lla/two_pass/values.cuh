@@ -6,46 +6,37 @@
 #include "lla/two_pass/keys.cuh"
 #include "lla/vectors.cuh"
 
-// The slope as an operand in two parts in float16, as X is.
+// What a key's weight is found with.
 struct Slope {
   float unit, constant;  // what the operand was divided by, a power of two, in units of X; 1 + u (k0 - kbar)
-  Columns parts;
 
-  __device__ __forceinline__ Slope(const Shared& shared, int lane, const Entries& solved)
-      : Slope(shared, lane, solved, exponent_of(solved)) {}
-
- private:
-  // Of the largest number.
-  __device__ __forceinline__ static unsigned exponent_of(const Entries& solved) {
-    float largest = 0.0f;
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) largest = fmaxf(largest, fabsf(solved.of[e]));
-    return min(max(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23, 1u), 253u);
-  }
-
-  __device__ __forceinline__ Slope(const Shared& shared, int lane, const Entries& solved, unsigned exponent)
-      : unit(shared.inverse_scale * __uint_as_float(exponent << 23)), parts(lane, [&](int part, int number) {
-          // To between 1 and 2.
-          const float inverse = __uint_as_float((254 - exponent) << 23);
-          const float x = inverse * shared.slope[number], y = inverse * shared.slope[number + 1];
-          const unsigned high = narrow_pair<false>(x, y);
-          const float2 rounded = widen_pair<false>(high);
-          return part == 0 ? high : narrow_pair<false>(x - rounded.x, y - rounded.y);
-        }) {
+  // Leaves the slope in shared as an operand in two parts in float16, as X is; by all threads, one for a number, of which every warp
+  // has all.
+  __device__ __forceinline__ Slope(Shared& shared, int thread, const Entries& solved) {
+    const int lane = thread % 32;
     Entries distance;
+    float largest = 0.0f;
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) {
       const int column = column_of_entry(lane, e);
       distance.of[e] = shared.origin[column] - shared.mean[column];
+      largest = fmaxf(largest, fabsf(solved.of[e]));
     }
     constant = 1.0f + inner_product(solved, distance);
+    // To between 1 and 2.
+    const unsigned exponent = min(max(__reduce_max_sync(~0u, __float_as_uint(largest)) >> 23, 1u), 253u);
+    unit = shared.inverse_scale * __uint_as_float(exponent << 23);
+    const float x = __uint_as_float((254 - exponent) << 23) * shared.slope[thread];
+    const half_bits high = narrow<false>(x);
+    entry_of_column(shared.slope_columns[0], thread) = high;
+    entry_of_column(shared.slope_columns[1], thread) = narrow<false>(x - widen<false>(high));
   }
 };
 
 // The weights of the warp's keys of a tile, whose X lies in a slot, in place of their scores. Returns what the lane has of their sum.
-__device__ __forceinline__ float weigh_tile(Shared& shared, int tile, unsigned slot, int thread, unsigned rows, float half_m, const Slope& slope) {
+__device__ __forceinline__ float weigh_tile(Shared& shared, int tile, unsigned slot, int thread, unsigned rows, float half_m, const Slope& slope, const Columns& parts) {
   float2 products[2];
-  multiply_keys<false>(slot, rows, slope.parts, products);
+  multiply_keys<false>(slot, rows, parts, products);
   float sum = 0.0f;
   if (thread % 4 == 0) {
 #pragma unroll
@@ -95,8 +86,10 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
     for (int e = 0; e < ENTRIES; e++) shared.slope[column_of_entry(thread, e)] = solved.of[e];
   }
   meet();
-  const Slope slope(shared, thread % 32, solved);
-  const Columns query = query_columns(shared, thread % 32);
+  const Slope slope(shared, thread, solved);
+  meet();
+  const Columns parts(thread % 32, shared.slope_columns[0], shared.slope_columns[1], shared.zeros);
+  const Columns query(thread % 32, shared.query_column, shared.query_column, shared.zeros);
   float sums[8] = {}, all = 0.0f;
   Loads chunk(from, kept, at), loads = chunk;
 #pragma unroll 1
@@ -114,16 +107,14 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
         const unsigned x = keys + lane.place();
         const int position = from.position(tile);
         if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
-        const float* scores = &shared.scores[tile % SCORE_STAGES][lane.first_key];
+        RawKeys raw;
+        raw.load(x);
         float none[8], no_d1;
-        if (__any_sync(~0u, reference.scale != 1.0f))
-          transform<true, false>(reference, x, scores, none, no_d1);
-        else
-          transform<false, false>(reference, x, scores, none, no_d1);
+        transform<false>(reference, raw, x, &shared.scores[tile % SCORE_STAGES][lane.first_key], none, no_d1);
         __syncwarp();
         at.advance();
       }
-      all += weigh_tile(shared, tile, keys, thread, rows, reference.half_m, slope);
+      all += weigh_tile(shared, tile, keys, thread, rows, reference.half_m, slope, parts);
       if (++slot == SLOTS) slot = 0;
     }
     fence_async_proxy();
