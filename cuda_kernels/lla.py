@@ -21,7 +21,9 @@ SM90_THREADS = {64: 256, 128: 512}
 SM90_SHARED_BYTES = {64: 110592, 128: 226304}
 """By head size, the size of the kernel's own structure, which a static assertion compares."""
 _TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES = 128, 108544
-"""Of the kernel that takes keys first; the same."""
+"""Of the kernel that takes a row's keys and then its values."""
+_TWO_PASS_KEYS = 640
+"""Up to which it is the faster one, where rows are more than the multiprocessors; measured on an H200."""
 _SM90_BLOCKS = {64: 2, 128: 1}
 """How many blocks a multiprocessor runs, by head size."""
 SOLVERS = "cholesky", "cg"
@@ -161,13 +163,15 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     else:
         wanted = min(at_once // rows, -(-problem.kv_len // _SM90_SPLIT_KEYS))
     by_steps, most = solver == "cg", _MOST_SPLITS
+    # A pinned size keeps a row's bits whatever batch it sits in.
+    few_keys = problem.kv_len <= _TWO_PASS_KEYS and rows > layout.multiprocessors and not layout.split_size
+    if by_steps and D == 128 and few_keys:
+        return _two_pass(problem, rows)
     if by_steps:
         # Blocks of a pinned size may be more than run at once; then a row's bits depended on its batch.
         most = 1 if layout.split_size else _MOST_TOGETHER
     splits_log2 = max(0, min(wanted, most).bit_length() - 1)
     splits = 1 << splits_log2
-    if by_steps and splits == 1 and D == 128:
-        return _two_pass(problem, layout, rows)
     # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
     large = not layout.split_size and 2 * rows * splits <= at_once
     cluster = min(splits, _LARGE_CLUSTER if large else 2)
@@ -195,17 +199,18 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     )  # fmt: skip
 
 
-def _two_pass(problem: Problem, layout: Layout, rows: int) -> Shape:
-    """Keys, then values with the slope, by a block a row."""
+def _two_pass(problem: Problem, rows: int) -> Shape:
+    """Keys, then values with the slope: a block a row, of which a multiprocessor solves two at once."""
     box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
     defines = dict(
-        CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=problem.head_dim, PAGED=int(problem.page_size is not None), BOX=box,
-        HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=_TWO_PASS_SHARED_BYTES, READ_ONCE=0,
-        CLUSTER=1, SOLVERS=1, MOST_STEPS=_MOST_STEPS, MAIL_BYTES=0, **_masks(problem),
+        CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=problem.head_dim, CLUSTER=1, PAGED=int(problem.page_size is not None),
+        BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=_TWO_PASS_SHARED_BYTES,
+        SOLVERS=1, MOST_STEPS=_MOST_STEPS, MAIL_BYTES=0, **_masks(problem),
     )  # fmt: skip
     return Shape(
-        "sm90/lla_two_pass.cu", tuple(defines.items()), 1, 1, _TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES, 0, rows, box
-    )
+        "sm90/lla_two_pass.cu", tuple(defines.items()), 1, 1, _TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES,
+        0, rows, box,
+    )  # fmt: skip
 
 
 def _mail_bytes(splits: int) -> int:

@@ -1,16 +1,16 @@
 // Local linear attention of single query rows against a key-value cache, in two passes: the first takes the keys alone, and
 // the second the values, with the slope that solves the row's ridge system.
 //
-// Where a row's keys are few, its moments are most of the work: without those of the values they are half of it, and leave room
-// for two blocks a multiprocessor, which hide each other's solving. While a row is solved, its values come. The keys are read
-// twice, the second time from the second-level cache where it holds them.
+// Where a row's keys are few, solving takes most of its time. Without moments of the values there is room for two blocks a
+// multiprocessor, which hide each other's latencies, and four warps of a block do with fewer instructions what eight would each
+// repeat. The keys' X stays in shared memory as far as there is room for it; keys beyond that are read twice.
 //
-// X^T X accumulates in registers, 16 rows of it a warp (keys.cuh); conjugate gradients take it there (slope.cuh); then keys get
+// X^T X accumulates in registers, 32 rows of it a warp (keys.cuh); conjugate gradients take it there (slope.cuh); then keys get
 // the weights of the local linear fit, and values are added up by them (values.cuh).
 //
-// Compile-time: HEAD_DIM (128, also the value size), PAGED, BOX (keys of a copy), READ_ONCE (whether more keys than the second-level
-// cache holds are read by one row each), INDEXED and PACKED (whether there are lengths or paddings, and packed sequences),
-// HALF_IS_FLOAT16, SHARED_BYTES, MOST_STEPS (of conjugate gradients). Grid: rows blocks.
+// Compile-time: HEAD_DIM (128, also the value size), PAGED, BOX (keys of a copy), INDEXED and PACKED (whether there are lengths or
+// paddings, and packed sequences), HALF_IS_FLOAT16, SHARED_BYTES, MOST_STEPS (of conjugate gradients); CLUSTER, SOLVERS and
+// MAIL_BYTES (1, 1 and 0: a block has its row to itself). Grid: rows blocks.
 
 #include "lla/two_pass/keys.cuh"
 #include "lla/two_pass/slope.cuh"
@@ -72,7 +72,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   if (brings()) {
     const int lane = thread_index() % 32;
     const Source source = shared.source;
-    prefetch_values(call, maps, source, lane);
     Loads loads(source, kept, at);
     loads.bring_next(shared, call, maps, source, SLOTS - kept, lane);
   }

@@ -5,6 +5,7 @@
 // The ring is not filled at once. All blocks begin together, and what they ask for comes in no order: the first tile would
 // come with the last, and with it the instructions that the block has yet to fetch.
 
+#include "lla/boxes.cuh"
 #include "lla/shape.cuh"
 #include "maps.cuh"
 #include "ptx/mbarrier.cuh"
@@ -30,22 +31,11 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
                                       int run, int tile, int slot, int box) {
   const int position = from.begin + tile * TILE + box * BOX;
   const unsigned barrier = shared_address(&shared.raw_full[slot]);
-  bool present = position < from.end;
-  int outer = from.batch, place = position;
-#if PAGED
-  if (present) {
-    const long long page = index_at(call.page_table, from.batch * call.page_table_stride + position / call.page_size,
-                                    call.page_table_wide);
-    present = page >= 0 && page < call.num_pages;
-    if (!present) atomicMax(&shared.bad_page, 1);
-    outer = static_cast<int>(page);
-  }
-  place = position % call.page_size;
-#endif
-  mbarrier_arrive_expect(barrier, present ? BOX * 128 : 0);
-  if (!present) return;
+  const Box found(call, from.batch, position, from.end, shared.bad_page);
+  mbarrier_arrive_expect(barrier, found.present ? BOX * 128 : 0);
+  if (!found.present) return;
   const unsigned to = shared_address(shared.ring[slot]) + run * RUN + box * BOX * 128;
-  box_copy<READ_ONCE>(to, map_of_run(maps, run), 0, place, run_of_head(run), from.kv_head, outer, barrier);
+  box_copy<READ_ONCE>(to, map_of_run(maps, run), 0, found.place, run_of_head(run), from.kv_head, found.outer, barrier);
 }
 
 // Tiles FIRST to LAST of a pass, each to the slot of its number; by COPYING_WARPS warps.

@@ -1,6 +1,7 @@
 #pragma once
 // How keys and values come to the ring by the copy engine, a box of one run by a lane of the last warp.
 
+#include "lla/boxes.cuh"
 #include "lla/two_pass/shape.cuh"
 #include "maps.cuh"
 
@@ -29,22 +30,11 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
     const int run = lane / BOXES, box = lane % BOXES;
     const int position = from.position(tile) + box * BOX;
     const unsigned barrier = shared_address(&shared.full[slot]);
-    bool present = position < from.end;
-    int outer = from.batch, place = position;
-#if PAGED
-    if (present) {
-      const long long page = index_at(call.page_table, from.batch * call.page_table_stride + position / call.page_size,
-                                      call.page_table_wide);
-      present = page >= 0 && page < call.num_pages;
-      if (!present) atomicMax(&shared.bad_page, 1);
-      outer = static_cast<int>(page);
-    }
-    place = position % call.page_size;
-#endif
-    mbarrier_arrive_expect(barrier, present ? BOX * 128 : 0);
-    if (present) {
+    const Box found(call, from.batch, position, from.end, shared.bad_page);
+    mbarrier_arrive_expect(barrier, found.present ? BOX * 128 : 0);
+    if (found.present) {
       const unsigned to = slot_address(shared, slot) + run * RUN + box * BOX * 128;
-      box_copy<READ_ONCE>(to, values ? maps.v : maps.k, 0, place, run, from.kv_head, outer, barrier);
+      box_copy<false>(to, values ? maps.v : maps.k, 0, found.place, run, from.kv_head, found.outer, barrier);
     }
   }
   __syncwarp();
@@ -97,14 +87,3 @@ struct Loads {
     for (; number > 0 && any(); number--, advance()) bring(shared, call, maps, from, first + done, values, to.slot, lane);
   }
 };
-
-// The values of the last tiles, as many as the kernel for few keys has, to the second-level cache; by a warp.
-__device__ __forceinline__ void prefetch_values(const lla::Call& call, const Maps& maps, const Source& from, int lane) {
-  constexpr int TILES = 32 / RUNS;
-  const int tile = lane / RUNS;
-  if (!PAGED && tile < min(TILES, from.tiles)) {
-    const int number = from.tiles - 1 - tile;
-    box_prefetch(maps.v, 0, from.position(number), lane % RUNS, from.kv_head, from.batch);
-  }
-  __syncwarp();
-}

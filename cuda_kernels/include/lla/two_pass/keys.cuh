@@ -1,8 +1,8 @@
 #pragma once
 // The first pass: the moments of a row's keys, in registers.
 //
-// Of every tile all warps make X = sqrt(p) (k - k0) in float16, each of 8 keys, and then X^T X, each of 16 rows of it, while the
-// next tile becomes X. The sums of weighted keys are taken of the same rounded roots and X, so that rounding cancels in the
+// Of every tile each warp makes X = sqrt(p) (k - k0) in float16, of 16 keys, and then 32 rows of X^T X, while the next tile
+// becomes X. The sums of weighted keys are taken of the same rounded roots and X, so that rounding cancels in the
 // covariances. The second pass makes the same X again: a slope is large where no key determines it, and a key that is rounded
 // otherwise there would be far off. So all X of a row are relative to one maximum and one origin, those of the first tile; where
 // the weights grow out of that, the row begins anew with the tile that they grew in. What X is scaled by, and why the origin is near the mean, is in weigh.cuh.
