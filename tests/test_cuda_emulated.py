@@ -374,20 +374,20 @@ def test_the_emulator_tells_what_is_wrong_with_a_kernel():
     assert swapped(meets=2)[0].startswith(b"deadlock")
 
 
-def hold_in_every_order(case, capability, solver):
+def hold_in_every_order(case, capability, solver, multiprocessors=12):
     """Local linear attention: the same bits, within the reference's bound."""
     expected = call(plx.reference, "lla", case, ridge=0.1)
     bound = solved_budget(case, np.full(case.q.shape[:3], 0.1))
-    results = run("lla", case, capability, ridge=0.1, solver=solver)
+    results = run("lla", case, capability, multiprocessors=multiprocessors, ridge=0.1, solver=solver)
     for o in results:
         np.testing.assert_array_equal(o, results[0])
     hold(results[0], expected, bound)
 
 
-def run(operation, case, capability, orders=ORDERS, **extra):
+def run(operation, case, capability, orders=ORDERS, multiprocessors=12, **extra):
     """The outputs of a call in each of the orders, as float64; counters are left zero."""
     results = []
-    with emulated(capability, multiprocessors=12) as workspace:
+    with emulated(capability, multiprocessors) as workspace:
         arrays = on_gpu(case)
         for Driver.order in orders:
             o = call(plx, operation, arrays, **extra)

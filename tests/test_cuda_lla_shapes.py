@@ -66,6 +66,28 @@ def test_blocks_that_solve_a_row_together_run_at_once(call, splits, cluster):
     assert splits == 1 or shape.rows * splits <= blocks_at_once
 
 
+@pytest.mark.parametrize(
+    "call, two_passes",
+    [
+        (dict(batch=32, kv_len=512), True),
+        (dict(batch=17, kv_len=640, page_size=64, lengths=True), True),
+        # Long rows read their keys once, and few rows have the multiprocessors to themselves.
+        (dict(batch=32, kv_len=641), False),
+        (dict(batch=16, kv_len=512), False),
+        (dict(batch=64, kv_len=512, head_dim=64), False),
+        # A row's bits do not depend on its batch.
+        (dict(batch=32, kv_len=512, split_size=1024), False),
+    ],
+)
+def test_many_rows_of_few_keys_are_taken_in_two_passes(call, two_passes):
+    problem, layout = call_of(**{"operation": "lla_decode", "probe_dtype": None} | call)
+    shape = lla.choose(problem, layout, "cg")
+    assert shape.source == ("sm90/lla_two_pass.cu" if two_passes else "sm90/lla.cu")
+    assert lla.choose(problem, layout, "cholesky").source == "sm90/lla.cu"
+    if two_passes:
+        assert (shape.splits, shape.rows, shape.mail_bytes) == (1, 8 * problem.batch, 0)
+
+
 def test_rows_of_every_cut_have_mail_of_their_own():
     """Word by word: what a cut of rows reaches ends where the next one's begins."""
     offsets = [lla._mail(log2, 132)[1] for log2 in range(1, 6)]

@@ -77,7 +77,9 @@ def test_random_calls_by_conjugate_gradients_agree_with_the_reference(framework,
 
 
 @most_steps
-@pytest.mark.parametrize("capacity, batch", [(1, 1), (63, 3), (65, 70), (700, 9), (4096, 2), (40000, 1)])
+@pytest.mark.parametrize(
+    "capacity, batch", [(1, 1), (1, 80), (63, 3), (65, 70), (640, 90), (700, 9), (4096, 2), (40000, 1)]
+)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_conjugate_gradients_over_lengths_short_and_long(cuda_torch, head_dim, capacity, batch, most, steps):
     steps(most)
@@ -94,16 +96,22 @@ def test_conjugate_gradients_take_pages_paddings_and_ridges_of_rows(cuda_torch):
     random = np.random.default_rng(0)
     for head_dim in (64, 128):
         options = dict(cache_seqlens=np.array([500, 77]), cache_leftpad=np.array([3, 70]), window_size=300)
+        many = random.integers(0, 601, 60).astype(np.int32)
         for case in (
             make(batch=2, capacity=700, page_size=64, head_dim=head_dim, cache_seqlens=np.array([700, 333])),
             make(head_dim=head_dim, length=2, layout="heads first", **options),
+            # More rows than multiprocessors.
+            make(batch=60, page_size=16, head_dim=head_dim, window_size=500, cache_seqlens=many),
+            make(batch=60, length=2, head_dim=head_dim, cache_seqlens=many, cache_leftpad=many // 3),
         ):
             check_steps(cuda_torch, case, random.uniform(0.2, 1, case.q.shape[:3]).astype(np.float32))
 
 
-def test_rows_with_a_ridge_of_zero_are_nan_by_conjugate_gradients(cuda_torch):
-    case = make(batch=2, kv_heads=1, group=1, capacity=1100, head_dim=128)
-    ridge = np.array([0, 0.1], np.float32).reshape(2, 1, 1)
+@pytest.mark.parametrize("batch, capacity", [(2, 1100), (200, 130)])
+def test_rows_with_a_ridge_of_zero_are_nan_by_conjugate_gradients(cuda_torch, batch, capacity):
+    case = make(batch=batch, kv_heads=1, group=1, capacity=capacity, head_dim=128)
+    ridge = np.full((batch, 1, 1), 0.1, np.float32)
+    ridge[0] = 0
     o = call(plx, "lla", cuda_torch.case(case), ridge=cuda_torch.put(ridge), solver="cg")
     o = cuda_torch.get(o)
     assert np.isnan(o[0]).all()
@@ -218,10 +226,14 @@ CACHES = {
 
 
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
-@pytest.mark.parametrize("batch", [1, 40], ids=["split rows", "whole rows"])
+@pytest.mark.parametrize(
+    "batch, capacity", [(1, 2048), (40, 2048), (40, 520)], ids=["split rows", "whole rows", "few keys"]
+)
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("cache", CACHES)
-def test_every_row_is_within_a_hundredth_of_the_reference(cuda_torch, cache, head_dim, batch, solver):
+def test_every_row_is_within_a_hundredth_of_the_reference(
+    cuda_torch, cache, head_dim, batch, capacity, solver
+):
     """In bfloat16 at a ridge of 0.1, where the reference takes the same rounded inputs.
 
     Not so a key 30 times larger than the others in a row that is not split: the tensor cores truncate what
@@ -230,7 +242,7 @@ def test_every_row_is_within_a_hundredth_of_the_reference(cuda_torch, cache, hea
     """
     limit = 3e-2 if (cache, batch) == ("one outlying key", 40) else 1e-2
     case = make(
-        batch=batch, kv_heads=4, group=1, head_dim=head_dim, capacity=2048, dtype=np.dtype(np.float32)
+        batch=batch, kv_heads=4, group=1, head_dim=head_dim, capacity=capacity, dtype=np.dtype(np.float32)
     )
     q, k = CACHES[cache](case.q, case.k_cache)
     v = case.v_cache[:, : k.shape[1]]
@@ -272,6 +284,24 @@ def test_a_nan_that_is_seen_shows_in_its_rows_alone(cuda_torch, dtype, head_dim,
             sees[0, max(0, place - 637) :, 4:] = True
             channel = np.ones(o.shape[-1], bool) if array == 0 else np.arange(o.shape[-1]) == 7
             assert np.isnan(o[sees[..., 0]][:, channel]).all()
+            np.testing.assert_array_equal(o[~sees], clean[~sees])
+
+
+def test_a_nan_that_is_seen_shows_in_its_rows_alone_among_many(cuda_torch):
+    lengths = np.full(80, 500, np.int32)
+    lengths[1] = 310
+    case = make(batch=80, kv_heads=2, group=1, capacity=500, head_dim=128, cache_seqlens=lengths)
+    clean = cuda_torch.get(call(plx, "lla", cuda_torch.case(case), ridge=0.1, solver="cg"))
+    for place in (3, 300, 499):
+        for array, channels in ((0, np.s_[:]), (1, np.s_[7:8])):
+            arrays = [case.k_cache.copy(), case.v_cache.copy()]
+            arrays[array][1:3, place, 1, 7] = np.nan
+            moved = case.with_keys_and_values(*arrays)
+            o = cuda_torch.get(call(plx, "lla", cuda_torch.case(moved), ridge=0.1, solver="cg"))
+            sees = np.zeros(o.shape, bool)
+            sees[2, :, 1, channels] = True
+            sees[1, :, 1, channels] = place < 310
+            assert np.isnan(o[sees]).all()
             np.testing.assert_array_equal(o[~sees], clean[~sees])
 
 

@@ -47,7 +47,6 @@ __device__ __forceinline__ float weigh_tile(Shared& shared, int tile, unsigned s
       sum += score;
     }
   }
-  __syncwarp();
   return sum;
 }
 
@@ -96,27 +95,28 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
   for (int number = kept; number < SLOTS && loads.any(); number++) loads.advance();
 #pragma unroll 1
   for (; chunk.any(); chunk.next_chunk()) {
-    unsigned slot = chunk.values ? (at.slot >= kept ? at.slot - kept : at.slot + SLOTS - kept) : at.slot;
+    const unsigned first_slot = chunk.values ? (at.slot >= kept ? at.slot - kept : at.slot + SLOTS - kept) : at.slot;
+    if (!chunk.values) {
 #pragma unroll 1
-    for (int j = 0; j < chunk.count; j++) {
-      const int tile = chunk.first + j;
-      const unsigned keys = slot_address(shared, slot);
-      if (!chunk.values) {
+      for (int j = 0; j < chunk.count; j++, at.advance()) {
+        const int tile = chunk.first + j, position = from.position(tile);
+        const unsigned keys = slot_address(shared, at.slot), x = keys + lane.place();
         wait_for_load(shared, at);
         give_scores(shared, from, tile, keys, thread, rows, query, scale_log2);
-        const unsigned x = keys + lane.place();
-        const int position = from.position(tile);
         if (__any_sync(~0u, from.is_partial(position))) hide(lane, x, from.first - position, from.end - position);
         RawKeys raw;
         raw.load(x);
         float none[8], no_d1;
         transform<false>(reference, raw, x, &shared.scores[tile % SCORE_STAGES][lane.first_key], none, no_d1);
-        __syncwarp();
-        at.advance();
       }
-      all += weigh_tile(shared, tile, keys, thread, rows, reference.half_m, slope, parts);
-      if (++slot == SLOTS) slot = 0;
+      __syncwarp();
     }
+#pragma unroll 3
+    for (int j = 0; j < chunk.count; j++) {
+      const unsigned slot = first_slot + j < SLOTS ? first_slot + j : first_slot + j - SLOTS;
+      all += weigh_tile(shared, chunk.first + j, slot_address(shared, slot), thread, rows, reference.half_m, slope, parts);
+    }
+    __syncwarp();
     fence_async_proxy();
     meet();
     if (brings) loads.bring_next(shared, call, maps, from, chunk.count, thread % 32);
