@@ -169,7 +169,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   complete_moments(shared, c, thread);
 
   Entries x;
-  Progress progress(ridge);
+  Progress progress;
   int number = 1;  // of the exchange
   if (!take_steps(shared, exchange, c + D / 2, ridge, thread, x, progress, number)) return false;
 

@@ -20,6 +20,7 @@ struct Progress {
   // Of the slope u and the direction p: u (C_kk + ridge I) u, u u, u p and p p.
   float energy = 0.0f, slope_square = 0.0f, slope_direction = 0.0f, direction_square = 0.0f;
 
+  Progress() = default;
   __device__ __forceinline__ explicit Progress(float ridge) : radau(reciprocal_fast(ridge)) {}
 
   __device__ __forceinline__ void look(float square, float ridge) {

@@ -49,7 +49,7 @@ __device__ __forceinline__ float receive_row(const Exchange& exchange, int threa
 static_assert(!TOGETHER || ROW_BLOCKS == 1);
 struct Rows {
   float of[ROW_BLOCKS];
-  float curvature = 0.0f;  // of the warp's rows, in all lanes, if it was asked for
+  float curvature;  // of the warp's rows, in all lanes, if it was asked for
 };
 
 template <bool WITH_CURVATURE>
@@ -58,7 +58,8 @@ __device__ __forceinline__ Rows multiply_rows_of_warp(LyingVector& vector, const
 #pragma unroll
   for (int b = 0; b < ROW_BLOCKS; b++) {
     const Product product = multiply<WITH_CURVATURE>(vector, moments + b * D / 2, thread, b * 64);
-    rows.of[b] = product.y, rows.curvature += product.curvature;
+    rows.of[b] = product.y;
+    rows.curvature = b == 0 ? product.curvature : rows.curvature + product.curvature;
   }
   if constexpr (WITH_CURVATURE) rows.curvature = sum_of_lanes(rows.curvature);
   return rows;
@@ -108,8 +109,10 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
                                            Entries& x, Progress& progress, int& number) {
   const int lane = thread % 32;
   LyingVector& vector = shared.vectors[thread / 32];
-  Entries r = right_side(shared, lane), p = {}, s = {};
+  Entries r = right_side(shared, lane);
   x = {};
+  Entries p = {}, s = {};
+  progress = Progress(ridge);
   bool small;
   Rows product;
 #pragma unroll 1

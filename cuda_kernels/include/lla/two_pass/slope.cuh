@@ -41,7 +41,7 @@ __device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2], bool b
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
   const int thread = thread_index(), lane = thread % 32;
   const Exchange exchange(shared, call);
-  Progress progress(ridge);
+  Progress progress;
   int number = 1;
   if (!take_steps(shared, exchange, c[0], ridge, thread, x, progress, number)) return false;
   __syncwarp();
