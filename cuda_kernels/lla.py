@@ -204,8 +204,9 @@ def _two_pass(problem: Problem, rows: int) -> Shape:
     box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
     defines = dict(
         CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=problem.head_dim, CLUSTER=1,
-        PAGED=int(problem.page_size is not None), BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=_TWO_PASS_SHARED_BYTES,
-        SOLVERS=1, MOST_STEPS=_MOST_STEPS, MAIL_BYTES=0, **_masks(problem),
+        PAGED=int(problem.page_size is not None), BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16),
+        SHARED_BYTES=_TWO_PASS_SHARED_BYTES, SOLVERS=1, MOST_STEPS=_MOST_STEPS, MAIL_BYTES=0,
+        **_masks(problem),
     )  # fmt: skip
     return Shape(
         "sm90/lla_two_pass.cu", tuple(defines.items()), 1, 1, _TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES,

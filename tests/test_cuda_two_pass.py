@@ -1,4 +1,4 @@
-"""Local linear attention in two passes, over a row's keys and then its values, on the host, thread by thread."""
+"""Local linear attention in two passes, over a row's keys and its values, on the host, thread by thread."""
 
 import numpy as np
 import pytest
