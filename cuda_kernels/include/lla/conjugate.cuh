@@ -2,12 +2,8 @@
 // The ridge system of a row, (C_kk + ridge I) u = q - kbar, by conjugate gradients on the moments where they accumulated:
 // in the registers of the matrix warps, each of which has 16 rows of the matrix.
 //
-// In the form of Chronopoulos and Gear (J. Comput. Appl. Math. 25, 1989), whose two sums of a step are one. It ends where
-// the error is known to be small: the Gauss-Radau quadrature of Meurant and Tichy (Numer. Algorithms 62, 2013), with the
-// ridge below all eigenvalues, bounds the error's energy norm. By the inequality of Cauchy and Schwarz that bounds
-// the error of every channel of the output, in standard deviations of the values. What was found is then put into the
-// system once, as in float32 the residual of the recurrences may drift from the true one. Where many steps do not suffice, or
-// the residual is not what it should be, the system is left to the factorisation.
+// What the steps found (steps.cuh) is put into the system once, as in float32 the residual of the recurrences may drift from the
+// true one. Where many steps do not suffice, or the residual is not what it should be, the system is left to the factorisation.
 
 #include "lla/moments.cuh"
 #include "lla/shape.cuh"

@@ -5,7 +5,8 @@
 // becomes X. The sums of weighted keys are taken of the same rounded roots and X, so that rounding cancels in the
 // covariances. The second pass makes the same X again: a slope is large where no key determines it, and a key that is rounded
 // otherwise there would be far off. So all X of a row are relative to one maximum and one origin, those of the first tile; where
-// the weights grow out of that, the row begins anew with the tile that they grew in. What X is scaled by, and why the origin is near the mean, is in weigh.cuh.
+// the weights grow out of that, the row begins anew with the tile that they grew in. What X is scaled by, and why the origin is
+// near the mean, is in weigh.cuh.
 
 #include "lla/two_pass/lanes.cuh"
 #include "lla/two_pass/scores.cuh"
@@ -169,8 +170,8 @@ __device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call) {
 constexpr unsigned TILE_OF_GROWTH = 0xfff;
 
 // One pass over the keys, of which the first AT_FIRST tiles are on their way from position `at` on. Leaves their moments about the origin in c,
-// their sums in shared, and X of the last tiles in the ring. Returns the number of the tile in which the weights grew most out of what the
-// first one began with, or 0 where none did. exact: whether the scale is that of the largest number of all.
+// their sums in shared, and X of the last tiles in the ring. Returns the number of the tile in which the weights grew most out of
+// what the first one began with, or 0 where none did. exact: whether the scale is that of the largest number of all.
 __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, bool exact, Position& at, float (&c)[ROW_BLOCKS][D / 2]) {
   const int thread = thread_index();
   const bool brings = ::brings();

@@ -37,7 +37,8 @@ __device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2], bool b
   for (int b = 0; b < ROW_BLOCKS; b++) pair_lanes(c[b], thread_index() % 32, back);
 }
 
-// Whether x, which has all that many steps found, solves the system; all lanes find the same.
+// By steps, whether they came near enough to the slope; every warp has all of it then. What they found is put into the system once: in
+// float32 the residual of the recurrences may drift from the true one.
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
   const int thread = thread_index(), lane = thread % 32;
   const Exchange exchange(shared, call);
