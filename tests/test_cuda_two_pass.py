@@ -29,7 +29,7 @@ CALLS = {
         dict(length=2, capacity=200, cache_seqlens=lengths(200, 90), cache_leftpad=lengths(70, 3)), 64
     ),
     "float16": (dict(kv_heads=1, capacity=450, dtype=FLOAT16), 64),
-    "packed sequences": (dict(packed=(30, 1, 70), kv_heads=1), 64),
+    "packed sequences": (dict(packed=(9, 1, 14), kv_heads=1, group=2), 64),
     "a row without keys": (dict(kv_heads=1, capacity=100, cache_seqlens=lengths(0, 100)), 64),
     "left to the factorisation": (dict(kv_heads=1, capacity=150), 3),
     "tiles taken twice, left to the factorisation": (dict(kv_heads=1, capacity=500), 3),
@@ -47,11 +47,10 @@ def test_rows_in_every_order_of_their_threads(name, monkeypatch):
     assert {shape.source for shape in seen} == {"sm90/lla_two_pass.cu"}
 
 
-@pytest.mark.parametrize("capacity", [350, 600])
 @pytest.mark.parametrize("keys", KEYS)
-def test_rows_are_within_a_hundredth_of_the_reference(keys, capacity):
+def test_rows_are_within_a_hundredth_of_the_reference(keys):
     """In bfloat16 at a ridge of 0.1, where the reference takes the same rounded inputs."""
-    case = make(batch=4, kv_heads=1, capacity=capacity, dtype=FLOAT32)
+    case = make(batch=4, kv_heads=1, capacity=500, dtype=FLOAT32)
     q, k = KEYS[keys](case.q, case.k_cache)
     v = case.v_cache[:, : k.shape[1]]
     case = DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, v)), {})
