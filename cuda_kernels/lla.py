@@ -183,13 +183,12 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     in_cluster = by_steps and cluster > 1
     mailed = by_steps and splits > cluster
     shared_bytes = _CLUSTER_SHARED_BYTES if in_cluster else SM90_SHARED_BYTES[D]
-    box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
-    defines = dict(
-        CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=D, CLUSTER=cluster, PAGED=int(problem.page_size is not None),
-        BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), SHARED_BYTES=shared_bytes,
+    box = _box(problem)
+    defines = _sm90_defines(problem, box) | dict(
+        CLUSTER=cluster, SHARED_BYTES=shared_bytes,
         READ_ONCE=int(problem.group_size * problem.q_len == 1 and overflows_cache(problem, layout)),
         SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
-        MAIL_BYTES=_mail_bytes(splits) * mailed, **_masks(problem),
+        MAIL_BYTES=_mail_bytes(splits) * mailed,
     )  # fmt: skip
     clusters = splits // cluster
     floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
@@ -201,16 +200,26 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
 
 def _two_pass(problem: Problem, rows: int) -> Shape:
     """Keys, then values with the slope: a block a row, of which a multiprocessor solves two at once."""
-    box = math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
-    defines = dict(
-        CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=problem.head_dim, CLUSTER=1,
-        PAGED=int(problem.page_size is not None), BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16),
-        SHARED_BYTES=_TWO_PASS_SHARED_BYTES, SOLVERS=1, MOST_STEPS=_MOST_STEPS, MAIL_BYTES=0,
-        **_masks(problem),
-    )  # fmt: skip
+    box = _box(problem)
+    defines = _sm90_defines(problem, box) | dict(
+        CLUSTER=1, SHARED_BYTES=_TWO_PASS_SHARED_BYTES, SOLVERS=1, MOST_STEPS=_MOST_STEPS, MAIL_BYTES=0
+    )
     return Shape(
         "sm90/lla_two_pass.cu", tuple(defines.items()), 1, 1, _TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES,
         0, rows, box,
+    )  # fmt: skip
+
+
+def _box(problem: Problem) -> int:
+    """Keys that a copy brings: those of a tile, or of it what lies in one page."""
+    return math.gcd(_SM90_TILE, problem.page_size or _SM90_TILE)
+
+
+def _sm90_defines(problem: Problem, box: int) -> dict[str, int]:
+    """What every tuned kernel is compiled with."""
+    return dict(
+        CALL_BYTES=LLA_CALL.itemsize, HEAD_DIM=problem.head_dim, PAGED=int(problem.page_size is not None),
+        BOX=box, HALF_IS_FLOAT16=int(problem.dtype != BFLOAT16), **_masks(problem),
     )  # fmt: skip
 
 

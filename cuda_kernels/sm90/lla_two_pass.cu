@@ -66,9 +66,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     meet();
     if (brings()) bring_tiles<0, AT_FIRST>(shared, call, maps, shared.source, at, thread_index() % 32);
   }
-  // While the row is solved, the values come, as far as there is room for them.
+  // X of the last tiles stays in the ring until the slope is known. Where there are fewer tiles than slots, values come meanwhile.
   const int tiles = shared.source.tiles;
-  int kept = min(MOST_KEPT, tiles);
+  int kept = min(SLOTS, tiles);
   if (brings()) {
     const int lane = thread_index() % 32;
     const Source source = shared.source;

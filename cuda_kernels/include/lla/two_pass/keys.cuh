@@ -166,11 +166,12 @@ __device__ __forceinline__ void rescale(Shared& shared, const lla::Call& call) {
   if (thread == 0) shared.inverse_scale = inverse_of_scale(scale_of(shared.largest, TIGHT, 1.0f));
 }
 
-// The largest growth of a weight beyond what is allowed for, and the tile that it is in.
+// Of the largest growth of a weight beyond what is allowed for, the bits that are the tile it is in; rows of more tiles are not for
+// this kernel.
 constexpr unsigned TILE_OF_GROWTH = 0xfff;
 
-// One pass over the keys, of which the first AT_FIRST tiles are on their way from position `at` on. Leaves their moments about the origin in c,
-// their sums in shared, and X of the last tiles in the ring. Returns the number of the tile in which the weights grew most out of
+// One pass over the keys, of which the first AT_FIRST tiles are on their way from position `at` on. Leaves their moments about the
+// origin in c, their sums in shared, and X of the last tiles in the ring. Returns the number of the tile in which the weights grew most out of
 // what the first one began with, or 0 where none did. exact: whether the scale is that of the largest number of all.
 __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, const Maps& maps, bool exact, Position& at, float (&c)[ROW_BLOCKS][D / 2]) {
   const int thread = thread_index();

@@ -16,7 +16,6 @@ __device__ __forceinline__ unsigned rows_of_warp(int thread) {
 
 // An operand of two vectors, columns 0 and 1, of which a lane has pairs of its column's numbers: 2 t and 2 t + 1 of every 8
 // (t = lane % 4). In shared memory they lie as lanes take them, on different banks.
-
 __device__ __forceinline__ half_bits& entry_of_column(LyingColumn& column, int number) { return column[number % 8 / 2][number / 8 * 2 + number % 2]; }
 
 struct Columns {

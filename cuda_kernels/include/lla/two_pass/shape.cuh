@@ -33,10 +33,8 @@ constexpr int BOXES = TILE / BOX;  // of a run
 constexpr int LOAD_LANES = RUNS * BOXES;
 static_assert(BOX % 8 == 0 && TILE % BOX == 0 && LOAD_LANES <= 32, "a lane brings a box");
 
-// Tiles whose X stays in the ring until the slope is known.
-constexpr int MOST_KEPT = 6;
 constexpr int SCORE_STAGES = 8;
-static_assert(MOST_KEPT <= SLOTS && SLOTS < SCORE_STAGES, "a chunk's scores are there at once, beside those of a tile before");
+static_assert(SLOTS < SCORE_STAGES, "a chunk's scores are there at once, beside those of a tile before");
 
 // A weight may be 2^8 times the first tile's largest.
 constexpr float LAZY_LOG2 = 8.0f;
