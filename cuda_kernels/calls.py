@@ -68,11 +68,12 @@ _recent: dict[tuple, tuple[tuple[Call, Matcher], ...]] = {}
 _clock = itertools.count()
 
 
-def attend(operation: str, arrays: Arrays, options: Options, return_state: bool, validate: bool):
+def attend(operation: str, arrays: tuple, options: tuple, return_state: bool, validate: bool):
     """Run an operation on GPU arrays; returns ``o`` or ``(o, state)`` in the framework of ``q``.
 
-    operation: a public name. validate: check the values of index arrays and of a ridge, which waits for the
-    device. Raises as the public operation does.
+    operation: a public name. arrays, options: as :class:`Arrays` and :class:`Options` have them, whole; plain
+    tuples will do, and cost a known call less. validate: check the values of index arrays and of a ridge,
+    which waits for the device. Raises as the public operation does.
     """
     return_state = bool(return_state)
     # Equal numbers of two types, 1 and True, are one key; the types tell them apart, and say what is there.
@@ -87,15 +88,16 @@ def attend(operation: str, arrays: Arrays, options: Options, return_state: bool,
         if pointers is not None:
             break
     if pointers is None:
+        arrays, options = Arrays._make(arrays), Options._make(options)
         framework = gpu_exchange.framework(arrays.q)
         found = None if framework is None else framework.signature(arrays)
         if found is None:
             return _attend_foreign(operation, arrays, options, return_state, validate)
         pointers, signature = found
-        call = _call(key, signature, framework, arrays)
+        call = _call(key, signature, framework, arrays, options)
     call.last_used = next(_clock)
     if validate:
-        _check_values(operation, call.framework, arrays, options)
+        _check_values(operation, call.framework, Arrays._make(arrays), Options._make(options))
     return call(arrays, pointers)
 
 
@@ -106,9 +108,9 @@ def forget() -> None:
         _recent.clear()
 
 
-def _call(key: tuple, signature: list, framework: Framework, arrays: Arrays) -> Call:
+def _call(key: tuple, signature: list, framework: Framework, arrays: Arrays, options: Options) -> Call:
     """The prepared call of a signature; ``key`` finds it faster from now on."""
-    operation, return_state, options, _ = key
+    operation, return_state, *_ = key
     whole = (*key, *signature)
     try:
         call = _calls[whole]
@@ -148,7 +150,7 @@ class Call:
         empty = 0 in problem_.output_shape or problem_.kv_len == 0
         self._plan = None if empty or copies else _plan(operation, problem_, layout, options, ridge)
 
-    def __call__(self, arrays: Arrays, pointers: list[int]):
+    def __call__(self, arrays: tuple, pointers: list[int]):
         if arrays[_OUT] is not None:
             self._check_overlap(pointers)
         previous = runtime.getDevice()
@@ -156,7 +158,7 @@ class Call:
         runtime.setDevice(self._device)
         try:
             if self._copies:
-                return self._run_copied(arrays)
+                return self._run_copied(Arrays._make(arrays))
             return self._run(arrays, pointers)
         except MemoryError as error:
             raise self._out_of_memory(error) from error
@@ -168,29 +170,22 @@ class Call:
             if previous != self._device:
                 runtime.setDevice(previous)
 
-    def _run(self, arrays: Arrays, pointers: list[int]):
-        framework, q = self.framework, arrays[0]
-        address = framework.address
-        out = arrays[_OUT]
+    def _run(self, arrays: tuple, pointers: list[int]):
+        framework, q, out = self.framework, arrays[0], arrays[_OUT]
         if out is None:
             out = self._allocate(q)
-            pointers[_OUT] = address(out)
-        state = None
+            pointers[_OUT] = framework.address(out)
+        state, sums = None, self._no_state
         if self._allocate_state is not None:
             state = self._kind(*[allocate(q) for allocate in self._allocate_state])
-        if self._plan is None:
-            self._fill_empty(arrays, out, state)
-        else:
-            self._launch(pointers, state)
-        return out if state is None else (out, state)
-
-    def _launch(self, pointers: list[int], state) -> None:
-        sums = self._no_state
-        if state is not None:
-            sums = (*map(self.framework.address, state),)
+            sums = (*map(framework.address, state),)
             if self._kind is SoftmaxState:
                 sums = sums[0], sums[1], 0, sums[2], 0, 0
-        self._plan.launch(self.framework.current_stream(self._device), pointers, sums)
+        if self._plan is None:
+            self._fill_empty(Arrays._make(arrays), out, state)
+        else:
+            self._plan.launch(framework.current_stream(self._device), pointers, sums)
+        return out if state is None else (out, state)
 
     def _fill_empty(self, arrays: Arrays, out, state) -> None:
         """Rows that see no key: the output 0, and the state that merges as nothing."""

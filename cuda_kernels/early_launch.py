@@ -42,27 +42,3 @@ def _driver_version() -> int:
     from cupy.cuda import runtime
 
     return runtime.driverGetVersion()
-
-
-class EarlyLaunch:
-    """The launch of a kernel in one shape; not for several threads at once."""
-
-    def __init__(self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int):
-        from cuda.bindings import driver
-
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
-        config = self._config = driver.CUlaunchConfig()
-        config.gridDimX, config.gridDimY, config.gridDimZ = grid
-        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
-        config.sharedMemBytes = shared_bytes
-        config.attrs, config.numAttrs = [attribute], 1
-        self._function, self._launch = function, driver.cuLaunchKernelEx
-
-    def launch(self, stream: int, arguments: int) -> None:
-        """Launch on a stream. arguments: the address of those of the kernel."""
-        self._config.hStream = stream
-        (error,) = self._launch(self._config, self._function, arguments, 0)
-        if error:
-            raise RuntimeError(f"cuLaunchKernelEx: {error.name}")

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from cupy.cuda import driver
+import enum
 
 from . import early_launch
+
+
+class Kind(enum.Enum):
+    """How a launch stands to the one ahead of it in its stream, and its blocks to one another."""
+
+    PLAIN = enum.auto()
+    EARLY = enum.auto()
+    """It may begin while the one ahead ends; see :mod:`early_launch`."""
+    TOGETHER = enum.auto()
+    """Its blocks wait for one another: all run at once, or the launch fails."""
 
 
 class Launch:
@@ -24,17 +34,49 @@ class Launch:
         early: bool,
         together: bool = False,
     ):
-        self._plain = function, *grid, threads, 1, 1, shared_bytes
-        self._together = together
-        self._early = None
-        if early and not together:
-            self._early = early_launch.EarlyLaunch(function, grid, threads, shared_bytes)
+        shape = function, grid, threads, shared_bytes
+        self._usual = Prepared(*shape, Kind.TOGETHER if together else Kind.PLAIN)
+        self._early = Prepared(*shape, Kind.EARLY) if early and not together else None
 
     def __call__(self, stream: int, arguments: int) -> None:
         """Launch on a stream of the current device. arguments: the address of those of the kernel."""
         if self._early is not None and early_launch.allowed():
             self._early.launch(stream, arguments)
-        elif self._together:
-            driver.launchCooperativeKernel(*self._plain, stream, arguments)
         else:
-            driver.launchKernel(*self._plain, stream, arguments, 0)
+            self._usual.launch(stream, arguments)
+
+
+class Prepared:
+    """A launch of one shape and kind, ready for the driver; not for several threads at once."""
+
+    def __init__(
+        self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int, kind: Kind
+    ):
+        from cuda.bindings import driver
+
+        config = self._config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = grid
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        if kind is not Kind.PLAIN:
+            attribute, ids = driver.CUlaunchAttribute(), driver.CUlaunchAttributeID
+            if kind is Kind.EARLY:
+                attribute.id = ids.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+                attribute.value.programmaticStreamSerializationAllowed = 1
+            else:
+                attribute.id = ids.CU_LAUNCH_ATTRIBUTE_COOPERATIVE
+                attribute.value.cooperative = 1
+            config.attrs, config.numAttrs = [attribute], 1
+        self._function, self._launch = function, driver.cuLaunchKernelEx
+        self._no_memory = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+
+    def launch(self, stream: int, arguments: int) -> None:
+        """Launch on a stream. arguments: the address of those of the kernel.
+
+        Raises RuntimeError where the driver refuses, MemoryError where the device has no room.
+        """
+        self._config.hStream = stream
+        (error,) = self._launch(self._config, self._function, arguments, 0)
+        if error:
+            kind = MemoryError if error == self._no_memory else RuntimeError
+            raise kind(f"cuLaunchKernelEx: {error.name}")

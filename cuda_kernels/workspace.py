@@ -47,7 +47,12 @@ class Slab(NamedTuple):
     room: Room
 
     def holds(self, needed: Room) -> bool:
-        return all(n <= r for n, r in zip(needed, self.room))
+        room = self.room
+        return (
+            needed.partial_bytes <= room.partial_bytes
+            and needed.counters <= room.counters
+            and needed.mail_bytes <= room.mail_bytes
+        )
 
 
 _lock = threading.Lock()

@@ -39,15 +39,8 @@ def softmax_attention(
     names the argument. MemoryError where a GPU has no room for the result.
     """
     if exchange.on_gpu(q):
-        return _attend_gpu(
-            "softmax_attention",
-            (q, None, k, v, cu_seqlens),
-            scale,
-            causal,
-            window_size,
-            return_state,
-            validate,
-        )
+        arrays = q, None, k, v, cu_seqlens, None, None, None, None, None
+        return _attend_gpu("softmax_attention", arrays, scale, causal, window_size, return_state, validate)
     arrays = _arrays("softmax_attention", q=q, k=k, v=v, cu_seqlens=cu_seqlens)
     described = _describe("softmax_attention", arrays, scale, causal, window_size)
     return _attend(described, arrays, like=q, return_state=return_state)
@@ -64,9 +57,8 @@ def parallax_attention(
     state is a ParallaxState. Source: arXiv 2605.29157.
     """
     if exchange.on_gpu(q):
-        return _attend_gpu(
-            "parallax_attention", (q, r, k, v, cu_seqlens), scale, causal, window_size, return_state, validate
-        )
+        arrays = q, r, k, v, cu_seqlens, None, None, None, None, None
+        return _attend_gpu("parallax_attention", arrays, scale, causal, window_size, return_state, validate)
     arrays = _arrays("parallax_attention", q=q, r=r, k=k, v=v, cu_seqlens=cu_seqlens)
     described = _describe("parallax_attention", arrays, scale, causal, window_size)
     return _attend(described, arrays, like=q, return_state=return_state)
@@ -185,7 +177,7 @@ def softmax_decode(
     Returns ``o (B, Lq, Hq, Dv)``, or ``(o, SoftmaxState)``. Raises as :func:`softmax_attention` does.
     """
     if exchange.on_gpu(q):
-        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out
+        arrays = q, None, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out, None
         return _attend_gpu(
             "softmax_decode", arrays, scale, True, window_size, return_state, validate, split_size
         )
@@ -207,7 +199,7 @@ def parallax_decode(
     ParallaxState.
     """
     if exchange.on_gpu(q):
-        arrays = q, r, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out
+        arrays = q, r, k_cache, v_cache, None, cache_seqlens, cache_leftpad, page_table, out, None
         return _attend_gpu(
             "parallax_decode", arrays, scale, True, window_size, return_state, validate, split_size
         )
@@ -376,8 +368,8 @@ def _attend_gpu(
         from .cuda_kernels import calls
 
         _gpu_calls = calls
-    options = _gpu_calls.Options(scale, causal, window_size, split_size, ridge, solver)
-    return _gpu_calls.attend(operation, _gpu_calls.Arrays(*arrays), options, return_state, validate)
+    options = scale, causal, window_size, split_size, ridge, solver
+    return _gpu_calls.attend(operation, arrays, options, return_state, validate)
 
 
 def _solve_gpu(

@@ -14,8 +14,10 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -70,20 +72,20 @@ class Kernel:
         pass
 
 
-class Driver:
-    """The driver's one function that launchers call. order: how the next launches are run."""
+class Prepared:
+    """The driver's part of a launch. order: how the next launches are run; kinds: those of the latest."""
 
     order = LATE
+    kinds: ClassVar[deque[launch.Kind]] = deque(maxlen=8)
 
-    @classmethod
-    def launchKernel(cls, kernel, x, y, z, threads, _y, _z, shared_bytes, _stream, arguments, _extra):
-        failure = kernel.launch(arguments, x, y, z, threads, shared_bytes, cls.order)
+    def __init__(self, kernel, grid, threads, shared_bytes, kind):
+        self.kernel, self.shape, self.kind = kernel, (*grid, threads, shared_bytes), kind
+
+    def launch(self, stream, arguments):
+        Prepared.kinds.append(self.kind)
+        failure = self.kernel.launch(arguments, *self.shape, Prepared.order)
         if failure:
             raise EmulationError(failure.decode())
-
-    @classmethod
-    def launchCooperativeKernel(cls, *arguments):
-        cls.launchKernel(*arguments, 0)
 
 
 class Workspace:
@@ -107,12 +109,12 @@ def emulated(capability=(9, 0), multiprocessors=132):
     held = Workspace()
     with stand_in(capability, multiprocessors) as patch:
         patch.setattr(compiler, "kernel", lambda source, name, defines, device: _kernel(source, defines))
-        patch.setattr(launch, "driver", Driver)
+        patch.setattr(launch, "Prepared", Prepared)
         patch.setattr(early_launch, "supported", lambda capability: False)
         patch.setattr(workspace, "acquire", held.acquire)
         patch.setattr(tensor_map, "encode", _encode)
         yield held
-        Driver.order = LATE
+        Prepared.order = LATE
 
 
 def _encode(address, sizes, strides, heads, columns, box, runs) -> np.ndarray:

@@ -12,12 +12,13 @@ import emulation
 from budget import budget, solved_budget
 from calls import call
 from cases import error_of_rows, hold
-from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver, compiled, emulated, needs_compiler
+from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, compiled, emulated, needs_compiler
 from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
 from parallax_core.cuda_kernels import early_launch, lla
+from parallax_core.cuda_kernels.launch import Kind
 
 pytestmark = needs_compiler
 
@@ -134,7 +135,7 @@ def test_mail_of_other_shapes_is_not_mistaken():
     sizes = (3, 64, 1600), (1, 128, 1100), (2, 128, 1100)
     cases = [make(batch=b, kv_heads=1, capacity=c, head_dim=d, seed=b) for b, d, c in sizes]
     with emulated((9, 0), multiprocessors=6):
-        Driver.order = RANDOM_EARLY
+        Prepared.order = RANDOM_EARLY
         for case in (*cases, *reversed(cases)):
             o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
             hold(
@@ -339,25 +340,14 @@ def swapped(order=LATE, copied=0, waits=1, meets=1):
     ids=["parallax", "lla", "lla by conjugate gradients"],
 )
 def test_an_early_launch_is_the_same_launch(operation, extra, monkeypatch):
-    launched = []
-
-    class EarlyLaunch:
-        def __init__(self, function, grid, threads, shared_bytes):
-            self.shape = function, *grid, threads, 1, 1, shared_bytes
-
-        def launch(self, stream, arguments):
-            launched.append(self.shape)
-            Driver.launchKernel(*self.shape, stream, arguments, 0)
-
     arrays = on_gpu(make(capacity=150))
     with emulated():
         monkeypatch.setattr(early_launch, "supported", lambda capability: capability >= (9, 0))
-        monkeypatch.setattr(early_launch, "EarlyLaunch", EarlyLaunch)
+        Prepared.kinds.clear()
         early = call(plx, operation, arrays, **extra).data
-        assert len(launched) == 1
         with early_launch.allow(False):
             plain = call(plx, operation, arrays, **extra).data
-        assert len(launched) == 1
+    assert list(Prepared.kinds) == [Kind.EARLY, Kind.PLAIN]
     np.testing.assert_array_equal(early, plain)
 
 
@@ -389,7 +379,7 @@ def run(operation, case, capability, orders=ORDERS, multiprocessors=12, **extra)
     results = []
     with emulated(capability, multiprocessors) as workspace:
         arrays = on_gpu(case)
-        for Driver.order in orders:
+        for Prepared.order in orders:
             o = call(plx, operation, arrays, **extra)
             results.append(o.data.astype(np.float64))
             assert not getattr(workspace, "counters", np.zeros(1)).any()

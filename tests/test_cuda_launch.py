@@ -6,6 +6,8 @@ from test_cuda_heuristics import call_of, shape_of
 launch = pytest.importorskip("parallax_core.cuda_kernels.launch")
 from parallax_core.cuda_kernels import attend, compiler, early_launch, lla  # noqa: E402
 
+PREPARED = launch.Prepared
+
 
 class Kernel:
     function = "the kernel"
@@ -19,25 +21,15 @@ def launched(monkeypatch):
     """What is launched, and how: a list of the kind, the function, the grid and the threads."""
     seen = []
 
-    class EarlyLaunch:
-        def __init__(self, function, grid, threads, shared_bytes):
-            self.shape = function, grid, threads
+    class Prepared:
+        def __init__(self, function, grid, threads, shared_bytes, kind):
+            self.seen = kind.name.lower(), function, grid, threads
 
         def launch(self, stream, arguments):
-            seen.append(("early", *self.shape))
-
-    class Driver:
-        @staticmethod
-        def launchKernel(function, x, y, z, threads, *_):
-            seen.append(("plain", function, (x, y, z), threads))
-
-        @staticmethod
-        def launchCooperativeKernel(function, x, y, z, threads, *_):
-            seen.append(("cooperative", function, (x, y, z), threads))
+            seen.append(self.seen)
 
     monkeypatch.setattr(early_launch, "supported", lambda capability: capability >= (9, 0))
-    monkeypatch.setattr(early_launch, "EarlyLaunch", EarlyLaunch)
-    monkeypatch.setattr(launch, "driver", Driver)
+    monkeypatch.setattr(launch, "Prepared", Prepared)
     monkeypatch.setattr(compiler, "kernel", lambda *_: Kernel())
     return seen
 
@@ -48,8 +40,8 @@ def launched(monkeypatch):
         (dict(early=True), True, "early"),
         (dict(early=True), False, "plain"),
         (dict(early=False), True, "plain"),
-        (dict(early=True, together=True), True, "cooperative"),
-        (dict(early=False, together=True), True, "cooperative"),
+        (dict(early=True, together=True), True, "together"),
+        (dict(early=False, together=True), True, "together"),
     ],
 )
 def test_a_launch_is_of_the_kind_that_was_asked_for(launched, wanted, allowed, kind):
@@ -57,6 +49,34 @@ def test_a_launch_is_of_the_kind_that_was_asked_for(launched, wanted, allowed, k
     with early_launch.allow(allowed):
         go(0, 0)
     assert launched == [(kind, "f", (3, 2, 1), 64)]
+
+
+@pytest.mark.parametrize("kind", list(launch.Kind), ids=lambda kind: kind.name.lower())
+def test_the_driver_is_handed_what_was_asked_for(kind, monkeypatch):
+    driver = pytest.importorskip("cuda.bindings.driver")
+    handed, result = [], driver.CUresult.CUDA_SUCCESS
+    monkeypatch.setattr(driver, "cuLaunchKernelEx", lambda *given: handed.append(given) or (result,))
+    prepared = PREPARED(7, (3, 2, 1), 64, 1024, kind)
+    prepared.launch(5, 9)
+    ((config, function, arguments, extra),) = handed
+    assert (function, arguments, extra) == (7, 9, 0)
+    assert (config.gridDimX, config.gridDimY, config.gridDimZ) == (3, 2, 1)
+    assert (config.blockDimX, config.blockDimY, config.blockDimZ) == (64, 1, 1)
+    assert (config.sharedMemBytes, int(config.hStream)) == (1024, 5)
+    found = [(x.id.name, x.value) for x in config.attrs]
+    if kind is launch.Kind.PLAIN:
+        assert not found
+    else:
+        ((name, value),) = found
+        early = kind is launch.Kind.EARLY
+        assert name.endswith("PROGRAMMATIC_STREAM_SERIALIZATION" if early else "COOPERATIVE")
+        assert (value.programmaticStreamSerializationAllowed if early else value.cooperative) == 1
+    for result, error in (
+        (driver.CUresult.CUDA_ERROR_INVALID_VALUE, RuntimeError),
+        (driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, MemoryError),
+    ):
+        with pytest.raises(error, match=result.name):
+            prepared.launch(5, 9)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +104,7 @@ def test_softmax_and_parallax_begin_early_unless_they_read_much(launched, call, 
         (dict(kv_len=16384), "cholesky", "early"),
         (dict(batch=32), "cg", "early"),
         # Blocks that send each other mail through the second-level cache, and through a cluster.
-        (dict(kv_len=16384), "cg", "cooperative"),
+        (dict(kv_len=16384), "cg", "together"),
         (dict(batch=16, head_dim=64, kv_len=4096), "cg", "early"),
         (dict(head_dim=80), "cholesky", "plain"),
     ],
