@@ -148,13 +148,13 @@ class Emulated(Framework):
         return type(state)(*(x.data if isinstance(x, self.array) else x for x in state))
 
     def disturbances(self):
-        from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Driver
+        from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared
 
         try:
-            for Driver.order in (EARLY, RANDOM_LATE, RANDOM_EARLY):
-                yield Driver.order
+            for Prepared.order in (EARLY, RANDOM_LATE, RANDOM_EARLY):
+                yield Prepared.order
         finally:
-            Driver.order = LATE
+            Prepared.order = LATE
 
 
 def _kinds(*kinds):
