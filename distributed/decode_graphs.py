@@ -9,8 +9,8 @@ import time
 from .decode_timing import WARM_UP, round_calls
 
 HOST_CALLS = 300
-# Calls before those: a processor that waited for the device comes to its clock in some milliseconds.
-HOST_WARM_UP = 500
+# Seconds of calls before those: a processor that waited for the device comes to its clock in some milliseconds.
+HOST_WARM_UP = 0.05
 
 # Far more than an L2 holds, and the same for every point, whose fractions are of what the memory can do.
 READ_BYTES = 1 << 30
@@ -51,7 +51,8 @@ class _GraphTimer:
 
     def host(self, function):
         """The median of single calls: the queue of launches is empty before the first and deeper than all."""
-        for _ in range(HOST_WARM_UP):
+        end = time.perf_counter() + HOST_WARM_UP
+        while time.perf_counter() < end:
             function()
         self._synchronize()
         taken = []

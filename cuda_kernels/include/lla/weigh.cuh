@@ -179,7 +179,7 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   // The sums before this tile, and those of the tile, in units of keys and values.
   stage(shared.staged[0][warp], at, sums);
   stage(shared.staged[1][warp], at, tile_sums);
-  const float d1_of_warp = of_all_keys(d1);
+  const float d1_of_warp = sum_of_lanes(d1);
   tile_d1 = of_all_keys(tile_d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1_of_warp, shared.warp_d1[1][warp] = tile_d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
@@ -200,9 +200,10 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
 #endif
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   read_origin(shared, at, scale, origin);
-  // The lanes of a chunk have sums of other keys; each moves by its own.
+  // Lanes of a chunk have sums of other keys; the first one's move by all.
+  const float moving = at.sub_key == 0 ? d1_of_warp : 0.0f;
 #pragma unroll
-  for (int e = 0; e < 8; e++) sums[e] = rescale * (sums[e] - d1 * moved.shift[at.column() + e]);
+  for (int e = 0; e < 8; e++) sums[e] = rescale * (sums[e] - moving * moved.shift[at.column() + e]);
   d1 *= rescale;
 }
 
@@ -225,7 +226,7 @@ __device__ __forceinline__ float largest_of_all(const Shared& shared, const lla:
 __device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8], float d1, float m) {
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
   stage(shared.staged[0][warp], Lane(lane), sums);
-  d1 = of_all_keys(d1);
+  d1 = sum_of_lanes(d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   const float sum = staged_sum(shared, 0, thread) * shared.inverse_scale[thread / D];
@@ -237,22 +238,17 @@ __device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8
   }
 }
 
-// A lane's keys of a tile become X, and add to the sums. SCALED: whether the scale is not 1.
+// A lane's keys of a tile become X, and add to the sums. x: of its first key, whose number in the warp is `key`; roots: of the key that
+// has the lane's number there, twice. SCALED: whether the scale is not 1.
 template <bool SCALED>
-__device__ __forceinline__ void transform(unsigned x, const float* scores, float half_shift, float scale,
-                                          const unsigned (&origin)[4], float (&sums)[8], float& d1) {
+__device__ __forceinline__ void transform(unsigned x, unsigned roots, int key, float scale, const unsigned (&origin)[4], float (&sums)[8]) {
   const unsigned scales = narrow_pair<BFLOAT>(scale, scale);
-  static_assert(KEYS_AT_ONCE == 4);
-  float4 next = *reinterpret_cast<const float4*>(scores);
 #pragma unroll 1
   for (int keys = 0; keys < LANE_KEYS; keys += KEYS_AT_ONCE) {
-    // Rounded as X is multiplied by them.
-    unsigned roots[KEYS_AT_ONCE];
-    const float of_four[4] = {root_of(next.x, half_shift), root_of(next.y, half_shift), root_of(next.z, half_shift), root_of(next.w, half_shift)};
+    unsigned of_keys[KEYS_AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < 4; i++) roots[i] = narrow_pair<false>(of_four[i], of_four[i]);
-    scores += key_of(KEYS_AT_ONCE);
-    if (keys + KEYS_AT_ONCE < LANE_KEYS) next = *reinterpret_cast<const float4*>(scores);
+    for (int i = 0; i < KEYS_AT_ONCE; i++) of_keys[i] = __shfl_sync(~0u, roots, key + i);
+    key += key_of(KEYS_AT_ONCE);
     // Or the addresses of all keys would be kept over the loop.
     make_opaque(x);
     // All loads before the stores: the compiler may not move a load across a store.
@@ -263,8 +259,7 @@ __device__ __forceinline__ void transform(unsigned x, const float* scores, float
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < KEYS_AT_ONCE; i++) {
-      const float root = widen<false>(roots[i] & 0xffff);
-      d1 += root * root;
+      const float root = widen<false>(of_keys[i] & 0xffff);
       const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
       unsigned rounded[4];
 #pragma unroll
@@ -274,7 +269,7 @@ __device__ __forceinline__ void transform(unsigned x, const float* scores, float
           const float2 wide = widen_pair<true>(raw);
           raw = narrow_pair<false>(wide.x, wide.y);
         }
-        rounded[e] = multiply_pairs<false>(subtract_pairs(raw, origin[e]), roots[i]);
+        rounded[e] = multiply_pairs<false>(subtract_pairs(raw, origin[e]), of_keys[i]);
         const float2 weighted = widen_pair<false>(rounded[e]);
         sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
       }
@@ -372,11 +367,15 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     if (tile < 0) continue;
     if (!own) break;
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
-    const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
+    // Of one key a lane; rounded as X is multiplied by it.
+    const float of_key = root_of(shared.scores[tile % SCORE_STAGES][warp * WARP_KEYS + lane % WARP_KEYS], half_shift);
+    const unsigned roots = narrow_pair<false>(of_key, of_key);
+    const float root = widen<false>(roots & 0xffff);
+    if (lane < WARP_KEYS) d1 += root * root;
     if (__any_sync(~0u, scale != 1.0f))
-      transform<true>(x, scores, half_shift, scale, origin, sums, d1);
+      transform<true>(x, roots, 4 * at.sub_key, scale, origin, sums);
     else
-      transform<false>(x, scores, half_shift, scale, origin, sums, d1);
+      transform<false>(x, roots, 4 * at.sub_key, scale, origin, sums);
     if (lane == 0 && warp == 0) shared.rescale[slot] = rescale;
     fence_async_proxy();
     arrive_as_warp(shared.x_full[slot], lane);

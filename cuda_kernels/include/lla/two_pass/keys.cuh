@@ -107,18 +107,18 @@ struct RawKeys {
   }
 };
 
-// They become X, and add to the sums of X and of the weights, if SUMS.
+// They become X, and add to the sums of X and of the weights, if SUMS. scores: of the warp's keys.
 template <bool SCALED, bool SUMS>
-__device__ __forceinline__ void transform(const Reference& reference, const RawKeys& raw, unsigned x, const float* scores, float (&sums)[8], float& d1) {
+__device__ __forceinline__ void transform(const Reference& reference, const Lane& at, const RawKeys& raw, unsigned x, const float* scores, float (&sums)[8], float& d1) {
+  const int lane = thread_index() % 32;
+  // Of one key a lane.
+  const unsigned roots_of_key = reference.roots_of(scores[lane % KEYS_OF_WARP]);
 #pragma unroll
-  for (int group = 0; group < GROUPS; group++) {
-    const float4 of_keys = *reinterpret_cast<const float4*>(scores + group * GROUP_KEYS);
-    const float of_four[LANE_KEYS] = {of_keys.x, of_keys.y, of_keys.z, of_keys.w};
+  for (int group = 0; group < GROUPS; group++)
 #pragma unroll
     for (int i = 0; i < LANE_KEYS; i++) {
-      const unsigned roots = reference.roots_of(of_four[i]);
+      const unsigned roots = __shfl_sync(~0u, roots_of_key, at.first_key % KEYS_OF_WARP + group * GROUP_KEYS + i);
       const float root = widen<false>(roots & 0xffff);
-      if constexpr (SUMS) d1 += root * root;
       const uint4& key = raw.of[group][i];
       const unsigned words[4] = {key.x, key.y, key.z, key.w};
       unsigned rounded[4];
@@ -132,15 +132,16 @@ __device__ __forceinline__ void transform(const Reference& reference, const RawK
       }
       shared_store4(at_key(at_group(x, group), i), {rounded[0], rounded[1], rounded[2], rounded[3]});
     }
-  }
+  const float root = widen<false>(roots_of_key & 0xffff);
+  if (SUMS && lane < KEYS_OF_WARP) d1 += root * root;
 }
 
 template <bool SUMS>
-__device__ __forceinline__ void transform(const Reference& reference, const RawKeys& raw, unsigned x, const float* scores, float (&sums)[8], float& d1) {
+__device__ __forceinline__ void transform(const Reference& reference, const Lane& at, const RawKeys& raw, unsigned x, const float* scores, float (&sums)[8], float& d1) {
   if (__any_sync(~0u, reference.scale != 1.0f))
-    transform<true, SUMS>(reference, raw, x, scores, sums, d1);
+    transform<true, SUMS>(reference, at, raw, x, scores, sums, d1);
   else
-    transform<false, SUMS>(reference, raw, x, scores, sums, d1);
+    transform<false, SUMS>(reference, at, raw, x, scores, sums, d1);
 }
 
 // The largest number of the row's keys.
@@ -205,7 +206,7 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   unsigned slot_before = 0;
 #pragma unroll 1
   for (int tile = 0; tile < from.tiles; tile++) {
-    transform<true>(reference, raw, slot_address(shared, at.slot) + lane.place(), &shared.scores[tile % SCORE_STAGES][lane.first_key], sums, d1);
+    transform<true>(reference, lane, raw, slot_address(shared, at.slot) + lane.place(), &shared.scores[tile % SCORE_STAGES][thread / 32 * KEYS_OF_WARP], sums, d1);
     fence_async_proxy();
     Position next = at;
     next.advance();
@@ -236,7 +237,7 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   wgmma_wait<0>();
 
   stage(shared, lane, thread, sums);
-  d1 = of_all_keys(d1);
+  d1 = sum_of_lanes(d1);
   if (thread % 32 == 0) shared.warp_d1[thread / 32] = d1;
   meet();
   const float all = shared.bad_page ? quiet_nan() : staged_d1(shared);

@@ -107,7 +107,7 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
         RawKeys raw;
         raw.load(x);
         float none[8], no_d1;
-        transform<false>(reference, raw, x, &shared.scores[tile % SCORE_STAGES][lane.first_key], none, no_d1);
+        transform<false>(reference, lane, raw, x, &shared.scores[tile % SCORE_STAGES][thread / 32 * KEYS_OF_WARP], none, no_d1);
       }
       __syncwarp();
     }
