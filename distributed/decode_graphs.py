@@ -9,7 +9,7 @@ import time
 from .decode_timing import WARM_UP, round_calls
 
 HOST_CALLS = 300
-# Seconds of calls before those: a processor that waited for the device comes to its clock in some milliseconds.
+# Seconds of calls before those: a processor that waited for the device comes to its clock in milliseconds.
 HOST_WARM_UP = 0.05
 
 # Far more than an L2 holds, and the same for every point, whose fractions are of what the memory can do.
