@@ -38,23 +38,23 @@ class Arrays(NamedTuple):
     r: Any
     k: Any
     v: Any
-    cu_seqlens: Any = None
-    cache_seqlens: Any = None
-    cache_leftpad: Any = None
-    page_table: Any = None
-    out: Any = None
-    ridge: Any = None
+    cu_seqlens: Any
+    cache_seqlens: Any
+    cache_leftpad: Any
+    page_table: Any
+    out: Any
+    ridge: Any
 
 
 class Options(NamedTuple):
     """Everything else. ridge, solver: of the LLA operations; ridge is None where it is an array."""
 
-    scale: Any = None
-    causal: Any = True
-    window_size: Any = None
-    split_size: Any = None
-    ridge: Any = None
-    solver: Any = None
+    scale: Any
+    causal: Any
+    window_size: Any
+    split_size: Any
+    ridge: Any
+    solver: Any
 
 
 _INDEX = "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table"

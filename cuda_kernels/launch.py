@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import enum
 
+from cuda.bindings import driver
+
 from . import early_launch
 
 
@@ -52,8 +54,6 @@ class Prepared:
     def __init__(
         self, function: int, grid: tuple[int, int, int], threads: int, shared_bytes: int, kind: Kind
     ):
-        from cuda.bindings import driver
-
         config = self._config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = grid
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
@@ -68,7 +68,6 @@ class Prepared:
                 attribute.value.cooperative = 1
             config.attrs, config.numAttrs = [attribute], 1
         self._function, self._launch = function, driver.cuLaunchKernelEx
-        self._no_memory = driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
 
     def launch(self, stream: int, arguments: int) -> None:
         """Launch on a stream. arguments: the address of those of the kernel.
@@ -78,5 +77,5 @@ class Prepared:
         self._config.hStream = stream
         (error,) = self._launch(self._config, self._function, arguments, 0)
         if error:
-            kind = MemoryError if error == self._no_memory else RuntimeError
-            raise kind(f"cuLaunchKernelEx: {error.name}")
+            no_memory = error == driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY
+            raise (MemoryError if no_memory else RuntimeError)(f"cuLaunchKernelEx: {error.name}")

@@ -53,7 +53,7 @@ def test_a_launch_is_of_the_kind_that_was_asked_for(launched, wanted, allowed, k
 
 @pytest.mark.parametrize("kind", list(launch.Kind), ids=lambda kind: kind.name.lower())
 def test_the_driver_is_handed_what_was_asked_for(kind, monkeypatch):
-    driver = pytest.importorskip("cuda.bindings.driver")
+    driver = launch.driver
     handed, result = [], driver.CUresult.CUDA_SUCCESS
     monkeypatch.setattr(driver, "cuLaunchKernelEx", lambda *given: handed.append(given) or (result,))
     prepared = PREPARED(7, (3, 2, 1), 64, 1024, kind)

@@ -7,6 +7,12 @@
 // Of a key's weight.
 __device__ __forceinline__ float root_of(float score, float half_shift) { return exp2_fast(0.5f * score - half_shift); }
 
+// Twice, rounded as X is multiplied by it.
+__device__ __forceinline__ unsigned roots_of(float score, float half_shift) {
+  const float root = root_of(score, half_shift);
+  return narrow_pair<false>(root, root);
+}
+
 // The largest that the lanes have, in every lane; NaN is none.
 __device__ __forceinline__ float largest_of_lanes(float2 a) {
   // Integers of the same order, of which the lanes find the largest in one instruction.

@@ -367,9 +367,8 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     if (tile < 0) continue;
     if (!own) break;
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
-    // Of one key a lane; rounded as X is multiplied by it.
-    const float of_key = root_of(shared.scores[tile % SCORE_STAGES][warp * WARP_KEYS + lane % WARP_KEYS], half_shift);
-    const unsigned roots = narrow_pair<false>(of_key, of_key);
+    // Of one key a lane.
+    const unsigned roots = roots_of(shared.scores[tile % SCORE_STAGES][warp * WARP_KEYS + lane % WARP_KEYS], half_shift);
     const float root = widen<false>(roots & 0xffff);
     if (lane < WARP_KEYS) d1 += root * root;
     if (__any_sync(~0u, scale != 1.0f))

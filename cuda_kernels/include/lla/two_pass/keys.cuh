@@ -28,12 +28,6 @@ struct Reference {
     }
   }
 
-  // The root of a key's weight, in pairs, rounded as X is multiplied by it.
-  __device__ __forceinline__ unsigned roots_of(float score) const {
-    const float root = root_of(score, half_m);
-    return narrow_pair<false>(root, root);
-  }
-
   // X of two channels. SCALED: whether the scale is not 1.
   template <bool SCALED>
   __device__ __forceinline__ unsigned operator()(unsigned raw, int pair, unsigned roots) const {
@@ -112,7 +106,7 @@ template <bool SCALED, bool SUMS>
 __device__ __forceinline__ void transform(const Reference& reference, const Lane& at, const RawKeys& raw, unsigned x, const float* scores, float (&sums)[8], float& d1) {
   const int lane = thread_index() % 32;
   // Of one key a lane.
-  const unsigned roots_of_key = reference.roots_of(scores[lane % KEYS_OF_WARP]);
+  const unsigned roots_of_key = roots_of(scores[lane % KEYS_OF_WARP], reference.half_m);
 #pragma unroll
   for (int group = 0; group < GROUPS; group++)
 #pragma unroll
