@@ -39,8 +39,14 @@ class Plan:
         self.shape = shape
         self._kernel, self._device = kernel, layout.device
         early = early_launch.supported(layout.capability) and most_bytes(problem) <= _MOST_BYTES_EARLY
-        self._launch = Launch(kernel.function, shape.grid, 32 * shape.warps, shape.shared_bytes, early=early)
-        self._room = workspace.Room(4 * shape.parts * shape.part_floats, shape.counters)
+        self._launch = Launch(
+            kernel.function, shape.grid, 32 * shape.warps, shape.shared_bytes, early=early,
+            together=shape.parcel_bytes > 0,
+        )  # fmt: skip
+        self._room = workspace.Room(
+            4 * shape.parts * shape.part_floats, shape.counters, parcel_bytes=shape.parcel_bytes
+        )
+        self._shares = any(self._room)
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape)
         self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
@@ -55,9 +61,10 @@ class Plan:
         is no array.
         """
         partials = counters = 0
-        if self._room.counters:
+        if self._shares:
             slab = workspace.acquire(self._device, stream, self._room)
-            partials, counters = slab.partials, slab.counters
+            partials = slab.parcels if self._room.parcel_bytes else slab.partials
+            counters = slab.counters
         # The driver copies the arguments before it returns.
         with self._lock:
             PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)

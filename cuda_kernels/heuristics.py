@@ -32,6 +32,10 @@ _SM90_BYTES = 227 * 1024
 _BLOCK_BYTES = 1024
 """Shared memory that the system takes of every block, from sm_80 on."""
 _STATIC_BYTES = 64
+_FEWEST_PARCELS = 8
+"""Parts that are merged faster by all blocks of an item than by its last one or in a cluster."""
+_MOST_ITEMS = 256
+"""Whose blocks send each other parcels; include/parcels.cuh."""
 _ELEMENTS = {BFLOAT16: 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 
 
@@ -40,7 +44,8 @@ class Shape(NamedTuple):
 
     source, defines: what the compiler takes. grid, cluster: blocks. shared_bytes: of a block. boxes: whether
     the copy engine brings keys and values, ``box`` keys at a time. parts: partial results of the workspace,
-    of ``part_floats`` floats each, and counters beside them.
+    of ``part_floats`` floats each, and counters beside them. parcel_bytes: of what blocks that share an item
+    send each other while they run, all of them at once; 0 where they send nothing.
     """
 
     source: str
@@ -58,6 +63,7 @@ class Shape(NamedTuple):
     parts: int
     part_floats: int
     counters: int
+    parcel_bytes: int
 
 
 def choose(problem: Problem, layout: Layout) -> Shape:
@@ -82,7 +88,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
 
     # Two blocks a multiprocessor hide each other's beginnings and ends, where their registers fit.
     blocks = 2 if heads * tiles * channels <= 16 and grid != EQUAL_RANGES else 1
-    cluster, cuts = 1, 1
+    cluster, cuts, together = 1, 1, False
     if grid == ALIKE:
         cuts = _cuts(steps, items, 8, blocks * layout.multiprocessors)
         if boxes and cuts > 1:
@@ -92,7 +98,8 @@ def choose(problem: Problem, layout: Layout) -> Shape:
             is_fuller = cuts * 0.99 > blocks * fewer and steps // cuts >= _LONG_STEPS
             if not is_fuller:
                 blocks, cuts = 1, fewer
-        if boxes:
+        together = boxes and tiles > 1 and _sends_parcels(cuts, items, blocks, layout.multiprocessors)
+        if boxes and not together:
             cluster = _cluster(cuts, items, tiles, problem.value_dim, layout.multiprocessors)
 
     def plan(warps: int) -> tuple[int, int]:
@@ -118,7 +125,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     grids, parts, counters = (items, 1, 1), 0, 0
     if grid == ALIKE:
         grids = cuts, problem.kv_heads // heads * row_blocks, problem.batch
-        if cuts > cluster:
+        if cuts > cluster and not together:
             parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
         most = -(-items * steps // warps)
@@ -148,7 +155,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "PROBLEM_BYTES": PROBLEM.itemsize,
     }
     if boxes:
-        defines |= {"CLUSTER": cluster, "BOX": box}
+        defines |= {"CLUSTER": cluster, "BOX": box, "TOGETHER": int(together)}
         defines["READ_ONCE"] = int(row_blocks == 1 and overflows_cache(problem, layout))
     else:
         defines["ALIGNED"] = int(
@@ -170,6 +177,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         parts=parts,
         part_floats=records * (4 + _round_up(2 * part_channels, 4)),
         counters=counters,
+        parcel_bytes=together * _parcel_bytes(items * cuts, records, problem.value_dim),
     )
 
 
@@ -235,6 +243,11 @@ def _cuts(steps: int, items: int, warps: int, places: int) -> int:
     return next(cuts for cuts in range(1, most + 1) if cost(cuts) <= 1.001 * best)
 
 
+def _parcel_bytes(blocks: int, records: int, value_dim: int) -> int:
+    """Counts of uses, and a word of 16 bytes for every sum and two for every row; include/parcels.cuh."""
+    return 8 * _MOST_ITEMS + 16 * blocks * records * (2 + value_dim)
+
+
 def _even(places: int, items: int) -> int:
     """As many blocks as there are places, or a little fewer: where all items are alike, none is cut askew."""
     if items <= places:
@@ -254,6 +267,15 @@ def _cluster(cuts: int, items: int, tiles: int, value_dim: int, multiprocessors:
         if few and gain and cuts % cluster == 0 and value_dim % cluster == 0:
             return cluster
     return 1
+
+
+def _sends_parcels(cuts: int, items: int, blocks: int, multiprocessors: int) -> bool:
+    """Whether the blocks of an item send each other their parts; then all run at once, and none begins early.
+
+    Worth it from two groups of rows on: of fewer, parts are small, and an early launch gains as much.
+    """
+    all_at_once = items * cuts <= blocks * multiprocessors
+    return cuts >= _FEWEST_PARCELS and items <= _MOST_ITEMS and all_at_once
 
 
 def _vectors(problem: Problem, layout: Layout) -> bool:

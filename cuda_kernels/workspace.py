@@ -1,9 +1,9 @@
-"""Device memory that launches share: partial results of splits, the counters that say who comes last, and the
-mail of blocks that work together.
+"""Device memory that launches share: partial results of splits, the counters that say who comes last, and
+what blocks that run at once send each other, mail or parcels.
 
 One slab a stream, since launches of one stream follow one another, and one for each stream of a graph under
-capture, since graphs may run beside one another. Counters and mail are zeroed once: the last block to arrive
-sets counters back, and mail is told from older mail by its tags.
+capture, since graphs may run beside one another. Counters, mail and parcels are zeroed once: the last block
+to arrive sets counters back, and what is sent is told from what was sent before by its tags.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ _DEFAULT = -1  # in place of its number
 
 
 class Room(NamedTuple):
-    """How much of each there is, or is asked for: bytes of partial results, counters, bytes of mail."""
+    """How much of each there is, or is asked for: bytes but for the counters."""
 
     partial_bytes: int
     counters: int
     mail_bytes: int = 0
+    parcel_bytes: int = 0
 
 
 class Slab(NamedTuple):
-    """Room for counters, for mail and for partial results, one behind the other in one allocation."""
+    """Room for counters, mail, parcels and partial results, one behind the other in one allocation."""
 
     counters: int
     mail: int
+    parcels: int
     partials: int
     room: Room
 
@@ -52,6 +54,7 @@ class Slab(NamedTuple):
             needed.partial_bytes <= room.partial_bytes
             and needed.counters <= room.counters
             and needed.mail_bytes <= room.mail_bytes
+            and needed.parcel_bytes <= room.parcel_bytes
         )
 
 
@@ -69,7 +72,7 @@ _zeroing: dict[int, cupy.cuda.Stream] = {}
 
 
 def acquire(device: int, stream: int, needed: Room) -> Slab:
-    """A slab for one launch: scratch, zeroed 32-bit counters, and mail that was zero before its first use.
+    """A slab for one launch: scratch, zeroed 32-bit counters, mail and parcels, zero before their first use.
 
     device: the current one; stream: the one that the launch goes to. The kernel must leave the counters zero.
     Raises MemoryError where the device has no room.
@@ -157,8 +160,9 @@ def _collect_ended() -> None:
 
 
 def _allocate(device: int, needed: Room) -> Slab:
-    counter_bytes, mail_bytes = _rounded(4 * needed.counters), _rounded(needed.mail_bytes)
-    zeroed, partial_bytes = counter_bytes + mail_bytes, _rounded(needed.partial_bytes)
+    counter_bytes, partial_bytes = _rounded(4 * needed.counters), _rounded(needed.partial_bytes)
+    mail_bytes, parcel_bytes = _rounded(needed.mail_bytes), _rounded(needed.parcel_bytes)
+    zeroed = counter_bytes + mail_bytes + parcel_bytes
     size = zeroed + partial_bytes
     with capture.relaxed():
         try:
@@ -176,8 +180,9 @@ def _allocate(device: int, needed: Room) -> Slab:
     return Slab(
         address,
         address + counter_bytes,
+        address + counter_bytes + mail_bytes,
         address + zeroed,
-        Room(partial_bytes, counter_bytes // 4, mail_bytes),
+        Room(partial_bytes, counter_bytes // 4, mail_bytes, parcel_bytes),
     )
 
 

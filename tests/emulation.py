@@ -43,6 +43,8 @@ _LAUNCH = """
 #endif
 #if SOLVERS > 1 && CLUSTER == 1
 #define AT_ONCE x * y * z
+#elif TOGETHER
+#define AT_ONCE x
 #else
 #define AT_ONCE CLUSTER
 #endif
@@ -89,18 +91,20 @@ class Prepared:
 
 
 class Workspace:
-    """Partial results that begin as NaN, counters that must be left zero, and mail that is kept."""
+    """Partial results that begin as NaN, counters that must be left zero, mail and parcels that are kept."""
 
-    mail = np.zeros(0, np.uint64)
+    mail = parcels = np.zeros(0, np.uint64)
 
     def acquire(self, device, stream, needed):
         self.partials = np.full(needed.partial_bytes // 4 + 64, np.nan, np.float32)
         self.counters = np.zeros(needed.counters + 1, np.uint32)
         if 8 * self.mail.size < needed.mail_bytes:
             self.mail = np.zeros(-(-needed.mail_bytes // 8), np.uint64)
+        if 8 * (self.parcels.size - 32) < needed.parcel_bytes:
+            self.parcels = np.zeros(-(-needed.parcel_bytes // 8) + 32, np.uint64)
         # At 256 bytes, as memory of a GPU is.
-        first = -(-self.partials.ctypes.data // 256) * 256
-        return workspace.Slab(self.counters.ctypes.data, self.mail.ctypes.data, first, needed)
+        first, parcels = (-(-x.ctypes.data // 256) * 256 for x in (self.partials, self.parcels))
+        return workspace.Slab(self.counters.ctypes.data, self.mail.ctypes.data, parcels, first, needed)
 
 
 @contextmanager

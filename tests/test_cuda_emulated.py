@@ -105,6 +105,40 @@ def test_local_linear_attention_in_every_order_of_its_threads(name):
     hold_in_every_order(make(**sizes), capability, "cholesky")
 
 
+PARCELS = {
+    "groups of 16": dict(kv_heads=1, group=16, capacity=1100),
+    "groups of 3, two tokens, heads of 64": dict(kv_heads=2, group=3, length=2, head_dim=64, capacity=1000),
+    "a window": dict(kv_heads=1, group=8, capacity=1025, window_size=1020),
+}
+
+
+@pytest.mark.parametrize("operation", ["softmax", "parallax"])
+@pytest.mark.parametrize("name", PARCELS)
+def test_blocks_that_send_each_other_parcels_in_every_order(operation, name):
+    case = make(batch=1, **PARCELS[name])
+    results = run(operation, case, (9, 0), multiprocessors=9)
+    assert set(Prepared.kinds) == {Kind.TOGETHER}
+    for o in results:
+        np.testing.assert_array_equal(o, results[0])
+    hold(results[0], call(plx.reference, operation, case), budget(case, operation).output)
+
+
+def test_parcels_of_other_shapes_are_not_mistaken():
+    """Calls one after another on one workspace, whose rows and parts lie in the same parcels."""
+    sizes = (1, 1, 16, 128, 8), (1, 1, 5, 128, 11), (2, 1, 8, 64, 16)
+    with emulated((9, 0), multiprocessors=16):
+        Prepared.order = RANDOM_EARLY
+        for seed, (batch, kv_heads, group, head_dim, tiles) in enumerate((*sizes, *reversed(sizes))):
+            case = make(
+                batch=batch, kv_heads=kv_heads * 128 // head_dim, group=group, head_dim=head_dim,
+                capacity=128 * tiles, seed=seed,
+            )  # fmt: skip
+            Prepared.kinds.clear()
+            o = call(plx, "parallax", on_gpu(case)).data.astype(np.float64)
+            assert set(Prepared.kinds) == {Kind.TOGETHER}
+            hold(o, call(plx.reference, "parallax", case), budget(case, "parallax").output)
+
+
 STEPS = {
     "heads of 128": (dict(kv_heads=1, capacity=300), 64),
     "heads of 64, shared by two blocks": (dict(batch=1, kv_heads=1, capacity=1100, head_dim=64), 64),

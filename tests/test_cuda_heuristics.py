@@ -129,7 +129,19 @@ def test_the_cuts_of_an_item_are_all_of_its_steps(call):
     items = problem.batch * (problem.kv_heads // shape.heads) * shape.row_blocks
     assert items == shape.grid[1] * shape.grid[2]
     cluster = defines.get("CLUSTER", 1)
-    assert (shape.parts, shape.counters) == ((0, 0) if cuts == cluster else (items * cuts, items * cluster))
+    no_parts = cuts == cluster or shape.parcel_bytes
+    assert (shape.parts, shape.counters) == ((0, 0) if no_parts else (items * cuts, items * cluster))
+
+
+@given(calls())
+def test_blocks_that_send_each_other_parcels_all_run_at_once(call):
+    _, shape = shape_of(**call)
+    defines = dict(shape.defines)
+    assert (shape.parcel_bytes > 0) == bool(defines.get("TOGETHER"))
+    if shape.parcel_bytes:
+        x, y, z = shape.grid
+        assert x * y * z <= MULTIPROCESSORS * defines["BLOCKS"]
+        assert (defines["GRID"], defines["CLUSTER"], shape.parts) == (heuristics.ALIKE, 1, 0)
 
 
 def test_rows_of_256_bytes_come_by_the_copy_engine_and_two_heads_of_64_make_one():

@@ -86,6 +86,8 @@ def test_the_driver_is_handed_what_was_asked_for(kind, monkeypatch):
         # 1 GiB of keys and values, and a little more.
         (dict(batch=64, kv_len=4096), "early"),
         (dict(batch=65, kv_len=4096), "plain"),
+        # Blocks that send each other parcels.
+        (dict(q_heads=64, kv_len=4096), "together"),
         (dict(capability=(8, 0)), "plain"),
     ],
 )

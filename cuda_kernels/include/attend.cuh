@@ -3,11 +3,13 @@
 //
 // A block takes a range of steps (schedule.cuh); its warps take the steps in turn, each with a ring of its own, and
 // meet where the range leaves an item. What a block has seen of an item that it shares with others goes to the
-// workspace; the last block to arrive there merges all parts in their order and writes the output.
+// workspace; the last block to arrive there merges all parts in their order and writes the output. Or all run at once, and each
+// merges a slice (parcels.cuh).
 
 #include "float_tile.cuh"
 #include "half_tile.cuh"
 #include "merge.cuh"
+#include "parcels.cuh"
 #include "ptx/dependents.cuh"
 #include "queries.cuh"
 #include "ring.cuh"
@@ -275,6 +277,7 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
 __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ unsigned arrived;
+  __shared__ Tag tag;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
@@ -306,6 +309,8 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   // Before the streams of keys, behind which it would wait. Of few rows few warps have a part in it.
   Queries queries;
   queries.fetch(p, Rows(p, item));
+  Tag uses = 0;
+  if (TOGETHER && threadIdx.x == 0) uses = load_relaxed(Parcels(p).uses);
   ring.start(p, item, schedule.begin, schedule.end);
   if constexpr (GRID == 0) finish_empty_batches(p);
   Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
@@ -314,6 +319,8 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     Queries::clear(query_place);
     __syncthreads();
   }
+
+  if (TOGETHER && threadIdx.x == 0) tag = Parcels(p).first_tag(uses);
 
   Accumulator a;
   Tile tile;
@@ -414,7 +421,9 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     // The block's, or the cluster's, state of a row in a channel of its slice.
     const auto write = [&](int number, int channel, const auto& state) {
       const Record record(number);
-      if (!WHOLE && parts > 1) {
+      if constexpr (TOGETHER) {
+        Parcels(p).send(number, channel, state, tag);
+      } else if (!WHOLE && parts > 1) {
         constexpr int WIDTH = sizeof(state.O1) / sizeof(float);
         if constexpr (WIDTH == 2)
           *reinterpret_cast<float4*>(part.sums(number) + channel) = make_float4(state.O1[0], state.O2[0], state.O1[WIDTH - 1], state.O2[WIDTH - 1]);
@@ -448,7 +457,9 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       merge_cluster(shared, rank, write);
       cluster_arrive_relaxed();  // no block may leave before the others have read what it left
     }
-    if (!WHOLE && parts > 1) {
+    if constexpr (TOGETHER) {
+      merge_parcels(p, Parcels(p), item, rows, tag);
+    } else if (!WHOLE && parts > 1) {
       __syncthreads();
       if (threadIdx.x == 0) arrived = count_one(counter);
       __syncthreads();

@@ -13,6 +13,7 @@
 //   GRID         how blocks share the work: 0 equal ranges of all keys; 1 every item cut alike, one cut a block
 //                (x: cut, y: unit and block of rows, z: batch row); 2 a block computes whole rows (x: item)
 //   CLUSTER      blocks of a cluster, which merge through distributed shared memory; a divisor of the cuts
+//   TOGETHER     1: the blocks that share an item all run at once, and send each other their parts (parcels.cuh)
 //   PINNED       1: ranges are split after split_steps steps of an item, whatever the batch
 //   INDEXED      1: lengths or paddings of the batch rows are read on the device
 //   PACKED       1: sequences are packed between cu_seqlens
@@ -91,6 +92,7 @@ static_assert(SHARED_BYTES == SHARED, "the launcher counts shared memory otherwi
 static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
 static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
 static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");
+static_assert(!TOGETHER || (GRID == 1 && CLUSTER == 1), "cuts of one item are blocks along x");
 static_assert(HEADS == 1 || (KEY_COLUMNS == HEAD_DIM && VALUE_COLUMNS == VALUE_DIM), "rows of several heads have no padding");
 static_assert(TILES == 1 || QUERIES == 4, "only a single group of rows may be partly used");
 static_assert(PITCH / 16 % 2 == 1, "the pitch must be an odd multiple of 16 bytes");

@@ -2,6 +2,7 @@
 
 #define BOXES 0
 #define CLUSTER 1
+#define TOGETHER 0
 #define BOX 16
 #define READ_ONCE 0
 #include "attend.cuh"

@@ -378,13 +378,19 @@ def test_captured_launches_follow_the_lengths(cuda_torch):
 
 
 @pytest.mark.parametrize(
-    "operation, extra",
-    [("parallax", {}), ("lla", {"ridge": 0.1}), ("lla", {"ridge": 0.1, "solver": "cg"})],
-    ids=["parallax", "lla", "lla by conjugate gradients"],
+    "operation, group, extra",
+    [
+        ("parallax", 2, {}),
+        # Rows whose blocks send each other parcels.
+        ("parallax", 8, {}),
+        ("lla", 2, {"ridge": 0.1}),
+        ("lla", 2, {"ridge": 0.1, "solver": "cg"}),
+    ],
+    ids=["parallax", "parallax of groups of 8", "lla", "lla by conjugate gradients"],
 )
-def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_torch, operation, extra):
+def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_torch, operation, group, extra):
     torch = cuda_torch.module
-    cases = [make(seed=seed, batch=3, capacity=9000) for seed in range(3)]
+    cases = [make(seed=seed, batch=3, group=group, capacity=9000) for seed in range(3)]
     on_gpu = [cuda_torch.case(case) for case in cases]
     expected = [call(plx, operation, case, **extra).clone() for case in on_gpu]
     graphs, outs = [], []
@@ -409,15 +415,17 @@ def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_to
             assert torch.equal(result, want)
 
 
-@pytest.mark.parametrize("capacity", [300, 4096, 20000])
-@pytest.mark.parametrize("head_dim", [64, 80, 128])
-def test_launches_that_begin_early_see_what_the_ones_ahead_wrote(cuda_torch, capacity, head_dim):
+@pytest.mark.parametrize(
+    "capacity, head_dim, group",
+    [*((c, d, 2) for c in (300, 4096, 20000) for d in (64, 80, 128)), (4096, 128, 8)],
+)
+def test_launches_that_begin_early_see_what_the_ones_ahead_wrote(cuda_torch, capacity, head_dim, group):
     """Calls whose query is the output of the one ahead, and that write to the cache between them."""
     torch = cuda_torch.module
     early_launch = pytest.importorskip("parallax_core.cuda_kernels.early_launch")
-    case = make(capacity=capacity, batch=2, head_dim=head_dim)
+    case = make(capacity=capacity, batch=2, group=group, head_dim=head_dim)
     q, r, k, v = (cuda_torch.put(x) for x in (case.q, case.r, case.k_cache, case.v_cache))
-    kv_heads, group = k.shape[2], q.shape[2] // k.shape[2]
+    kv_heads = k.shape[2]
 
     def chain():
         o, keys = q, k.clone()

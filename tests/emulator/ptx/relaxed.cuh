@@ -1,7 +1,11 @@
 #pragma once
 // A thread lets all others go on before it loads a word that another block may store.
+struct alignas(16) Word16 { unsigned long long first, second; };
+template <class Word>
+void store_relaxed(Word* word, Word x) { *word = x; }
 inline void store_relaxed(unsigned long long* word, unsigned long long x) { *word = x; }
-inline unsigned long long load_relaxed(const unsigned long long* word) {
+template <class Word>
+Word load_relaxed(const Word* word) {
   emulator::look_again();
   return *word;
 }
