@@ -5,6 +5,7 @@ Measured on an H200 unless said otherwise; docs/gpu.md tells what was compared.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -128,8 +129,11 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         if cuts > cluster and not together:
             parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
-        most = -(-items * steps // warps)
-        grids = min(_even(blocks * layout.multiprocessors, items), max(1, most)), 1, 1
+        most, places = -(-items * steps // warps), blocks * layout.multiprocessors
+        if not split_steps:
+            read = 2 * items * steps * STEP * _row_bytes(problem, heads)
+            places = min(places, _most_sharers(items, read, 8 * records * problem.value_dim))
+        grids = min(_even(places, items), max(1, most)), 1, 1
         parts = items * -(-steps // split_steps) if split_steps else 2 * grids[0]
         counters = items
     defines = {
@@ -220,7 +224,8 @@ def _steps(problem: Problem, boxes: bool) -> int:
 def _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps) -> int:
     if problem.cu_seqlens is not None:
         return WHOLE
-    if split_steps or indexed:
+    # One sequence has one length, wherever that is.
+    if split_steps or (indexed and problem.batch > 1):
         return EQUAL_RANGES if items * _round_up(steps, max(1, split_steps)) <= MOST_STEPS else WHOLE
     # Blocks of rows see ranges of their own, which only a block that has them to itself keeps to.
     if row_blocks > 1 and problem.causal and items >= layout.multiprocessors:
@@ -246,6 +251,14 @@ def _cuts(steps: int, items: int, warps: int, places: int) -> int:
 def _parcel_bytes(blocks: int, records: int, value_dim: int) -> int:
     """Counts of uses, and a word of 16 bytes for every sum and two for every row; include/parcels.cuh."""
     return 8 * _MOST_ITEMS + 16 * blocks * records * (2 + value_dim)
+
+
+def _most_sharers(items: int, read: int, part: int) -> int:
+    """Blocks among which items are still worth sharing, by the bytes that all read and that a part takes.
+
+    A block reads about as fast as the last of an item's blocks merges what the others left.
+    """
+    return max(items, math.isqrt(items * read // part))
 
 
 def _even(places: int, items: int) -> int:

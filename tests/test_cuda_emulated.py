@@ -1,6 +1,7 @@
 """Kernels run on the host, thread by thread, in several orders: what a GPU computes, without one."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -110,6 +111,29 @@ PARCELS = {
     "groups of 3, two tokens, heads of 64": dict(kv_heads=2, group=3, length=2, head_dim=64, capacity=1000),
     "a window": dict(kv_heads=1, group=8, capacity=1025, window_size=1020),
 }
+
+
+ONE_SEQUENCE = {
+    "a cluster of blocks": dict(kv_heads=1, group=1, capacity=512),
+    "parts": dict(kv_heads=2, group=1, capacity=700),
+    "parcels, pages": dict(kv_heads=1, group=5, capacity=1088, page_size=16),
+    "lanes copy": dict(kv_heads=1, group=2, head_dim=40, capacity=300),
+}
+
+
+@pytest.mark.parametrize("name", ONE_SEQUENCE)
+def test_one_sequence_is_as_long_as_the_device_says(name):
+    """Blocks that have no keys of it give a part all the same; a row that sees none has an output too."""
+    case = make(batch=1, **ONE_SEQUENCE[name], cache_seqlens=lengths(0))
+    capacity = ONE_SEQUENCE[name]["capacity"]
+    for length in (capacity, 300, 17, 1, 0, -1, capacity + 1):
+        this = replace(case, options={**case.options, "cache_seqlens": lengths(length)})
+        (o,) = run("parallax", this, (9, 0), orders=(RANDOM_LATE,), multiprocessors=9)
+        if 0 <= length <= capacity:
+            hold(o, call(plx.reference, "parallax", this), budget(this, "parallax").output)
+            assert length or not o.any()
+        else:
+            assert np.isnan(o).all()
 
 
 @pytest.mark.parametrize("operation", ["softmax", "parallax"])

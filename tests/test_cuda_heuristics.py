@@ -144,6 +144,28 @@ def test_blocks_that_send_each_other_parcels_all_run_at_once(call):
         assert (defines["GRID"], defines["CLUSTER"], shape.parts) == (heuristics.ALIKE, 1, 0)
 
 
+def test_one_sequence_is_cut_alike_wherever_its_length_is():
+    for call in (
+        dict(kv_len=512),
+        dict(kv_len=16384),
+        dict(kv_len=4096, q_heads=64),
+        dict(kv_len=4096, page_size=64),
+    ):
+        (_, there), (_, here) = shape_of(**call, lengths=True), shape_of(**call)
+        assert there.grid == here.grid
+        assert dict(there.defines)["GRID"] == heuristics.ALIKE
+    assert dict(shape_of(batch=2, lengths=True)[1].defines)["GRID"] == heuristics.EQUAL_RANGES
+
+
+def test_few_items_of_many_rows_are_shared_by_fewer_blocks():
+    """The last block of an item to arrive merges all parts, which many rows make large."""
+    (blocks, _, _), few = (
+        shape_of(batch=2, kv_heads=1, kv_len=8192, q_heads=g, lengths=True)[1].grid for g in (16, 1)
+    )
+    assert 16 <= blocks <= 64
+    assert few[0] >= 128
+
+
 def test_rows_of_256_bytes_come_by_the_copy_engine_and_two_heads_of_64_make_one():
     assert shape_of(head_dim=128)[1].boxes
     assert shape_of(head_dim=64)[1].heads == 2

@@ -294,7 +294,9 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     const int unit = p.row_blocks == 1 ? blockIdx.y : blockIdx.y / p.row_blocks;
     item = item_of(p, blockIdx.z, unit, blockIdx.y - unit * p.row_blocks, 0, keys_of_batch(p, blockIdx.z));
     const int cut = blockIdx.x;
-    schedule.begin = cut * p.share + min(cut, p.surplus), schedule.end = schedule.begin + p.share + (cut < p.surplus);
+    // Where lengths are on the device, so is how many steps a cut has.
+    const int share = INDEXED ? unsigned(item.steps) / gridDim.x : p.share, surplus = INDEXED ? item.steps - share * gridDim.x : p.surplus;
+    schedule.begin = cut * share + min(cut, surplus), schedule.end = schedule.begin + share + (cut < surplus);
   } else {
     // Later rows see more keys and go first.
     const int number = blockIdx.x / p.row_blocks, block = p.row_blocks - 1 - blockIdx.x % p.row_blocks;
