@@ -6,6 +6,7 @@ import gc
 import importlib.util
 import sys
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -313,6 +314,12 @@ def test_the_default_grid_of_a_gpu_is_the_published_one():
     assert {p.shape for p in solved} < set(shapes)
     assert shapes[0] == Shape(batch=1, query_heads=8, kv_heads=8, length=512, head_size=128)
     assert shapes[-1] == Shape(128, 8, 8, 2048, 64)
+
+
+def test_the_grid_of_grouped_heads_is_dense_and_paged():
+    points = decode_points(load_decode_config(Path(decode.__file__).parent / "configs" / "grouped-decode.yaml"), "gpu")
+    assert {p.page_size for p in points} == {None, 64}
+    assert any(p.shape.query_heads > 4 * p.shape.kv_heads for p in points)
 
 
 def test_the_default_grid_of_a_cpu_has_every_operation_and_pages():
