@@ -317,7 +317,8 @@ def test_the_default_grid_of_a_gpu_is_the_published_one():
 
 
 def test_the_grid_of_grouped_heads_is_dense_and_paged():
-    points = decode_points(load_decode_config(Path(decode.__file__).parent / "configs" / "grouped-decode.yaml"), "gpu")
+    grouped = Path(decode.__file__).parent / "configs" / "grouped-decode.yaml"
+    points = decode_points(load_decode_config(grouped), "gpu")
     assert {p.page_size for p in points} == {None, 64}
     assert any(p.shape.query_heads > 4 * p.shape.kv_heads for p in points)
 
