@@ -14,7 +14,7 @@ from . import compiler, early_launch, heuristics, tensor_map, workspace
 from .heuristics import Shape
 from .launch import Launch
 from .layout import Layout, most_bytes
-from .parameters import PACK_POINTERS, PROBLEM, masks_of
+from .parameters import ARRAYS, PACK_ARRAYS, PACK_SHARED, PROBLEM, masks_of
 
 _MOST_BYTES_EARLY = 1 << 30
 """Of keys and values: beside reading more a launch is nothing, and with 2 GiB it took 1.5 % longer."""
@@ -47,6 +47,7 @@ class Plan:
             4 * shape.parts * shape.part_floats, shape.counters, parcel_bytes=shape.parcel_bytes
         )
         self._shares = any(self._room)
+        self._state = self._slab = None  # what the record has the addresses of
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape)
         self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
@@ -60,17 +61,24 @@ class Plan:
         arrays, state: addresses in the order of :class:`calls.Arrays` and of a ParallaxState, 0 where there
         is no array.
         """
-        partials = counters = 0
-        if self._shares:
-            slab = workspace.acquire(self._device, stream, self._room)
-            partials = slab.parcels if self._room.parcel_bytes else slab.partials
-            counters = slab.counters
+        slab = workspace.acquire(self._device, stream, self._room) if self._shares else None
         # The driver copies the arguments before it returns.
         with self._lock:
-            PACK_POINTERS.pack_into(self._bytes, 0, *arrays[:9], *state, partials, counters)
+            PACK_ARRAYS.pack_into(self._bytes, 0, *arrays[:ARRAYS])
+            if state is not self._state or slab is not self._slab:
+                self._share(state, slab)
             if self._maps is not None:
                 self._arguments[1] = self._maps.address(arrays[2], arrays[3])
             self._launch(stream, self._arguments_address)
+
+    def _share(self, state: Sequence[int], slab: workspace.Slab | None) -> None:
+        """Put the addresses of a state and of the workspace into the record, which are seldom others."""
+        partials = counters = 0
+        if slab is not None:
+            partials = slab.parcels if self._room.parcel_bytes else slab.partials
+            counters = slab.counters
+        PACK_SHARED.pack_into(self._bytes, PACK_ARRAYS.size, *state, partials, counters)
+        self._state, self._slab = state, slab
 
 
 def _record(problem: Problem, layout: Layout, shape: Shape) -> np.ndarray:

@@ -15,7 +15,7 @@ from parallax_core.problem import BFLOAT16, Problem
 from . import compiler, early_launch, tensor_map, workspace
 from .launch import Launch
 from .layout import Layout, Strides, has_tensor_maps, overflows_cache
-from .parameters import LLA_CALL, PACK_LLA_POINTERS, masks_of
+from .parameters import LLA_CALL, PACK_LLA_ARRAYS, PACK_LLA_SHARED, masks_of
 
 SM90_THREADS = {64: 256, 128: 512}
 SM90_SHARED_BYTES = {64: 110592, 128: 226304}
@@ -101,6 +101,8 @@ class Plan:
                 together=shape.mail_bytes > 0,
             )  # fmt: skip
             self._launches.append((first, launch))
+        self._shares = any(self._room)
+        self._state = self._slab = None  # what the record has the addresses of
         self._lock = threading.Lock()
         self._record = _record(problem, layout, shape, ridge)
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
@@ -114,20 +116,25 @@ class Plan:
         arrays, state: addresses in the order of :class:`calls.Arrays` and of an LLAState, 0 where there is no
         array.
         """
-        partials = counters = mail = 0
-        if self._room.counters:
-            slab = workspace.acquire(self._device, stream, self._room)
-            partials, counters, mail = slab.partials, slab.counters, slab.mail + self.shape.mail_offset
+        slab = workspace.acquire(self._device, stream, self._room) if self._shares else None
         # The driver copies the argument before it returns.
         with self._lock:
-            PACK_LLA_POINTERS.pack_into(
-                self._bytes, 0, arrays[0], *arrays[2:], *state, partials, counters, mail
-            )
+            PACK_LLA_ARRAYS.pack_into(self._bytes, 0, arrays[0], *arrays[2:])
+            if state is not self._state or slab is not self._slab:
+                self._share(state, slab)
             if self._maps is not None:
                 self._arguments[1] = self._maps.address(arrays[2], arrays[3])
             for first_row, launch in self._launches:
                 self._record["first_row"] = first_row
                 launch(stream, self._arguments_address)
+
+    def _share(self, state: Sequence[int], slab: workspace.Slab | None) -> None:
+        """Put the addresses of a state and of the workspace into the record, which are seldom others."""
+        partials = counters = mail = 0
+        if slab is not None:
+            partials, counters, mail = slab.partials, slab.counters, slab.mail + self.shape.mail_offset
+        PACK_LLA_SHARED.pack_into(self._bytes, PACK_LLA_ARRAYS.size, *state, partials, counters, mail)
+        self._state, self._slab = state, slab
 
 
 def choose(problem: Problem, layout: Layout, solver: str = "cholesky") -> Shape:

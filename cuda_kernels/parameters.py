@@ -22,6 +22,11 @@ def _structure(pointers: tuple[str, ...], strides: tuple[str, ...], integers, fl
     )
 
 
+def _packers(pointers: tuple[str, ...], arrays: int) -> tuple[struct.Struct, struct.Struct]:
+    """What writes the addresses of arrays, and those behind them: a state's, and of the workspace."""
+    return struct.Struct(f"={arrays}Q"), struct.Struct(f"={len(pointers) - arrays}Q")
+
+
 POINTERS = (
     "q", "r", "k", "v", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out",
     "m", "d1", "d2", "O1", "O2", "t0", "partials", "counters",
@@ -39,7 +44,9 @@ PROBLEM = _structure(
     ("scale_log2",),
 )  # fmt: skip
 """Of softmax and Parallax attention: ``include/problem.cuh``."""
-PACK_POINTERS = struct.Struct(f"={len(POINTERS)}Q")
+ARRAYS = POINTERS.index("out") + 1
+"""How many of the addresses are of a call's arrays, which come before all others."""
+PACK_ARRAYS, PACK_SHARED = _packers(POINTERS, ARRAYS)
 
 LLA_POINTERS = (
     "q", "k", "v", "cu_seqlens", "cache_seqlens", "cache_leftpad", "page_table", "out", "ridge",
@@ -58,7 +65,8 @@ LLA_CALL = _structure(
     ("ridge_value", "scale"),
 )  # fmt: skip
 """Of local linear attention: ``include/lla/rows.cuh``."""
-PACK_LLA_POINTERS = struct.Struct(f"={len(LLA_POINTERS)}Q")
+LLA_ARRAYS = LLA_POINTERS.index("ridge") + 1
+PACK_LLA_ARRAYS, PACK_LLA_SHARED = _packers(LLA_POINTERS, LLA_ARRAYS)
 
 
 def masks_of(problem: Problem, layout: Layout) -> dict:

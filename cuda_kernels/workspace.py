@@ -12,6 +12,7 @@ import ctypes
 import functools
 import threading
 from collections import OrderedDict, deque
+from collections.abc import MutableMapping
 from typing import NamedTuple
 
 import cupy
@@ -27,7 +28,6 @@ MOST_POLLED = 64
 _ALIGNMENT = 256
 _OUT_OF_MEMORY = 2  # cudaErrorMemoryAllocation
 _LEGACY = 1  # cudaStreamLegacy, the default stream; 0 means it too
-_DEFAULT = -1  # in place of its number
 
 
 class Room(NamedTuple):
@@ -49,21 +49,25 @@ class Slab(NamedTuple):
     room: Room
 
     def holds(self, needed: Room) -> bool:
-        room = self.room
+        # A launch asks: attributes of tuples and a generator would take it half a microsecond.
+        partial_bytes, counters, mail_bytes, parcel_bytes = self.room
+        partials, counted, mail, parcels = needed
         return (
-            needed.partial_bytes <= room.partial_bytes
-            and needed.counters <= room.counters
-            and needed.mail_bytes <= room.mail_bytes
-            and needed.parcel_bytes <= room.parcel_bytes
+            partials <= partial_bytes
+            and counted <= counters
+            and mail <= mail_bytes
+            and parcels <= parcel_bytes
         )
 
 
 _lock = threading.Lock()
+# By device, of its default stream, which is there forever.
+_of_default: dict[int, Slab] = {}
 # By stream, whose handle may be another stream's tomorrow: its number never is.
 _slabs: OrderedDict[tuple[int, int], Slab] = OrderedDict()
 # Slabs that were outgrown. Another thread may be about to launch with one, so none is freed; they grow by
 # doubling, so that all of them together are no larger than the one in use.
-_outgrown: dict[tuple[int, int], list[Slab]] = {}
+_outgrown: dict[int | tuple[int, int], list[Slab]] = {}
 # Slabs of graphs by device, capture and stream; all that are held; by device, those of graphs that are gone.
 _captured: dict[tuple[int, int, int], Slab] = {}
 _held: deque[tuple[tuple[int, int, int], Slab, capture.GraphLifetime]] = deque()
@@ -78,20 +82,22 @@ def acquire(device: int, stream: int, needed: Room) -> Slab:
     Raises MemoryError where the device has no room.
     """
     if stream <= _LEGACY:
-        # The default stream is there forever, and no capture takes it: nothing to ask the driver.
-        key = device, _DEFAULT
-    elif runtime.streamIsCapturing(stream):
+        # No capture takes it: nothing to ask the driver.
+        slab = _of_default.get(device)
+        if slab is None or not slab.holds(needed):
+            slab = _grown(_of_default, device, device, needed)
+        return slab
+    if runtime.streamIsCapturing(stream):
         # A stream under capture has no number to be asked for, but keeps its handle until the capture ends.
         return _for_graph(device, stream, needed)
-    else:
-        key = device, _number(stream)
+    key = device, _number(stream)
     try:
         _slabs.move_to_end(key)
         slab = _slabs[key]
     except KeyError:
         slab = None
     if slab is None or not slab.holds(needed):
-        slab = _for_stream(key, needed)
+        slab = _grown(_slabs, key, device, needed)
     return slab
 
 
@@ -111,9 +117,10 @@ def _number(stream: int) -> int:
     return number.value
 
 
-def _for_stream(key: tuple[int, int], needed: Room) -> Slab:
+def _grown(slabs: MutableMapping, key, device: int, needed: Room) -> Slab:
+    """A stream's first slab, or its next."""
     with _lock:
-        slab = _slabs.get(key)
+        slab = slabs.get(key)
         if slab is not None and slab.holds(needed):
             return slab
         if slab is None:
@@ -123,8 +130,8 @@ def _for_stream(key: tuple[int, int], needed: Room) -> Slab:
             _outgrown.setdefault(key, []).append(slab)
             needed = Room(*map(max, needed, slab.room))
             needed = needed._replace(partial_bytes=max(needed.partial_bytes, 2 * slab.room.partial_bytes))
-        _slabs[key] = _allocate(key[0], needed)
-        return _slabs[key]
+        slabs[key] = _allocate(device, needed)
+        return slabs[key]
 
 
 def _for_graph(device: int, stream: int, needed: Room) -> Slab:

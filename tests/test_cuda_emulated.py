@@ -140,6 +140,7 @@ def test_one_sequence_is_as_long_as_the_device_says(name):
 @pytest.mark.parametrize("name", PARCELS)
 def test_blocks_that_send_each_other_parcels_in_every_order(operation, name):
     case = make(batch=1, **PARCELS[name])
+    Prepared.kinds.clear()
     results = run(operation, case, (9, 0), multiprocessors=9)
     assert set(Prepared.kinds) == {Kind.TOGETHER}
     for o in results:
