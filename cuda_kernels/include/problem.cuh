@@ -10,7 +10,7 @@ struct Problem {
   const void *q, *r, *k, *v, *cu_seqlens, *cache_seqlens, *cache_leftpad, *page_table;
   void* out;
   float *m, *d1, *d2, *O1, *O2, *t0;
-  float* partials;
+  float* partials;  // or the parcels that blocks send each other
   unsigned* counters;
   long long q_stride[3], r_stride[3], k_stride[3], v_stride[3], out_stride[3];
   long long page_table_stride;  // of batch rows

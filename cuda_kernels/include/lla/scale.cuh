@@ -63,3 +63,10 @@ __device__ __forceinline__ float rescaling(float m, float to) {
 
 // Of weights that may all be 0.
 __device__ __forceinline__ float inverse_weight(float d1) { return d1 == 0.0f ? 0.0f : 1.0f / d1; }
+
+// What a lane subtracts from its 8 columns, from `column` on, scaled as they are, in pairs.
+__device__ __forceinline__ void read_origin(const float* origin_of_columns, int column, float scale, unsigned (&origin)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; e++)
+    origin[e] = narrow_pair<false>(scale * origin_of_columns[column + 2 * e], scale * origin_of_columns[column + 2 * e + 1]);
+}

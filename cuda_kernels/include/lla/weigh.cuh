@@ -81,15 +81,6 @@ __device__ __forceinline__ float staged_sum(const Shared& shared, int which, int
   return sum;
 }
 
-// What a lane subtracts from its columns, scaled as they are, in pairs.
-__device__ __forceinline__ void read_origin(const Shared& shared, const Lane& at, float scale, unsigned (&origin)[4]) {
-#pragma unroll
-  for (int e = 0; e < 4; e++) {
-    const int column = at.column() + 2 * e;
-    origin[e] = narrow_pair<false>(scale * shared.origin[column], scale * shared.origin[column + 1]);
-  }
-}
-
 // The first origin of a pass and, unless it is there, the scale, when a maximum was first found in a tile: the weighted mean of
 // that tile, by all transform warps, whosever it is. from, scores: of the tile, of this warp's keys. An origin need only be near
 // the mean: a lane's few numbers are added up in pairs, in half precision; those of float16 in float, as sums may leave its range.
@@ -146,7 +137,7 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
   const float now = widen<false>(narrow<false>(column_scale * staged_sum(shared, 0, thread) * reciprocal_fast(d1)));
   shared.origin[thread] = now * inverse_of_scale(column_scale);
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  read_origin(shared, at, scale, origin);
+  read_origin(shared.origin, at.column(), scale, origin);
 }
 
 // Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps, whosever the tile
@@ -199,7 +190,7 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   come(shared.moved_by_all[move % 2]);
 #endif
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  read_origin(shared, at, scale, origin);
+  read_origin(shared.origin, at.column(), scale, origin);
   // Lanes of a chunk have sums of other keys; the first one's move by all.
   const float moving = at.sub_key == 0 ? d1_of_warp : 0.0f;
 #pragma unroll

@@ -21,11 +21,7 @@ struct Reference {
   __device__ __forceinline__ void read(const Shared& shared, const Lane& at) {
     half_m = shared.m == minus_infinity() ? 0.0f : 0.5f * shared.m;
     scale = inverse_of_scale(shared.inverse_scale);
-#pragma unroll
-    for (int e = 0; e < 4; e++) {
-      const int column = at.column() + 2 * e;
-      origin[e] = narrow_pair<false>(scale * shared.origin[column], scale * shared.origin[column + 1]);
-    }
+    read_origin(shared.origin, at.column(), scale, origin);
   }
 
   // X of two channels. SCALED: whether the scale is not 1.
