@@ -283,7 +283,7 @@ def _prepare(operation: str, framework: Framework, arrays: Arrays, options: Opti
 
     layout = Layout(
         device=device, capability=found.capability, multiprocessors=found.multiprocessors,
-        cache_bytes=found.cache_bytes, **strides,
+        cache_bytes=found.cache_bytes, shared_bytes=found.shared_bytes, **strides,
         aligned=all(is_aligned(n) for n in ("k", "v") if n in described),
         aligned_queries=all(is_aligned(n) for n in ("q", "r") if n in described),
         index_bits={n: 8 * described[n].dtype.itemsize for n in _INDEX if n in described},

@@ -15,6 +15,7 @@ class Device(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     cache_bytes: int  # of the second level
+    shared_bytes: int  # that a block may have, of shared memory
 
 
 def availability() -> str | None:
@@ -49,4 +50,5 @@ def properties(index: int) -> Device:
 
     found = cupy.cuda.runtime.getDeviceProperties(index)
     capability = found["major"], found["minor"]
-    return Device(capability, found["multiProcessorCount"], found["l2CacheSize"])
+    shared_bytes = found["sharedMemPerBlockOptin"]
+    return Device(capability, found["multiProcessorCount"], found["l2CacheSize"], shared_bytes)

@@ -193,8 +193,13 @@ def _adjacent_heads(problem: Problem, layout: Layout) -> int:
 
 
 def _takes_boxes(problem: Problem, layout: Layout, heads: int) -> bool:
-    """Whether the copy engine can bring rows of at least 256 bytes; shorter ones go faster without it."""
-    if layout.capability < (9, 0) or problem.dtype.itemsize != 2 or not has_tensor_maps(problem, layout):
+    """Whether the copy engine can bring rows of at least 256 bytes; shorter ones go faster without it.
+
+    Its rings take the shared memory of a Hopper: GPUs of compute capability 12 have less than half of that.
+    """
+    if layout.capability < (9, 0) or layout.shared_bytes < _SM90_BYTES:
+        return False
+    if problem.dtype.itemsize != 2 or not has_tensor_maps(problem, layout):
         return False
     if any(heads * size % 64 or heads * size < 128 for size in (problem.head_dim, problem.value_dim)):
         return False

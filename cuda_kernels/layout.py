@@ -12,7 +12,7 @@ Strides = tuple[int, int, int]
 class Layout(NamedTuple):
     """Device and memory layout of a call.
 
-    cache_bytes: of the device's second-level cache.
+    cache_bytes: of the device's second-level cache. shared_bytes: of shared memory that a block may have.
     q, r, k, v, out: strides of the first three axes in elements, 0 along axes of size 1, of either sign; the
     last axis is dense; r is None without a probe, v where no values are asked for. aligned: the addresses of
     k and v, and their strides in bytes, are multiples of 16; aligned_queries: those of q and r. index_bits:
@@ -24,6 +24,7 @@ class Layout(NamedTuple):
     capability: tuple[int, int]
     multiprocessors: int
     cache_bytes: int
+    shared_bytes: int
     q: Strides
     r: Strides | None
     k: Strides

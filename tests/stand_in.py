@@ -106,7 +106,9 @@ def stand_in(capability=(9, 0), multiprocessors=132):
 
     Gives what further patches go through.
     """
-    own, old = device.Device(capability, multiprocessors, 50 << 20), device.Device((7, 5), 72, 4 << 20)
+    shared_bytes = (227 if capability[0] in (9, 10) else 99) << 10
+    own = device.Device(capability, multiprocessors, 50 << 20, shared_bytes)
+    old = device.Device((7, 5), 72, 4 << 20, 64 << 10)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(gpu_exchange._frameworks, Array, Framework())
         patch.setattr(calls, "runtime", Runtime)

@@ -15,6 +15,8 @@ HALVES = BFLOAT16, np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
 MULTIPROCESSORS = 132
 CACHE_BYTES = 50 << 20
+SHARED_KIB = {(8, 0): 163, (8, 6): 99, (9, 0): 227, (10, 0): 227, (12, 0): 99}
+"""That a block may have."""
 
 
 class Described:
@@ -46,6 +48,7 @@ def call_of(
 
     layout = Layout(
         device=0, capability=capability, multiprocessors=MULTIPROCESSORS, cache_bytes=CACHE_BYTES,
+        shared_bytes=SHARED_KIB[capability] << 10,
         q=strides(q_heads, q_len, head_dim),
         r=None if probe_dtype is None else strides(q_heads, q_len, head_dim),
         k=strides(kv_heads, kv_len, head_dim), v=strides(kv_heads, kv_len, value_dim),
@@ -89,8 +92,7 @@ def test_every_call_has_a_shape_within_the_limits_of_its_device(call):
     problem, shape = shape_of(**call)
     defines = dict(shape.defines)
     half = problem.dtype.itemsize == 2
-    # A block of sm_90 may have 227 KiB; the smallest GPU of those from sm_80 on gives 99.
-    assert shape.shared_bytes <= (227 if shape.boxes else 99) * 1024
+    assert shape.shared_bytes <= SHARED_KIB[call["capability"]] * 1024
     assert defines["SLOTS"] >= 2, "a ring of one slot never copies ahead"
     assert shape.boxes <= (half and problem_fits_boxes(call))
     x, y, z = shape.grid
@@ -108,7 +110,8 @@ def test_every_call_has_a_shape_within_the_limits_of_its_device(call):
 
 
 def problem_fits_boxes(call):
-    return call["capability"] >= (9, 0) and call["aligned"] and (call["page_size"] or 16) % 16 == 0
+    takes = (9, 0) <= call["capability"] < (12, 0)
+    return takes and call["aligned"] and (call["page_size"] or 16) % 16 == 0
 
 
 @given(calls())
@@ -172,6 +175,7 @@ def test_rows_of_256_bytes_come_by_the_copy_engine_and_two_heads_of_64_make_one(
     assert not shape_of(head_dim=64, kv_heads=1, q_heads=8)[1].boxes
     assert not shape_of(head_dim=64, heads_first=True)[1].boxes
     assert not shape_of(head_dim=128, capability=(8, 0))[1].boxes
+    assert not shape_of(head_dim=128, capability=(12, 0))[1].boxes
     assert not shape_of(head_dim=128, aligned=False)[1].boxes
 
 

@@ -15,6 +15,8 @@ TUNED = {
     "one row, heads of 64": dict(head_dim=64),
     "a group of 4": dict(q_heads=32, kv_len=8192, batch=8),
     "16 rows of one head": dict(q_heads=16, kv_heads=1, kv_len=16384, batch=16),
+    "8 rows of each of few heads": dict(q_heads=64, kv_len=4096),
+    "16 rows of each of few heads, pages": dict(q_heads=128, kv_len=8192, lengths=True, page_size=64),
     "many sequences": dict(batch=64, kv_len=4096),
     "ragged": dict(batch=8, lengths=True),
     "ragged pages, a group of 4": dict(batch=8, q_heads=32, lengths=True, page_size=64),
@@ -59,6 +61,13 @@ def test_tuned_kernels_of_hopper_do_not_spill(call):
     _, shape = shape_of(**call)
     assert shape.source == "sm90/attend.cu"
     assert usage(shape, "sm_90a").spill_bytes == 0
+
+
+@pytest.mark.parametrize("call", ["one row", "8 rows of each of few heads"])
+def test_the_copy_engine_of_newer_gpus_is_used_as_well(call):
+    _, shape = shape_of(**TUNED[call], capability=(10, 0))
+    assert shape.source == "sm90/attend.cu"
+    assert usage(shape, "sm_100").spill_bytes == 0
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100", "sm_120"])
