@@ -150,10 +150,10 @@ def test_blocks_that_send_each_other_parcels_in_every_order(operation, name):
 
 def test_parcels_of_other_shapes_are_not_mistaken():
     """Calls one after another on one workspace, whose rows and parts lie in the same parcels."""
-    sizes = (1, 1, 16, 128, 8), (1, 1, 5, 128, 11), (2, 1, 8, 64, 16)
+    sizes = (1, 1, 16, 128, 8), (1, 1, 5, 128, 11), (2, 1, 8, 64, 8)
     with emulated((9, 0), multiprocessors=16):
         Prepared.order = RANDOM_EARLY
-        for seed, (batch, kv_heads, group, head_dim, tiles) in enumerate((*sizes, *reversed(sizes))):
+        for seed, (batch, kv_heads, group, head_dim, tiles) in enumerate((*sizes, sizes[0])):
             case = make(
                 batch=batch, kv_heads=kv_heads * 128 // head_dim, group=group, head_dim=head_dim,
                 capacity=128 * tiles, seed=seed,
