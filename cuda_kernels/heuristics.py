@@ -36,7 +36,7 @@ _STATIC_BYTES = 64
 _FEWEST_PARCELS = 8
 """Parts that are merged faster by all blocks of an item than by its last one or in a cluster."""
 _MOST_ITEMS = 256
-"""Whose blocks send each other parcels; include/parcels.cuh."""
+"""Whose blocks send each other parcels."""
 _ELEMENTS = {BFLOAT16: 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
 
 
@@ -99,7 +99,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
             is_fuller = cuts * 0.99 > blocks * fewer and steps // cuts >= _LONG_STEPS
             if not is_fuller:
                 blocks, cuts = 1, fewer
-        together = boxes and tiles > 1 and _sends_parcels(cuts, items, blocks, layout.multiprocessors)
+        together = boxes and _sends_parcels(cuts, items, tiles, blocks * layout.multiprocessors)
         if boxes and not together:
             cluster = _cluster(cuts, items, tiles, problem.value_dim, layout.multiprocessors)
 
@@ -159,7 +159,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         "PROBLEM_BYTES": PROBLEM.itemsize,
     }
     if boxes:
-        defines |= {"CLUSTER": cluster, "BOX": box, "TOGETHER": int(together)}
+        defines |= {"CLUSTER": cluster, "BOX": box, "TOGETHER": int(together), "MOST_ITEMS": _MOST_ITEMS}
         defines["READ_ONCE"] = int(row_blocks == 1 and overflows_cache(problem, layout))
     else:
         defines["ALIGNED"] = int(
@@ -287,13 +287,12 @@ def _cluster(cuts: int, items: int, tiles: int, value_dim: int, multiprocessors:
     return 1
 
 
-def _sends_parcels(cuts: int, items: int, blocks: int, multiprocessors: int) -> bool:
+def _sends_parcels(cuts: int, items: int, tiles: int, places: int) -> bool:
     """Whether the blocks of an item send each other their parts; then all run at once, and none begins early.
 
     Worth it from two groups of rows on: of fewer, parts are small, and an early launch gains as much.
     """
-    all_at_once = items * cuts <= blocks * multiprocessors
-    return cuts >= _FEWEST_PARCELS and items <= _MOST_ITEMS and all_at_once
+    return tiles > 1 and cuts >= _FEWEST_PARCELS and items <= _MOST_ITEMS and items * cuts <= places
 
 
 def _vectors(problem: Problem, layout: Layout) -> bool:

@@ -12,7 +12,6 @@
 typedef unsigned long long Tag;
 
 struct Parcels {
-  static constexpr int MOST_ITEMS = 256;
   static constexpr int WORDS = RECORDS * (2 + VALUE_DIM);  // of a block: statistics of its rows, then their sums
 
   Tag* uses;

@@ -14,6 +14,7 @@
 //                (x: cut, y: unit and block of rows, z: batch row); 2 a block computes whole rows (x: item)
 //   CLUSTER      blocks of a cluster, which merge through distributed shared memory; a divisor of the cuts
 //   TOGETHER     1: the blocks that share an item all run at once, and send each other their parts (parcels.cuh)
+//   MOST_ITEMS   that a launch of such blocks has
 //   PINNED       1: ranges are split after split_steps steps of an item, whatever the batch
 //   INDEXED      1: lengths or paddings of the batch rows are read on the device
 //   PACKED       1: sequences are packed between cu_seqlens
