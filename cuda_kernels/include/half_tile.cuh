@@ -12,10 +12,11 @@
 
 struct HalfTile {
   static constexpr int DEPTHS = KEY_COLUMNS < 16 ? 1 : KEY_COLUMNS / 16;  // fewer columns have only single-precision keys
-  // Operands of many rows would crowd the accumulators out of the registers; they are read again for every step.
-  static constexpr bool KEPT = HEADS * TILES * DEPTHS <= 8;
   static constexpr int PARTS = PROBE == 2 ? 2 : 1;  // a float32 probe, and what it is more than its rounding
-  unsigned operand[PARTS][KEPT ? HEADS : 1][KEPT ? TILES : 1][KEPT ? DEPTHS : 2][2];
+  // Of the operands as many depths as fit beside the accumulators stay in registers; others are read again for every step.
+  static constexpr int ROOM = SINGLE && !VARIED && BLOCKS == 1 && PARTS == 1 ? 16 : 8;
+  static constexpr int KEPT = HEADS * TILES * DEPTHS <= ROOM ? DEPTHS : ROOM == 16 ? ROOM / (HEADS * TILES) / 2 * 2 : 0;
+  unsigned operand[PARTS][KEPT ? HEADS : 1][KEPT ? TILES : 1][KEPT ? KEPT : 2][2];
   unsigned address;  // of this lane's row in a matrix load of operands
 
   // The channel that accumulator `i` of a lane belongs to.
@@ -27,7 +28,6 @@ struct HalfTile {
     // Column 2 i of the second operand is query i, column 2 i + 1 its probe; two steps of 16 channels a load.
     const int column = lane % 8;
     address = shared_address(queries + (PROBE ? column % 2 * QUERY_ARRAY : 0) + row_of(column / 2) * QUERY_PITCH + lane / 8 * 8);
-    if constexpr (!KEPT) return;
 #pragma unroll
     for (int part = 0; part < PARTS; part++)
 #pragma unroll
@@ -35,7 +35,7 @@ struct HalfTile {
 #pragma unroll
         for (int n = 0; n < TILES; n++)
 #pragma unroll
-          for (int d = 0; d < DEPTHS; d += 2) read(part, h, n, d, lane, operand[part][h][n] + d);
+          for (int d = 0; d < KEPT; d += 2) read(part, h, n, d, lane, operand[part][h][n] + d);
   }
 
   // The operands of the 16 channels from 16 d and of the 16 after them.
@@ -66,12 +66,12 @@ struct HalfTile {
 #pragma unroll
           for (int n = 0; n < TILES; n++) {
             unsigned again[2][2];
-            if constexpr (!KEPT) read(part, h, n, d, lane, again);
+            if (d >= KEPT) read(part, h, n, d, lane, again);
             float(&s)[4] = c[h][n];
 #pragma unroll
             for (int e = 0; e < 2; e++) {
               if (d + e >= DEPTHS) continue;
-              const unsigned* b = KEPT ? operand[part][h][n][d + e] : again[e];
+              const unsigned* b = d < KEPT ? operand[part][h][n][d + e] : again[e];
               multiply_add<BFLOAT>(s[0], s[1], s[2], s[3], a[e], b[0], b[1]);
             }
           }
