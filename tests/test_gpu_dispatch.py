@@ -499,6 +499,34 @@ def test_tensors_are_read_by_their_attributes_or_refused():
         assert read.allocator(y.transpose(1, 2), (2, 4, 3, 6))(y.transpose(1, 2)).is_contiguous()
 
 
+def test_the_quick_allocation_of_pytorch_is_taken_only_where_it_gives_what_it_must():
+    torch = pytest.importorskip("torch")
+
+    def found(empty):
+        space = types.SimpleNamespace
+        compiler = space(_dynamo=space(guards=space(_empty_strided_cuda=empty)))
+        fake = space(cuda=space(device=lambda device: contextlib.nullcontext()), _C=compiler)
+        return gpu_exchange._torch_empty(fake, torch.zeros(1, dtype=torch.bfloat16))
+
+    def empty(size, stride, dtype):
+        return torch.empty_strided(size, stride, dtype=dtype)
+
+    def fails(size, stride, dtype):
+        raise RuntimeError("no such device")
+
+    assert found(empty) is empty
+    for unlike in (
+        lambda size, stride, dtype: torch.empty_strided(size, stride[::-1], dtype=dtype),
+        lambda size, stride, dtype: torch.empty_strided(size[::-1], stride, dtype=dtype),
+        lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=torch.float16),
+        lambda size, stride, dtype: torch.empty_strided(size, stride, dtype=dtype, device="meta"),
+        lambda size, stride: torch.empty_strided(size, stride, dtype=torch.bfloat16),
+        fails,
+    ):
+        assert found(unlike) is None
+    assert gpu_exchange._torch_empty(types.SimpleNamespace(), torch.zeros(1)) is None
+
+
 def test_early_launches_are_allowed_for_a_while():
     early_launch = pytest.importorskip("parallax_core.cuda_kernels.early_launch")
     default = early_launch.allowed()
