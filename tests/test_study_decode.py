@@ -150,6 +150,25 @@ def test_a_captured_graph_keeps_what_its_calls_hold(library, timer, monkeypatch)
     assert held() is None
 
 
+def test_the_host_cost_is_that_of_the_least_disturbed_pass(monkeypatch):
+    """Of single calls the median, which a few long ones do not move; of slowed passes none counts."""
+    graphs = sys.modules[TorchTimer.__module__]
+    now, calls, waits = [0.0], [0], [0]
+    monkeypatch.setattr(graphs.time, "perf_counter", lambda: now[0])
+
+    class Timer(TorchTimer):
+        def _synchronize(self):
+            waits[0] += 1
+
+    def function():
+        calls[0] += 1
+        disturbed = waits[0] != 3
+        now[0] += 1e-3 if calls[0] % 10 == 0 else 20e-6 if disturbed else 12e-6
+
+    assert Timer().host(function) == pytest.approx(12e-6)
+    assert waits[0] == 1 + graphs.HOST_PASSES
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda_kernels.availability() is not None, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("page_size", [None, 16])
