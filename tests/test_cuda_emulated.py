@@ -195,7 +195,7 @@ def test_mail_of_other_shapes_is_not_mistaken():
     cases = [make(batch=b, kv_heads=1, capacity=c, head_dim=d, seed=b) for b, d, c in sizes]
     with emulated((9, 0), multiprocessors=6):
         Prepared.order = RANDOM_EARLY
-        for case in (*cases, *reversed(cases)):
+        for case in (*cases, cases[0]):
             o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
             hold(
                 o, call(plx.reference, "lla", case, ridge=0.1), solved_budget(case, np.full(o.shape[:3], 0.1))
