@@ -335,6 +335,8 @@ inline std::string launch(Dimensions size, int block_size, int cluster, int shar
     run_cluster(cluster, shared_bytes, order);
     if (!failure.empty()) break;
   }
+  blocks.clear(), threads.clear();
+  races::end();
   return failure;
 }
 

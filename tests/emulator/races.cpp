@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <malloc.h>
 #include <map>
 #include <memory>
 
@@ -88,6 +89,12 @@ void begin(int threads) {
   state->clocks.assign(threads, Clock(threads));
   for (int i = 0; i < threads; i++) state->clocks[i][i] = 1;
   run(0);
+}
+
+// Readers' clocks are gigabytes where many blocks run at once, and every kernel is a library with a state of its own.
+void end() {
+  state->regions.clear(), state->barriers.clear(), state->clocks.clear();
+  malloc_trim(0);
 }
 
 void watch(const void* memory, size_t bytes, const std::string& name) {

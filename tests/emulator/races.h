@@ -13,6 +13,7 @@ typedef std::vector<unsigned> Clock;
 
 // Nothing is watched until `watch`; threads: of a cluster.
 void begin(int threads);
+void end();  // gives back all but what was found
 void watch(const void* memory, size_t bytes, const std::string& name);
 void run(int thread);
 
