@@ -14,8 +14,9 @@ struct HalfTile {
   static constexpr int DEPTHS = KEY_COLUMNS < 16 ? 1 : KEY_COLUMNS / 16;  // fewer columns have only single-precision keys
   static constexpr int PARTS = PROBE == 2 ? 2 : 1;  // a float32 probe, and what it is more than its rounding
   // Of the operands as many depths as fit beside the accumulators stay in registers; others are read again for every step.
-  static constexpr int ROOM = SINGLE && !VARIED && BLOCKS == 1 && PARTS == 1 ? 16 : 8;
-  static constexpr int KEPT = HEADS * TILES * DEPTHS <= ROOM ? DEPTHS : ROOM == 16 ? ROOM / (HEADS * TILES) / 2 * 2 : 0;
+  static constexpr bool ROOMY = SINGLE && !VARIED && BLOCKS == 1 && PARTS == 1;
+  static constexpr int MOST = ROOMY ? 16 / (HEADS * TILES) : HEADS * TILES * DEPTHS <= 8 ? DEPTHS : 0;
+  static constexpr int KEPT = MOST < DEPTHS ? MOST : DEPTHS;
   unsigned operand[PARTS][KEPT ? HEADS : 1][KEPT ? TILES : 1][KEPT ? KEPT : 2][2];
   unsigned address;  // of this lane's row in a matrix load of operands
 
