@@ -7,6 +7,7 @@ one call, become CuPy arrays over the same memory. Importing this module imports
 
 from __future__ import annotations
 
+import functools
 import math
 import operator
 import sys
@@ -151,6 +152,7 @@ class _Torch:
         raw = getattr(torch._C, "_cuda_getCurrentRawStream", None)
         self.current_stream = raw or (lambda device: torch.cuda.current_stream(device).cuda_stream)
         self._guards = _torch_guards(torch)
+        self._empty = functools.cache(functools.partial(_torch_empty, torch))
 
     def signature(self, arrays):
         types, pointers, key = self._types, [], []
@@ -200,10 +202,10 @@ class _Torch:
 
     def allocator(self, q, shape, dtype=None):
         dtype = q.dtype if dtype is None else self._torch_dtypes[dtype]
-        empty = _torch_empty(self._torch, q)
+        empty = self._empty(q.device)
         if empty is None:
             return lambda like: like.new_empty(shape, dtype=dtype)
-        strides = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+        strides = _contiguous(shape)
         return lambda like: empty(shape, strides, dtype)
 
     def address(self, x):
@@ -220,6 +222,11 @@ class _Torch:
 
     def read_back(self, x):
         return x.cpu().numpy()
+
+
+def _contiguous(shape: tuple[int, ...], unit: int = 1) -> tuple[int, ...]:
+    """The strides of a contiguous array, whose last one is ``unit``."""
+    return tuple(unit * math.prod(shape[i + 1 :]) for i in range(len(shape)))
 
 
 def _torch_guards(torch):
@@ -242,17 +249,17 @@ def _torch_guards(torch):
         return None
 
 
-def _torch_empty(torch, q):
+def _torch_empty(torch, device):
     """PyTorch's own way to an uninitialised tensor on the current device, in half the time of the public one.
 
-    It belongs to its compiler too: None where it is missing, or does not give what it must on q's device.
+    It belongs to its compiler too: None where it is missing, or does not give what it must on ``device``.
     """
     try:
         empty = torch._C._dynamo.guards._empty_strided_cuda
-        with torch.cuda.device(q.device):
-            x = empty((2, 3), (3, 1), q.dtype)
-        alike = x.shape == (2, 3) and x.stride() == (3, 1) and x.dtype == q.dtype and x.device == q.device
-        return empty if alike else None
+        with torch.cuda.device(device):
+            x = empty((2, 3), (3, 1), torch.bfloat16)
+        found = tuple(x.shape), x.stride(), x.dtype, x.device
+        return empty if found == ((2, 3), (3, 1), torch.bfloat16, device) else None
     except Exception:
         return None
 
@@ -301,7 +308,7 @@ def as_cupy(name: str, x: Any, device: int, stream: int) -> cupy.ndarray:
     if name == "out" and (read_only or exchange.is_immutable(x)):
         raise ValueError("out is read-only; expected an array that can be written to")
     if strides is None:
-        strides = tuple(int(np.prod(shape[i + 1 :])) * dtype.itemsize for i in range(len(shape)))
+        strides = _contiguous(shape, dtype.itemsize)
     extent = sum((n - 1) * abs(s) for n, s in zip(shape, strides)) + dtype.itemsize if 0 not in shape else 0
     memory = cupy.cuda.UnownedMemory(address, extent, owner, device)
     return cupy.ndarray(shape, dtype, cupy.cuda.MemoryPointer(memory, 0), strides)

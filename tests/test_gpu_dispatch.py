@@ -505,8 +505,9 @@ def test_the_quick_allocation_of_pytorch_is_taken_only_where_it_gives_what_it_mu
     def found(empty):
         space = types.SimpleNamespace
         compiler = space(_dynamo=space(guards=space(_empty_strided_cuda=empty)))
-        fake = space(cuda=space(device=lambda device: contextlib.nullcontext()), _C=compiler)
-        return gpu_exchange._torch_empty(fake, torch.zeros(1, dtype=torch.bfloat16))
+        cuda = space(device=lambda device: contextlib.nullcontext())
+        fake = space(cuda=cuda, _C=compiler, bfloat16=torch.bfloat16)
+        return gpu_exchange._torch_empty(fake, torch.device("cpu"))
 
     def empty(size, stride, dtype):
         return torch.empty_strided(size, stride, dtype=dtype)
@@ -524,7 +525,7 @@ def test_the_quick_allocation_of_pytorch_is_taken_only_where_it_gives_what_it_mu
         fails,
     ):
         assert found(unlike) is None
-    assert gpu_exchange._torch_empty(types.SimpleNamespace(), torch.zeros(1)) is None
+    assert gpu_exchange._torch_empty(types.SimpleNamespace(), torch.device("cpu")) is None
 
 
 def test_early_launches_are_allowed_for_a_while():
