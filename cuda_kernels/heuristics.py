@@ -33,8 +33,9 @@ _SM90_BYTES = 227 * 1024
 _BLOCK_BYTES = 1024
 """Shared memory that the system takes of every block, from sm_80 on."""
 _STATIC_BYTES = 64
-_FEWEST_PARCELS = 8
-"""Parts that are merged faster by all blocks of an item than by its last one or in a cluster."""
+_FEWEST_PARCELS, _MOST_PARCELS = 8, 32
+"""Parts that are merged faster by all blocks of an item than by its last one or in a cluster, and beyond which more
+of them are more to send than there is to read."""
 _MOST_ITEMS = 256
 """Whose blocks send each other parcels."""
 _ELEMENTS = {BFLOAT16: 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
@@ -123,19 +124,25 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     box = 16 if tiles == 4 else 8
     part_channels = problem.value_dim // cluster
     records = heads * tiles * queries
-    grids, parts, counters = (items, 1, 1), 0, 0
+    grids, parts, counters, places = (items, 1, 1), 0, 0, 0
     if grid == ALIKE:
         grids = cuts, problem.kv_heads // heads * row_blocks, problem.batch
+        places = items * cuts
         if cuts > cluster and not together:
             parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
-        most, places = -(-items * steps // warps), blocks * layout.multiprocessors
-        if not split_steps:
+        most, sharers = max(1, -(-items * steps // warps)), blocks * layout.multiprocessors
+        together = boxes and not split_steps and _sends_parcels(sharers // items, items, tiles, sharers)
+        if not (split_steps or together):
             read = 2 * items * steps * STEP * _row_bytes(problem, heads)
-            places = min(places, _most_sharers(items, read, 8 * records * problem.value_dim))
-        grids = min(_even(places, items), max(1, most)), 1, 1
-        parts = items * -(-steps // split_steps) if split_steps else 2 * grids[0]
-        counters = items
+            sharers = min(sharers, _most_sharers(items, read, 8 * records * problem.value_dim))
+        if together:
+            sharers = items * min(_cuts(steps, items, warps, sharers), _MOST_PARCELS)
+        grids = min(_even(sharers, items), most), 1, 1
+        # A block shares its first item and its last.
+        places = 2 * grids[0]
+        if not together:
+            parts, counters = items * -(-steps // split_steps) if split_steps else places, items
     defines = {
         "ELEMENT": _ELEMENTS[problem.dtype],
         "HEAD_DIM": problem.head_dim,
@@ -181,7 +188,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         parts=parts,
         part_floats=records * (4 + _round_up(2 * part_channels, 4)),
         counters=counters,
-        parcel_bytes=together * _parcel_bytes(items * cuts, records, problem.value_dim),
+        parcel_bytes=together * _parcel_bytes(places, records, problem.value_dim),
     )
 
 
@@ -253,9 +260,9 @@ def _cuts(steps: int, items: int, warps: int, places: int) -> int:
     return next(cuts for cuts in range(1, most + 1) if cost(cuts) <= 1.001 * best)
 
 
-def _parcel_bytes(blocks: int, records: int, value_dim: int) -> int:
+def _parcel_bytes(parts: int, records: int, value_dim: int) -> int:
     """Counts of uses, and a word of 16 bytes for every sum and two for every row; include/parcels.cuh."""
-    return 8 * _MOST_ITEMS + 16 * blocks * records * (2 + value_dim)
+    return 8 * _MOST_ITEMS + 16 * parts * records * (2 + value_dim)
 
 
 def _most_sharers(items: int, read: int, part: int) -> int:

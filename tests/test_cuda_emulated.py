@@ -110,7 +110,11 @@ PARCELS = {
     "groups of 16": dict(kv_heads=1, group=16, capacity=1100),
     "groups of 3, two tokens, heads of 64": dict(kv_heads=2, group=3, length=2, head_dim=64, capacity=1000),
     "a window": dict(kv_heads=1, group=8, capacity=1025, window_size=1020),
-}
+    "two lengths": dict(batch=2, kv_heads=1, group=16, capacity=600, cache_seqlens=lengths(600, 90)),
+    "pages, a block with a whole sequence between two others": dict(
+        batch=3, kv_heads=1, group=5, capacity=752, page_size=16, cache_seqlens=lengths(750, 20, 300)
+    ),
+}  # fmt: skip
 
 
 ONE_SEQUENCE = {
@@ -139,9 +143,9 @@ def test_one_sequence_is_as_long_as_the_device_says(name):
 @pytest.mark.parametrize("operation", ["softmax", "parallax"])
 @pytest.mark.parametrize("name", PARCELS)
 def test_blocks_that_send_each_other_parcels_in_every_order(operation, name):
-    case = make(batch=1, **PARCELS[name])
+    case = make(**{"batch": 1} | PARCELS[name])
     Prepared.kinds.clear()
-    results = run(operation, case, (9, 0), multiprocessors=9)
+    results = run(operation, case, (9, 0), multiprocessors=9 * case.q.shape[0])
     assert set(Prepared.kinds) == {Kind.TOGETHER}
     for o in results:
         np.testing.assert_array_equal(o, results[0])

@@ -4,7 +4,7 @@
 // A block takes a range of steps (schedule.cuh); its warps take the steps in turn, each with a ring of its own, and
 // meet where the range leaves an item. What a block has seen of an item that it shares with others goes to the
 // workspace; the last block to arrive there merges all parts in their order and writes the output. Or all run at once, and each
-// merges a slice (parcels.cuh).
+// merges slices when it has read its keys (parcels.cuh).
 
 #include "float_tile.cuh"
 #include "half_tile.cuh"
@@ -278,6 +278,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   extern __shared__ __align__(1024) char shared[];
   __shared__ unsigned arrived;
   __shared__ Tag tag;
+  __shared__ Owed owed;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
@@ -311,8 +312,9 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   // Before the streams of keys, behind which it would wait. Of few rows few warps have a part in it.
   Queries queries;
   queries.fetch(p, Rows(p, item));
-  Tag uses = 0;
-  if (TOGETHER && threadIdx.x == 0) uses = load_relaxed(Parcels(p).uses);
+  const auto number_of = [&](const Item& item) { return (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block; };
+  Word16* const uses = reinterpret_cast<Word16*>(shared + TOTALS_AT);  // until the block's totals go there
+  if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), uses);
   ring.start(p, item, schedule.begin, schedule.end);
   if constexpr (GRID == 0) finish_empty_batches(p);
   Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
@@ -322,12 +324,11 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     __syncthreads();
   }
 
-  if (TOGETHER && threadIdx.x == 0) tag = Parcels(p).first_tag(uses);
-
   Accumulator a;
   Tile tile;
   int step = schedule.begin + warp;
   int begin = schedule.begin;  // of the segment: the block's steps of one item
+  int owing = 0;
 #pragma unroll 1
   while (true) {
     const Rows rows(p, item);
@@ -398,7 +399,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     int parts = 1, own = 0, owner = 0;
     unsigned* counter = p.counters;
     if constexpr (GRID == 0) {
-      counter += (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block;
+      counter += number_of(item);
       if (PINNED)
         parts = item.steps / p.split_steps, own = (begin - item.begin) / p.split_steps;
       else if (begin != item.begin || end != item.begin + item.steps) {
@@ -409,22 +410,26 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       parts = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER;
       counter += (blockIdx.z * gridDim.y + blockIdx.y) * CLUSTER + rank;
     }
+    // A block shares its first item and its last one with others, the rest are its own.
+    const int first_place = 2 * owner + (GRID == 0 && !PINNED && schedule.begin_of(owner) != item.begin);
     const auto part_at = [&](int number) {
       long long place;
       if (GRID == 1)
         place = (1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts + number) * CLUSTER + rank;
       else if (PINNED)
         place = item.begin / p.split_steps + number;
-      else  // a block shares its first item and its last one with others, the rest are its own
-        place = 2 * (owner + number) + (number == 0 && schedule.begin_of(owner) != item.begin);
+      else
+        place = number == 0 ? first_place : 2 * (owner + number);
       return Part{p.partials + place * Part::FLOATS};
     };
     const Part part = part_at(own);
+    const Parcels parcels = SINGLE ? Parcels::of_grid(p) : Parcels(p, number_of(item), parts, own, first_place, 2 * owner, 2);
+    if (TOGETHER && threadIdx.x == 0) tag = parcels.first_tag(uses);
     // The block's, or the cluster's, state of a row in a channel of its slice.
     const auto write = [&](int number, int channel, const auto& state) {
       const Record record(number);
-      if constexpr (TOGETHER) {
-        Parcels(p).send(number, channel, state, tag);
+      if (TOGETHER && (SINGLE || parts > 1)) {
+        if constexpr (TOGETHER) parcels.send(number, channel, state, tag);
       } else if (!WHOLE && parts > 1) {
         constexpr int WIDTH = sizeof(state.O1) / sizeof(float);
         if constexpr (WIDTH == 2)
@@ -459,8 +464,13 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       merge_cluster(shared, rank, write);
       cluster_arrive_relaxed();  // no block may leave before the others have read what it left
     }
-    if constexpr (TOGETHER) {
-      merge_parcels(p, Parcels(p), item, rows, tag);
+    if constexpr (TOGETHER && SINGLE) {
+      merge_parcels(p, parcels, item, rows, tag);
+    } else if constexpr (TOGETHER) {
+      if (parts > 1) {
+        if (threadIdx.x == 0) owed.items[owing] = {item, parcels, tag};
+        owing++;
+      }
     } else if (!WHOLE && parts > 1) {
       __syncthreads();
       if (threadIdx.x == 0) arrived = count_one(counter);
@@ -475,5 +485,14 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     begin = end;
     if (begin >= schedule.end) break;
     item = next;
+    if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), uses);
+  }
+  if constexpr (TOGETHER && !SINGLE) {
+    __syncthreads();
+#pragma unroll 1
+    for (int i = 0; i < owing; i++) {
+      const auto& o = owed.items[i];
+      merge_parcels(p, o.parcels, o.item, Rows(p, o.item), o.tag);
+    }
   }
 }

@@ -1,5 +1,6 @@
 #pragma once
-// Blocks that share an item and run at once: each sends what it has of the item, and merges a slice of it.
+// Blocks that share an item and run at once: each sends what it has of the item, and merges a slice of it when its own keys
+// are read.
 //
 // A word is two numbers and a tag, and is there when its tag is: no fence is waited for, no counter, and not for a last block
 // that merges all. A tag holds the item's number and how often that was used, so that no launch ever had the same one, whatever
@@ -7,6 +8,7 @@
 
 #include "delay.cuh"
 #include "merge.cuh"
+#include "ptx/copy.cuh"
 #include "ptx/relaxed.cuh"
 
 typedef unsigned long long Tag;
@@ -17,21 +19,43 @@ struct Parcels {
   Tag* uses;
   Word16* words;
   int item, parts, own;
+  int first, others, apart;  // places of the first part and, `apart` from one another, of the others
 
-  // Of a grid whose blocks along x share an item.
-  __device__ explicit Parcels(const Problem& p) : item(blockIdx.z * gridDim.y + blockIdx.y), parts(gridDim.x), own(blockIdx.x) {
+  Parcels() = default;
+
+  // Of an item whose part `k` lies at the place `first` or, if it is another, at `others + k * apart`.
+  __device__ Parcels(const Problem& p, int item, int parts, int own, int first, int others, int apart)
+      : item(item), parts(parts), own(own), first(first), others(others), apart(apart) {
     uses = reinterpret_cast<Tag*>(p.partials) + item;
-    words = reinterpret_cast<Word16*>(reinterpret_cast<Tag*>(p.partials) + MOST_ITEMS) + 1ll * item * parts * WORDS;
+    words = reinterpret_cast<Word16*>(reinterpret_cast<Tag*>(p.partials) + MOST_ITEMS);
   }
 
-  // Before the item's blocks send anything, from how often it was used.
-  __device__ Tag first_tag(Tag uses) const { return (uses + 1) * MOST_ITEMS + item; }
+  // Of a grid whose blocks along x share an item.
+  __device__ static Parcels of_grid(const Problem& p) {
+    const int item = blockIdx.z * gridDim.y + blockIdx.y, parts = gridDim.x;
+    return Parcels(p, item, parts, blockIdx.x, item * parts, item * parts, 1);
+  }
+
+  // By one thread, before the item's blocks send anything: how often it was used comes to shared memory, on its way while
+  // keys are read.
+  __device__ static void ask_uses(const Problem& p, int item, Word16* to) {
+    copy_16(shared_address(to), reinterpret_cast<const Tag*>(p.partials) + item / 2 * 2);
+    copy_commit();
+  }
+  __device__ Tag first_tag(const Word16* uses) const {
+    copy_wait<0>();
+    return ((item % 2 ? uses->second : uses->first) + 1) * MOST_ITEMS + item;
+  }
 
   // By a thread of one block, when it has what all others sent.
   __device__ void count_use(Tag tag) const { store_relaxed(uses, tag / MOST_ITEMS); }
 
-  __device__ Word16* statistics(int part, int number) const { return words + part * WORDS + number * 2; }
-  __device__ Word16* sums(int part, int number) const { return words + part * WORDS + RECORDS * 2 + number * VALUE_DIM; }
+  __device__ Word16* at(int part) const {
+    const int place = SINGLE ? first + part : part == 0 ? first : others + part * apart;
+    return words + unsigned(place * WORDS);
+  }
+  __device__ Word16* statistics(int part, int number) const { return at(part) + number * 2; }
+  __device__ Word16* sums(int part, int number) const { return at(part) + RECORDS * 2 + number * VALUE_DIM; }
 
   __device__ static Word16 word(float x, float y, Tag tag) {
     return {static_cast<Tag>(__float_as_uint(y)) << 32 | __float_as_uint(x), tag};
@@ -115,3 +139,12 @@ __device__ __forceinline__ void merge_parcels(const Problem& p, const Parcels& p
   }
   if (parcels.own == 0 && threadIdx.x == 0) parcels.count_use(tag);
 }
+
+// The items that a block has sent its parts of, and is to merge its slices of: the first of its range and the last.
+struct Owed {
+  struct {
+    Item item;
+    Parcels parcels;
+    Tag tag;
+  } items[2];
+};

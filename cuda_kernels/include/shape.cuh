@@ -93,7 +93,7 @@ static_assert(SHARED_BYTES == SHARED, "the launcher counts shared memory otherwi
 static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
 static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
 static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");
-static_assert(!TOGETHER || (GRID == 1 && CLUSTER == 1), "cuts of one item are blocks along x");
+static_assert(!TOGETHER || (GRID != 2 && !PINNED && CLUSTER == 1), "blocks that send parcels share items");
 static_assert(HEADS == 1 || (KEY_COLUMNS == HEAD_DIM && VALUE_COLUMNS == VALUE_DIM), "rows of several heads have no padding");
 static_assert(TILES == 1 || QUERIES == 4, "only a single group of rows may be partly used");
 static_assert(PITCH / 16 % 2 == 1, "the pitch must be an odd multiple of 16 bytes");
