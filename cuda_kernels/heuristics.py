@@ -33,9 +33,11 @@ _SM90_BYTES = 227 * 1024
 _BLOCK_BYTES = 1024
 """Shared memory that the system takes of every block, from sm_80 on."""
 _STATIC_BYTES = 64
-_FEWEST_PARCELS, _MOST_PARCELS = 8, 32
-"""Parts that are merged faster by all blocks of an item than by its last one or in a cluster, and beyond which more
-of them are more to send than there is to read."""
+_FEWEST_PARCELS = {ALIKE: {2: 8, 4: 8}, EQUAL_RANGES: {2: 16, 4: 3}}
+"""By how blocks share the work and by groups of rows: parts that are merged faster by all blocks of an item than
+by its last one or in a cluster. Of fewer rows parts are small, and an early launch gains as much."""
+_MOST_PARCELS = 32
+"""Parts beyond which equal ranges have more to send than is saved in reading."""
 _MOST_ITEMS = 256
 """Whose blocks send each other parcels."""
 _ELEMENTS = {BFLOAT16: 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
@@ -100,7 +102,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
             is_fuller = cuts * 0.99 > blocks * fewer and steps // cuts >= _LONG_STEPS
             if not is_fuller:
                 blocks, cuts = 1, fewer
-        together = boxes and _sends_parcels(cuts, items, tiles, blocks * layout.multiprocessors)
+        together = boxes and _sends_parcels(grid, cuts, items, tiles, blocks * layout.multiprocessors)
         if boxes and not together:
             cluster = _cluster(cuts, items, tiles, problem.value_dim, layout.multiprocessors)
 
@@ -132,12 +134,13 @@ def choose(problem: Problem, layout: Layout) -> Shape:
             parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
         most, sharers = max(1, -(-items * steps // warps)), blocks * layout.multiprocessors
-        together = boxes and not split_steps and _sends_parcels(sharers // items, items, tiles, sharers)
-        if not (split_steps or together):
+        each = min(_cuts(steps, items, warps, sharers), _MOST_PARCELS)
+        together = boxes and not split_steps and _sends_parcels(grid, each, items, tiles, sharers)
+        if together:
+            sharers = items * each
+        elif not split_steps:
             read = 2 * items * steps * STEP * _row_bytes(problem, heads)
             sharers = min(sharers, _most_sharers(items, read, 8 * records * problem.value_dim))
-        if together:
-            sharers = items * min(_cuts(steps, items, warps, sharers), _MOST_PARCELS)
         grids = min(_even(sharers, items), most), 1, 1
         # A block shares its first item and its last.
         places = 2 * grids[0]
@@ -294,12 +297,10 @@ def _cluster(cuts: int, items: int, tiles: int, value_dim: int, multiprocessors:
     return 1
 
 
-def _sends_parcels(cuts: int, items: int, tiles: int, places: int) -> bool:
-    """Whether the blocks of an item send each other their parts; then all run at once, and none begins early.
-
-    Worth it from two groups of rows on: of fewer, parts are small, and an early launch gains as much.
-    """
-    return tiles > 1 and cuts >= _FEWEST_PARCELS and items <= _MOST_ITEMS and items * cuts <= places
+def _sends_parcels(grid: int, cuts: int, items: int, tiles: int, places: int) -> bool:
+    """Whether the blocks of an item send each other their parts; all run at once then, and none begins early."""
+    enough = cuts >= _FEWEST_PARCELS[grid].get(tiles, math.inf)
+    return enough and items <= _MOST_ITEMS and items * cuts <= places
 
 
 def _vectors(problem: Problem, layout: Layout) -> bool:

@@ -144,7 +144,12 @@ def test_blocks_that_send_each_other_parcels_all_run_at_once(call):
     if shape.parcel_bytes:
         x, y, z = shape.grid
         assert x * y * z <= MULTIPROCESSORS * defines["BLOCKS"]
-        assert (defines["GRID"], defines["CLUSTER"], shape.parts) == (heuristics.ALIKE, 1, 0)
+        assert defines["GRID"] in (heuristics.ALIKE, heuristics.EQUAL_RANGES)
+        assert (defines["CLUSTER"], defines["PINNED"], shape.parts, shape.counters) == (1, 0, 0, 0)
+        # Of equal ranges every block shares two items at most.
+        places = x * y * z if defines["GRID"] == heuristics.ALIKE else 2 * x
+        words = shape.parcel_bytes - 8 * defines["MOST_ITEMS"]
+        assert words == places * 16 * 4 * defines["TILES"] * shape.heads * (2 + defines["VALUE_DIM"])
 
 
 def test_one_sequence_is_cut_alike_wherever_its_length_is():
@@ -161,12 +166,14 @@ def test_one_sequence_is_cut_alike_wherever_its_length_is():
 
 
 def test_few_items_of_many_rows_are_shared_by_fewer_blocks():
-    """The last block of an item to arrive merges all parts, which many rows make large."""
-    (blocks, _, _), few = (
-        shape_of(batch=2, kv_heads=1, kv_len=8192, q_heads=g, lengths=True)[1].grid for g in (16, 1)
-    )
-    assert 16 <= blocks <= 64
-    assert few[0] >= 128
+    """Parts, which many rows make large, are more to send or to merge than few blocks have to read."""
+    many, few = (shape_of(batch=2, kv_heads=1, kv_len=8192, q_heads=g, lengths=True)[1] for g in (16, 1))
+    assert many.parcel_bytes
+    assert 16 <= many.grid[0] <= 64
+    assert not few.parcel_bytes
+    assert few.grid[0] >= 128
+    # Of so few keys one block merges what there is.
+    assert not shape_of(batch=2, kv_heads=1, kv_len=256, q_heads=16, lengths=True)[1].parcel_bytes
 
 
 def test_rows_of_256_bytes_come_by_the_copy_engine_and_two_heads_of_64_make_one():

@@ -237,11 +237,12 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
   return __all_sync(~0u, finite);
 }
 
-// Leaves the warp's statistics, and its sums in the exchange's channels from `from` on, for merge_warps. Sums are relative
-// to a reference, from which the maximum may have moved on.
+// Leaves the warp's statistics, and its sums in the channels from `from` on that there is room for, for merge_warps. Sums are
+// relative to a reference, from which the maximum may have moved on.
+template <class At>
 __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from) {
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  float2* exchange = reinterpret_cast<float2*>(shared + EXCHANGE_AT + warp * EXCHANGE_PITCH);
+  float2* exchange = reinterpret_cast<float2*>(shared + At::AT + warp * At::PITCH);
 #pragma unroll
   for (int h = 0; h < HEADS; h++)
 #pragma unroll
@@ -267,8 +268,8 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
 #pragma unroll
       for (int i = 0; i < CHANNELS; i++) {
         const int channel = Tile::channel(i, g) - from;
-        if (EXCHANGE_CHANNELS < VALUE_COLUMNS && (channel < 0 || channel >= EXCHANGE_CHANNELS)) continue;
-        exchange[((h * TILES + n) * EXCHANGE_CHANNELS + channel) * QUERIES + t] = make_float2(a.O1[h][n][i], a.O2[h][n][i] * unit);
+        if (At::CHANNELS < VALUE_COLUMNS && (channel < 0 || channel >= At::CHANNELS)) continue;
+        exchange[((h * TILES + n) * At::CHANNELS + channel) * QUERIES + t] = make_float2(a.O1[h][n][i], a.O2[h][n][i] * unit);
       }
     }
 }
@@ -440,24 +441,31 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       } else if (record.row < rows.count)
         finish(p, rows, record, rank * SLICE + channel, seen_by(p, item, rows, record.row), state);
     };
+    const auto merge_block = [&](auto at) {
+      typedef decltype(at) At;
 #pragma unroll
-    for (int from = 0; from < VALUE_DIM; from += EXCHANGE_CHANNELS) {
-      hand_over(shared, a, lane, from);
-      __syncthreads();
-      if (from == 0) {
-        weigh_warps(shared);
+      for (int from = 0; from < VALUE_DIM; from += At::CHANNELS) {
+        hand_over<At>(shared, a, lane, from);
         __syncthreads();
+        if (from == 0) {
+          weigh_warps(shared);
+          __syncthreads();
+        }
+        if constexpr (CLUSTER > 1) {
+          merge_warps<At>(shared, from, [&](int number, int channel, const RowState<1>& state) {
+            reinterpret_cast<float2*>(shared + RESULT_AT + RECORDS * 16)[number * VALUE_DIM + channel] = make_float2(state.O1[0], state.O2[0]);
+            if (channel == 0) reinterpret_cast<float4*>(shared + RESULT_AT)[number] = state.s.packed();
+          });
+        } else {
+          merge_warps<At>(shared, from, write);
+        }
+        if (!SINGLE || from + At::CHANNELS < VALUE_DIM) __syncthreads();
       }
-      if constexpr (CLUSTER > 1) {
-        merge_warps(shared, from, [&](int number, int channel, const RowState<1>& state) {
-          reinterpret_cast<float2*>(shared + RESULT_AT + RECORDS * 16)[number * VALUE_DIM + channel] = make_float2(state.O1[0], state.O2[0]);
-          if (channel == 0) reinterpret_cast<float4*>(shared + RESULT_AT)[number] = state.s.packed();
-        });
-      } else {
-        merge_warps(shared, from, write);
-      }
-      if (!SINGLE || from + EXCHANGE_CHANNELS < VALUE_DIM) __syncthreads();
-    }
+    };
+    if (LAST_IN_RINGS && (SINGLE || end >= schedule.end))
+      merge_block(Exchange<LAST_IN_RINGS>());
+    else if constexpr (!SINGLE)
+      merge_block(Exchange<false>());
     if constexpr (CLUSTER > 1) {
       cluster_arrive_shared();
       cluster_wait();

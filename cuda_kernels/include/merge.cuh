@@ -170,7 +170,7 @@ __device__ __forceinline__ void weigh_warps(char* shared) {
 
 // The sums that the warps left in the exchange become one, of which write(record number, channel, state) gets every
 // row's channels from `from` on.
-template <class Write>
+template <class At, class Write>
 __device__ __forceinline__ void merge_warps(const char* shared, int from, Write write) {
   // The rows of a channel follow one another, as the lanes that wrote them do; two of them are loaded at a time. A thread
   // has the same two of all its channels where the groups of rows divide the threads: their factors are loaded once.
@@ -188,7 +188,7 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
       for (int w = 0; w < WARPS; w++) factors[e][w] = reinterpret_cast<const float2*>(shared + FACTORS_AT)[(number + e) * WARPS + w];
     }
 #pragma unroll 1
-    for (int first = threadIdx.x % TEAM * PAIR; first < EXCHANGE_CHANNELS * QUERIES; first += TEAM * PAIR) {
+    for (int first = threadIdx.x % TEAM * PAIR; first < At::CHANNELS * QUERIES; first += TEAM * PAIR) {
       const int channel = from + first / QUERIES;
       if (channel >= VALUE_DIM) continue;
       RowState<1> state[PAIR];
@@ -196,7 +196,7 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
       for (int e = 0; e < PAIR; e++) state[e].s = totals[e], state[e].O1[0] = state[e].O2[0] = 0;
 #pragma unroll
       for (int w = 0; w < WARPS; w++) {
-        const float2* exchange = reinterpret_cast<const float2*>(shared + EXCHANGE_AT + w * EXCHANGE_PITCH) + group * EXCHANGE_CHANNELS * QUERIES;
+        const float2* exchange = reinterpret_cast<const float2*>(shared + At::AT + w * At::PITCH) + group * At::CHANNELS * QUERIES;
         float2 sums[PAIR];
         if constexpr (PAIR == 2) {
           const float4 x = *reinterpret_cast<const float4*>(exchange + first);

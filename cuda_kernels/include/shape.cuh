@@ -72,15 +72,21 @@ constexpr bool WITH_RESTS = BFLOAT && TILES == 1, RESTS_ASIDE = WITH_RESTS && QU
 __device__ __forceinline__ int row_of(int t) { return RESTS_ASIDE ? t % QUERIES : t; }
 constexpr int SLICE = VALUE_DIM / CLUSTER;  // channels that a block of a cluster merges
 
-// Shared memory, in bytes from its start. Warps hand their sums over where their rings are, once those have run out;
-// where another item follows, a few channels at a time beside them.
+// Shared memory, in bytes from its start.
 constexpr int RING_BYTES = SLOTS * SLOT_BYTES;  // of a warp
-constexpr int HANDED = SINGLE ? RING_BYTES / (8 * RECORDS) / 32 * 32 : (RECORDS < 4 ? 128 / RECORDS : 32);
-constexpr int EXCHANGE_CHANNELS = HANDED < round_up(VALUE_COLUMNS, 32) ? HANDED : round_up(VALUE_COLUMNS, 32);
 constexpr int RING_AT = 0;
-constexpr int EXCHANGE_AT = SINGLE ? RING_AT : RING_AT + WARPS * RING_BYTES;
-constexpr int EXCHANGE_PITCH = SINGLE ? RING_BYTES : (RECORDS * EXCHANGE_CHANNELS > 128 ? RECORDS * EXCHANGE_CHANNELS * 8 : 1024);  // of a warp
-constexpr int STATISTICS_AT = SINGLE ? WARPS * RING_BYTES : EXCHANGE_AT + WARPS * EXCHANGE_PITCH;
+// Where warps hand their sums over, how many channels at a time, and how many bytes apart: where their rings are, once those have
+// run out; where another item follows, beside them. So do 16 rows that one block merges, whose kernel is as large as may be.
+template <bool IN_RINGS>
+struct Exchange {
+  static constexpr int HANDED = IN_RINGS ? RING_BYTES / (8 * RECORDS) / 32 * 32 : (RECORDS < 4 ? 128 / RECORDS : 32);
+  static constexpr int CHANNELS = HANDED < round_up(VALUE_COLUMNS, 32) ? HANDED : round_up(VALUE_COLUMNS, 32);
+  static constexpr int AT = IN_RINGS ? RING_AT : RING_AT + WARPS * RING_BYTES;
+  static constexpr int PITCH = IN_RINGS ? RING_BYTES : (RECORDS * CHANNELS > 128 ? RECORDS * CHANNELS * 8 : 1024);
+};
+constexpr bool LAST_IN_RINGS = SINGLE || ((TOGETHER || TILES < 4) && Exchange<true>::CHANNELS > Exchange<false>::CHANNELS);
+constexpr int EXCHANGE_AT = Exchange<SINGLE>::AT;
+constexpr int STATISTICS_AT = SINGLE ? WARPS * RING_BYTES : EXCHANGE_AT + WARPS * Exchange<false>::PITCH;
 constexpr int REFERENCES_AT = STATISTICS_AT + WARPS * RECORDS * 16;
 constexpr int FACTORS_AT = REFERENCES_AT + round_up(WARPS * RECORDS * 4, 16);
 constexpr int TOTALS_AT = FACTORS_AT + round_up(WARPS * RECORDS * 8, 16);
@@ -91,7 +97,7 @@ constexpr int SHARED_BYTES = BARRIERS_AT + WARPS * SLOTS * 8;
 
 static_assert(SHARED_BYTES == SHARED, "the launcher counts shared memory otherwise");
 static_assert((WARPS & (WARPS - 1)) == 0, "warps are reduced by halves");
-static_assert(EXCHANGE_CHANNELS >= 32 && WARPS * EXCHANGE_PITCH >= THREADS * 32, "the exchange is too small");
+static_assert(Exchange<SINGLE>::CHANNELS >= 32 && WARPS * Exchange<SINGLE>::PITCH >= THREADS * 32, "the exchange is too small");
 static_assert(CLUSTER == 1 || (GRID == 1 && VALUE_DIM % CLUSTER == 0), "blocks of a cluster merge as many channels each");
 static_assert(!TOGETHER || (GRID != 2 && !PINNED && CLUSTER == 1), "blocks that send parcels share items");
 static_assert(HEADS == 1 || (KEY_COLUMNS == HEAD_DIM && VALUE_COLUMNS == VALUE_DIM), "rows of several heads have no padding");
