@@ -34,8 +34,8 @@ _BLOCK_BYTES = 1024
 """Shared memory that the system takes of every block, from sm_80 on."""
 _STATIC_BYTES = 64
 _FEWEST_PARCELS = {ALIKE: {2: 8, 4: 8}, EQUAL_RANGES: {2: 16, 4: 3}}
-"""By how blocks share the work and by groups of rows: parts that are merged faster by all blocks of an item than
-by its last one or in a cluster. Of fewer rows parts are small, and an early launch gains as much."""
+"""By how blocks share the work and by groups of rows: parts that all blocks of an item merge faster than its
+last one or a cluster does. Of fewer rows parts are small, and an early launch gains as much."""
 _MOST_PARCELS = 32
 """Parts beyond which equal ranges have more to send than is saved in reading."""
 _MOST_ITEMS = 256
@@ -298,7 +298,7 @@ def _cluster(cuts: int, items: int, tiles: int, value_dim: int, multiprocessors:
 
 
 def _sends_parcels(grid: int, cuts: int, items: int, tiles: int, places: int) -> bool:
-    """Whether the blocks of an item send each other their parts; all run at once then, and none begins early."""
+    """Whether blocks of an item send each other their parts; all run at once then, and none begins early."""
     enough = cuts >= _FEWEST_PARCELS[grid].get(tiles, math.inf)
     return enough and items <= _MOST_ITEMS and items * cuts <= places
 

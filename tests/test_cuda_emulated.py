@@ -112,7 +112,7 @@ PARCELS = {
     "a window": dict(kv_heads=1, group=8, capacity=1025, window_size=1020),
     "two lengths": dict(batch=2, kv_heads=1, group=16, capacity=600, cache_seqlens=lengths(600, 90)),
     "pages, a block with a whole sequence between two others": dict(
-        batch=3, kv_heads=1, group=5, capacity=752, page_size=16, cache_seqlens=lengths(750, 20, 300)
+        batch=3, kv_heads=1, group=12, capacity=448, page_size=16, cache_seqlens=lengths(400, 20, 200)
     ),
 }  # fmt: skip
 
