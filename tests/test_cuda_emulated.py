@@ -1,6 +1,5 @@
 """Kernels run on the host, thread by thread, in several orders: what a GPU computes, without one."""
 
-import functools
 from dataclasses import replace
 
 import numpy as np
@@ -8,30 +7,19 @@ import pytest
 
 pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
 
-import cases
-import emulation
-from budget import budget, solved_budget
+from budget import budget
 from calls import call
-from cases import error_of_rows, hold
+from cases import hold
+from emulated_runs import FLOAT16, FLOAT32, ORDERS, lengths, make, run
 from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, compiled, emulated, needs_compiler
 from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
-from parallax_core.cuda_kernels import early_launch, lla
+from parallax_core.cuda_kernels import early_launch
 from parallax_core.cuda_kernels.launch import Kind
 
 pytestmark = needs_compiler
-
-FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
-ORDERS = LATE, EARLY, RANDOM_LATE, RANDOM_EARLY
-
-
-make = functools.partial(cases.make, group=1, capacity=200)
-
-
-def lengths(*values):
-    return np.array(values, np.int32)
 
 
 CASES = {
@@ -82,28 +70,6 @@ def test_a_state_has_the_largest_score_and_changes_no_bit_of_the_output(operatio
         o, found = call(plx, operation, on_gpu(case), return_state=True)
         np.testing.assert_array_equal(plain.data, o.data)
         assert (np.abs(found.m.data - state.m) <= budget(case, operation).lse).all()
-
-
-SOLVED = {
-    "heads of 128": (dict(kv_heads=1, capacity=300), (9, 0)),
-    "heads of 64, split": (dict(batch=1, kv_heads=1, capacity=2300, head_dim=64), (9, 0)),
-    "pages of 16, a window": (
-        dict(kv_heads=1, capacity=192, page_size=16, window_size=100, cache_seqlens=lengths(190, 37)), (9, 0)
-    ),
-    "heads of 64, pages, tokens": (
-        dict(head_dim=64, length=2, capacity=192, page_size=64, cache_seqlens=lengths(190, 3)), (9, 0)
-    ),
-    "float16": (dict(kv_heads=1, capacity=150, dtype=FLOAT16), (9, 0)),
-    "packed sequences": (dict(packed=(30, 1, 70), kv_heads=1, head_dim=64), (9, 0)),
-    "portable": (dict(capacity=150, head_dim=40, value_dim=24), (8, 0)),
-    "portable, float32": (dict(batch=1, capacity=600, head_dim=80, dtype=FLOAT32), (8, 0)),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", SOLVED)
-def test_local_linear_attention_in_every_order_of_its_threads(name):
-    sizes, capability = SOLVED[name]
-    hold_in_every_order(make(**sizes), capability, "cholesky")
 
 
 PARCELS = {
@@ -168,120 +134,6 @@ def test_parcels_of_other_shapes_are_not_mistaken():
             hold(o, call(plx.reference, "parallax", case), budget(case, "parallax").output)
 
 
-STEPS = {
-    "heads of 128": (dict(kv_heads=1, capacity=300), 64),
-    "heads of 64, shared by two blocks": (dict(batch=1, kv_heads=1, capacity=1100, head_dim=64), 64),
-    "heads of 64, shared by a cluster of four": (dict(batch=1, kv_heads=1, capacity=2070, head_dim=64), 64),
-    "heads of 64, shared by more": (dict(batch=1, kv_heads=1, capacity=4100, head_dim=64), 64),
-    "heads of 128, shared, of two lengths": (
-        dict(kv_heads=1, capacity=1100, cache_seqlens=lengths(1090, 40)), 64
-    ),
-    "pages of 16, left to the factorisation": (
-        dict(kv_heads=1, capacity=192, page_size=16, window_size=100, cache_seqlens=lengths(190, 37)), 3
-    ),
-    "shared, left to the factorisation": (dict(batch=1, kv_heads=1, capacity=1100), 3),
-    "shared by a cluster, left to the factorisation": (
-        dict(batch=1, kv_heads=1, capacity=1100, head_dim=64), 3
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", STEPS)
-def test_conjugate_gradients_in_every_order_of_their_threads(name, monkeypatch):
-    sizes, most = STEPS[name]
-    monkeypatch.setattr(lla, "_MOST_STEPS", most)
-    hold_in_every_order(make(**sizes), (9, 0), "cg")
-
-
-def test_mail_of_other_shapes_is_not_mistaken():
-    """Calls one after another on one workspace, whose rows and heads lie in the same mail."""
-    sizes = (3, 64, 1600), (1, 128, 1100), (2, 128, 1100)
-    cases = [make(batch=b, kv_heads=1, capacity=c, head_dim=d, seed=b) for b, d, c in sizes]
-    with emulated((9, 0), multiprocessors=6):
-        Prepared.order = RANDOM_EARLY
-        for case in (*cases, cases[0]):
-            o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
-            hold(
-                o, call(plx.reference, "lla", case, ridge=0.1), solved_budget(case, np.full(o.shape[:3], 0.1))
-            )
-
-
-KEYS = {
-    "queries four times larger": lambda q, k: (4 * q, k),
-    "an offset of 16": lambda q, k: (q, k + 16),
-    "keys that drift": lambda q, k: (4 * q, k + np.linspace(-4, 4, k.shape[1])[:, None, None]),
-    "fewer keys than channels": lambda q, k: (q, k[:, :40]),
-}
-
-
-@pytest.mark.parametrize("solver", ["cholesky", "cg"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-@pytest.mark.parametrize("keys", KEYS)
-def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim, solver):
-    """In bfloat16 at a ridge of 0.1, where the reference takes the same rounded inputs."""
-    case = make(head_dim=head_dim, batch=4, kv_heads=1, capacity=400, dtype=FLOAT32)
-    q, k = KEYS[keys](case.q, case.k_cache)
-    v = case.v_cache[:, : k.shape[1]]
-    case = DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, v)), {})
-    expected = call(plx.reference, "lla", case, ridge=0.1)
-    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
-    assert error_of_rows(o, expected).max() <= 1e-2
-
-
-@pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
-@pytest.mark.parametrize("keys, values", [(-10, 12), (8, -9)])
-def test_solved_rows_of_numbers_far_from_1_are_as_near(keys, values, dtype):
-    """Powers of two bring them there; the scores stay as they are."""
-    case = make(head_dim=64, kv_heads=1, capacity=200, dtype=FLOAT32)
-    arrays = 2.0**keys * case.q, case.r, 2.0**keys * case.k_cache, 2.0**values * case.v_cache
-    case = DecodeCase(*(x.astype(dtype) for x in arrays), {"scale": 4.0**-keys / 8})
-    ridge = 0.1 * 4.0**keys
-    expected = call(plx.reference, "lla", case, ridge=ridge)
-    (o,) = run("lla", case, (9, 0), orders=(RANDOM_EARLY,), ridge=ridge)
-    assert error_of_rows(o, expected).max() <= 1e-2
-
-
-@pytest.mark.parametrize(
-    "head_dim, capacity, solver",
-    [(64, 200, "cholesky"), (128, 200, "cholesky"), (128, 200, "cg"), (64, 1100, "cg")],
-)
-@pytest.mark.parametrize("change", ["values grow", "zeros come first"])
-def test_tiles_beyond_the_scale_of_the_first_are_taken_again(change, head_dim, capacity, solver):
-    case = make(batch=1, head_dim=head_dim, kv_heads=1, capacity=capacity, dtype=BFLOAT16)
-    k, v = case.k_cache.copy(), case.v_cache.copy()
-    if change == "values grow":
-        v[:, 64:] *= 2.0**20
-    else:
-        k[:, :64] = v[:, :64] = 0
-    case = case.with_keys_and_values(k, v)
-    expected = call(plx.reference, "lla", case, ridge=0.1)
-    (o,) = run("lla", case, (9, 0), orders=(LATE,), ridge=0.1, solver=solver)
-    assert error_of_rows(o, expected).max() <= 1e-2
-
-
-def test_keys_about_an_outlying_one_keep_their_digits():
-    """The worst of 160 rows with one key 30 times larger: an origin of few keys costs it twice the error."""
-    case = make(batch=40, kv_heads=4, group=1, head_dim=128, capacity=2048, dtype=np.dtype(np.float32))
-    k = np.where(np.arange(2048)[:, None, None] == 99, 30 * case.k_cache, case.k_cache)
-    row = np.s_[5:6, :, 1:2]
-    case = type(case)(*(x[row].astype(BFLOAT16) for x in (case.q, case.r, k, case.v_cache)), case.options)
-    with emulated(multiprocessors=1):
-        o = call(plx, "lla", on_gpu(case), ridge=0.1).data
-    assert error_of_rows(o, call(plx.reference, "lla", case, ridge=0.1)).max() <= 3e-2
-
-
-@pytest.mark.parametrize("solver", ["cholesky", "cg"])
-def test_the_kernels_that_racecheck_follows_compute_the_same_bits(solver, monkeypatch):
-    case = make(kv_heads=1, capacity=300)
-    (expected,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
-    kernel = emulation._kernel
-    monkeypatch.setattr(
-        emulation, "_kernel", lambda source, defines: kernel(source, (*defines, ("FOR_RACECHECK", 1)))
-    )
-    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
-    np.testing.assert_array_equal(o, expected)
-
-
 @pytest.mark.parametrize(
     "operation, extra, capability",
     [
@@ -310,22 +162,6 @@ def test_what_is_hidden_changes_no_bit(operation, extra, capability):
     sees[0, 2, 0, 3] = True
     assert np.isnan(o[sees]).all()
     np.testing.assert_array_equal(o[~sees], clean[~sees])
-
-
-@pytest.mark.parametrize("packed", [None, (30, 1, 25)])
-def test_a_solved_probe_gives_what_the_solver_gives(packed):
-    """In float32 the parallax of the probe is the local linear fit, up to float32's rounding."""
-    case = make(packed=packed, length=20, capacity=60, head_dim=24, dtype=FLOAT32)
-    options = case.options if packed else {}
-    with emulated(multiprocessors=12):
-        arrays = on_gpu(case)
-        given = arrays.options if packed else {}
-        r = plx.lla_probe(arrays.q, arrays.keys_and_values[0], ridge=0.5, **given).data
-    assert r.dtype == FLOAT32
-    k, v = case.keys_and_values
-    o = plx.reference.parallax_attention(case.q, r, k, v, **options)
-    expected = plx.reference.lla_attention(case.q, k, v, ridge=0.5, **options)
-    np.testing.assert_allclose(o, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("operation", ["parallax", "lla"])
@@ -425,25 +261,3 @@ def test_the_emulator_tells_what_is_wrong_with_a_kernel():
     assert swapped(EARLY, copied=1, waits=0)[1]
     # A barrier that half of the threads never come to.
     assert swapped(meets=2)[0].startswith(b"deadlock")
-
-
-def hold_in_every_order(case, capability, solver, multiprocessors=12):
-    """Local linear attention: the same bits, within the reference's bound."""
-    expected = call(plx.reference, "lla", case, ridge=0.1)
-    bound = solved_budget(case, np.full(case.q.shape[:3], 0.1))
-    results = run("lla", case, capability, multiprocessors=multiprocessors, ridge=0.1, solver=solver)
-    for o in results:
-        np.testing.assert_array_equal(o, results[0])
-    hold(results[0], expected, bound)
-
-
-def run(operation, case, capability, orders=ORDERS, multiprocessors=12, **extra):
-    """The outputs of a call in each of the orders, as float64; counters are left zero."""
-    results = []
-    with emulated(capability, multiprocessors) as workspace:
-        arrays = on_gpu(case)
-        for Prepared.order in orders:
-            o = call(plx, operation, arrays, **extra)
-            results.append(o.data.astype(np.float64))
-            assert not getattr(workspace, "counters", np.zeros(1)).any()
-    return results

@@ -5,10 +5,12 @@ import pytest
 
 pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
 
+from calls import call
 from cases import error_of_rows
+from emulated_runs import FLOAT16, FLOAT32, hold_in_every_order, lengths, make, run
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
 from strategies import BFLOAT16, DecodeCase
-from test_cuda_emulated import FLOAT16, FLOAT32, KEYS, call, hold_in_every_order, lengths, make, run
+from test_cuda_emulated_lla import KEYS
 
 import parallax_core as plx
 from parallax_core.cuda_kernels import lla

@@ -1,0 +1,44 @@
+"""A public call on emulated kernels, in several orders of their threads."""
+
+import functools
+
+import cases
+import numpy as np
+from budget import solved_budget
+from calls import call
+from cases import hold
+from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated
+from stand_in import on_gpu
+
+import parallax_core as plx
+
+FLOAT16, FLOAT32 = np.dtype(np.float16), np.dtype(np.float32)
+ORDERS = LATE, EARLY, RANDOM_LATE, RANDOM_EARLY
+
+make = functools.partial(cases.make, group=1, capacity=200)
+
+
+def lengths(*values):
+    return np.array(values, np.int32)
+
+
+def run(operation, case, capability, orders=ORDERS, multiprocessors=12, **extra):
+    """The outputs of a call in each of the orders, as float64; counters are left zero."""
+    results = []
+    with emulated(capability, multiprocessors) as workspace:
+        arrays = on_gpu(case)
+        for Prepared.order in orders:
+            o = call(plx, operation, arrays, **extra)
+            results.append(o.data.astype(np.float64))
+            assert not getattr(workspace, "counters", np.zeros(1)).any()
+    return results
+
+
+def hold_in_every_order(case, capability, solver, multiprocessors=12):
+    """Local linear attention: the same bits, within the reference's bound."""
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    bound = solved_budget(case, np.full(case.q.shape[:3], 0.1))
+    results = run("lla", case, capability, multiprocessors=multiprocessors, ridge=0.1, solver=solver)
+    for o in results:
+        np.testing.assert_array_equal(o, results[0])
+    hold(results[0], expected, bound)
