@@ -113,12 +113,30 @@ def test_layouts_and_probes(cuda_torch, operation, layout, probe, dtype):
 
 
 @operations
+@pytest.mark.parametrize("group", [4, 16])
 @pytest.mark.parametrize("capacity, batch", [(1, 1), (15, 3), (16, 1), (17, 70), (4096, 2), (40000, 1)])
-def test_lengths_short_and_long(cuda_torch, operation, capacity, batch):
+def test_lengths_short_and_long(cuda_torch, operation, capacity, batch, group):
     random = np.random.default_rng(1)
     lengths = random.integers(0, capacity + 1, batch).astype(np.int32)
     lengths[0] = capacity
-    check(cuda_torch, operation, make(batch=batch, capacity=capacity, cache_seqlens=lengths))
+    check(cuda_torch, operation, make(batch=batch, group=group, capacity=capacity, cache_seqlens=lengths))
+
+
+@operations
+@pytest.mark.parametrize("page_size", [None, 64])
+@pytest.mark.parametrize("group", [7, 16])
+def test_sequences_of_many_rows_are_shared_by_blocks_that_send_each_other_parcels(
+    cuda_torch, operation, group, page_size
+):
+    """A long sequence whose blocks are nearly all, and others that a block holds whole between two."""
+    for lengths in ([9000, 30, 20, 4000], [1, 9000, 0, 16], [5000, 5001, 5002, 5003]):
+        lengths = np.array(lengths, np.int32)
+        for kv_heads, head_dim in ((1, 128), (2, 64)):
+            case = make(
+                batch=4, kv_heads=kv_heads, group=group, head_dim=head_dim, capacity=9000,
+                page_size=page_size, cache_seqlens=lengths,
+            )  # fmt: skip
+            check(cuda_torch, operation, case)
 
 
 @operations
@@ -284,9 +302,9 @@ def test_out_refuses_memory_that_cannot_be_written_to(framework):
 @operations
 def test_the_same_bits_every_run(cuda_torch, operation):
     lengths = np.array([5000, 17, 3333, 1], np.int32)
-    for head_dim, length in ((64, 1), (128, 1), (128, 6), (40, 1)):
+    for head_dim, length, group in ((64, 1, 4), (128, 1, 4), (128, 6, 4), (40, 1, 4), (128, 1, 16)):
         case = cuda_torch.case(
-            make(batch=4, capacity=5000, head_dim=head_dim, length=length, cache_seqlens=lengths)
+            make(batch=4, capacity=5000, head_dim=head_dim, length=length, group=group, cache_seqlens=lengths)
         )
         first = cuda_torch.get(call(plx, operation, case))
         for _ in range(30):
@@ -361,9 +379,10 @@ def test_large_scores_and_tiny_values(cuda_torch):
     assert np.abs(o - expected).max() < 0.1 * np.abs(expected).max()
 
 
-def test_captured_launches_follow_the_lengths(cuda_torch):
+@pytest.mark.parametrize("group", [4, 16])
+def test_captured_launches_follow_the_lengths(cuda_torch, group):
     torch = cuda_torch.module
-    case = make(batch=4, capacity=5000, cache_seqlens=np.full(4, 5000, np.int32))
+    case = make(batch=4, capacity=5000, group=group, cache_seqlens=np.full(4, 5000, np.int32))
     on_gpu = cuda_torch.case(case)
     call(plx, "parallax", on_gpu)  # compiles
     graph = torch.cuda.CUDAGraph()
@@ -378,19 +397,29 @@ def test_captured_launches_follow_the_lengths(cuda_torch):
 
 
 @pytest.mark.parametrize(
-    "operation, group, extra",
+    "operation, group, lengths, extra",
     [
-        ("parallax", 2, {}),
+        ("parallax", 2, None, {}),
         # Rows whose blocks send each other parcels.
-        ("parallax", 8, {}),
-        ("lla", 2, {"ridge": 0.1}),
-        ("lla", 2, {"ridge": 0.1, "solver": "cg"}),
+        ("parallax", 8, None, {}),
+        ("parallax", 16, [9000, 40, 5000], {}),
+        ("lla", 2, None, {"ridge": 0.1}),
+        ("lla", 2, None, {"ridge": 0.1, "solver": "cg"}),
     ],
-    ids=["parallax", "parallax of groups of 8", "lla", "lla by conjugate gradients"],
+    ids=[
+        "parallax",
+        "parallax of groups of 8",
+        "parallax of groups of 16, lengths on the device",
+        "lla",
+        "lla by conjugate gradients",
+    ],
 )
-def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(cuda_torch, operation, group, extra):
+def test_graphs_and_streams_beside_one_another_do_not_disturb_each_other(
+    cuda_torch, operation, group, lengths, extra
+):
     torch = cuda_torch.module
-    cases = [make(seed=seed, batch=3, group=group, capacity=9000) for seed in range(3)]
+    options = {} if lengths is None else {"cache_seqlens": np.array(lengths, np.int32)}
+    cases = [make(seed=seed, batch=3, group=group, capacity=9000, **options) for seed in range(3)]
     on_gpu = [cuda_torch.case(case) for case in cases]
     expected = [call(plx, operation, case, **extra).clone() for case in on_gpu]
     graphs, outs = [], []

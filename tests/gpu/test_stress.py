@@ -17,6 +17,9 @@ CASES = {
         batch=3, capacity=3072, page_size=64, cache_seqlens=np.array([3001, 5, 777], np.int32)
     ),
     "16 rows": dict(batch=2, capacity=3000, kv_heads=1, group=16),
+    "16 rows, lengths on the device": dict(
+        batch=3, capacity=2000, kv_heads=1, group=16, cache_seqlens=np.array([1990, 5, 600], np.int32)
+    ),
     "lanes copy": dict(batch=3, capacity=2000, head_dim=80),
     "float32": dict(batch=2, capacity=1000, dtype=np.dtype(np.float32)),
 }
