@@ -32,7 +32,7 @@ _PORTABLE_BYTES = 99 * 1024
 _SM90_BYTES = 227 * 1024
 _BLOCK_BYTES = 1024
 """Shared memory that the system takes of every block, from sm_80 on."""
-_STATIC_BYTES = 64
+_STATIC_BYTES = 256
 _FEWEST_PARCELS = {ALIKE: {2: 8, 4: 8}, EQUAL_RANGES: {2: 16, 4: 3}}
 """By how blocks share the work and by groups of rows: parts that all blocks of an item merge faster than its
 last one or a cluster does. Of fewer rows parts are small, and an early launch gains as much."""
