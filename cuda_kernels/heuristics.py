@@ -126,26 +126,27 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     box = 16 if tiles == 4 else 8
     part_channels = problem.value_dim // cluster
     records = heads * tiles * queries
-    grids, parts, counters, places = (items, 1, 1), 0, 0, 0
+    grids, parts, counters = (items, 1, 1), 0, 0
     if grid == ALIKE:
         grids = cuts, problem.kv_heads // heads * row_blocks, problem.batch
-        places = items * cuts
-        if cuts > cluster and not together:
+        if cuts > cluster:
             parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
         most, sharers = max(1, -(-items * steps // warps)), blocks * layout.multiprocessors
-        each = min(_cuts(steps, items, warps, sharers), _MOST_PARCELS)
-        together = boxes and not split_steps and _sends_parcels(grid, each, items, tiles, sharers)
-        if together:
-            sharers = items * each
-        elif not split_steps:
+        if not split_steps:
+            each = min(_cuts(steps, items, warps, sharers), _MOST_PARCELS)
+            together = boxes and _sends_parcels(grid, each, items, tiles, sharers)
             read = 2 * items * steps * STEP * _row_bytes(problem, heads)
-            sharers = min(sharers, _most_sharers(items, read, 8 * records * problem.value_dim))
+            most_sharers = _most_sharers(items, read, 8 * records * problem.value_dim)
+            sharers = items * each if together else min(sharers, most_sharers)
         grids = min(_even(sharers, items), most), 1, 1
         # A block shares its first item and its last.
-        places = 2 * grids[0]
-        if not together:
-            parts, counters = items * -(-steps // split_steps) if split_steps else places, items
+        parts = items * -(-steps // split_steps) if split_steps else 2 * grids[0]
+        counters = items
+    parcel_bytes = 0
+    if together:
+        parcel_bytes = _parcel_bytes(parts, records, problem.value_dim)
+        parts = counters = 0
     defines = {
         "ELEMENT": _ELEMENTS[problem.dtype],
         "HEAD_DIM": problem.head_dim,
@@ -191,7 +192,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         parts=parts,
         part_floats=records * (4 + _round_up(2 * part_channels, 4)),
         counters=counters,
-        parcel_bytes=together * _parcel_bytes(places, records, problem.value_dim),
+        parcel_bytes=parcel_bytes,
     )
 
 
