@@ -17,6 +17,8 @@ from .parameters import PROBLEM
 
 STEP = 16
 """Keys that a warp takes at a time."""
+WARPGROUP = 4
+"""Warps that take their steps together where there are many query rows."""
 MOST_SLOTS = 16
 LONGEST_GRID = 65535
 """Blocks along y and z."""
@@ -26,6 +28,8 @@ MOST_STEPS = 2**31 - 1
 EQUAL_RANGES, ALIKE, WHOLE = range(3)
 """How blocks share the work; GRID in include/shape.cuh."""
 
+_RUN = 64
+"""Half-precision channels of a row that lie together in shared memory: 128 bytes."""
 _LONG_STEPS = 128
 """Of a block whose beginning and end count for little."""
 _PORTABLE_BYTES = 99 * 1024
@@ -80,25 +84,29 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         heads = 1
     half = size == 2
     channels = _round_up(problem.value_dim, 16 if half else 32) // 8
-    tiles = _tiles(rows, heads, channels, half)
+    step_warps = WARPGROUP if boxes and _takes_warpgroups(problem, layout, rows) else 1
+    step = STEP * step_warps
+    tiles = _tiles(rows, heads, channels // step_warps, half, 4 if step_warps > 1 else 4 // heads)
     queries = 4 if tiles > 1 or rows > 2 else rows
     row_blocks = -(-rows // (4 * tiles))
     items = problem.batch * (problem.kv_heads // heads) * row_blocks
     split_steps = 0 if layout.split_size is None else layout.split_size // STEP
     indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
     varied = problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1)
-    steps = _steps(problem, boxes)
+    steps = _steps(problem, boxes, step)
     grid = _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps)
 
     # Two blocks a multiprocessor hide each other's beginnings and ends, where their registers fit.
-    blocks = 2 if heads * tiles * channels <= 16 and grid != EQUAL_RANGES else 1
+    alone = grid == EQUAL_RANGES or step_warps > 1
+    blocks = 2 if heads * tiles * channels <= 16 and not alone else 1
+    rings = 8 // step_warps
     cluster, cuts, together = 1, 1, False
     if grid == ALIKE:
-        cuts = _cuts(steps, items, 8, blocks * layout.multiprocessors)
+        cuts = _cuts(steps, items, rings, blocks * layout.multiprocessors)
         if boxes and cuts > 1:
             # Fewer blocks with deeper rings leave fewer parts to merge. Of long ones, twice as many may leave
             # fewer multiprocessors idle, which counts for more.
-            fewer = _cuts(steps, items, 8, layout.multiprocessors)
+            fewer = _cuts(steps, items, rings, layout.multiprocessors)
             is_fuller = cuts * 0.99 > blocks * fewer and steps // cuts >= _LONG_STEPS
             if not is_fuller:
                 blocks, cuts = 1, fewer
@@ -109,21 +117,23 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     def plan(warps: int) -> tuple[int, int]:
         """Slots of a warp's ring, and bytes of shared memory."""
         records = heads * tiles * queries
-        fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster)
+        fixed = _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster, step_warps)
         row = _row_bytes(problem, heads)
         # Without boxes rows are an odd multiple of 16 bytes apart.
-        slot = STEP * (row if boxes or row % 32 else row + 16)
+        slot = step * (row if boxes or row % 32 else row + 16)
+        rings = warps // step_warps
         limit = (
             _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
         )
-        slots = min(MOST_SLOTS, (limit - fixed) // (warps * (slot + 8)))
-        return slots, fixed + slots * warps * (slot + 8)
+        slots = min(MOST_SLOTS, (limit - fixed) // (rings * (slot + 8)))
+        return slots, fixed + slots * rings * (slot + 8)
 
-    warps = next(w for w in (8, 4, 2, 1) if plan(w)[0] >= 2)
+    warps = next(w for w in (8, 4, 2, 1) if plan(w)[0] >= (3 if step_warps > 1 else 2))
+    rings = warps // step_warps
     slots, shared_bytes = plan(warps)
 
     # Keys that the copy engine brings at a time; with many rows its instructions compete with theirs.
-    box = 16 if tiles == 4 else 8
+    box = step if step_warps > 1 else 16 if tiles == 4 else 8
     part_channels = problem.value_dim // cluster
     records = heads * tiles * queries
     grids, parts, counters = (items, 1, 1), 0, 0
@@ -132,11 +142,11 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         if cuts > cluster:
             parts, counters = items * cuts, items * cluster
     elif grid == EQUAL_RANGES:
-        most, sharers = max(1, -(-items * steps // warps)), blocks * layout.multiprocessors
+        most, sharers = max(1, -(-items * steps // rings)), blocks * layout.multiprocessors
         if not split_steps:
-            each = min(_cuts(steps, items, warps, sharers), _MOST_PARCELS)
+            each = min(_cuts(steps, items, rings, sharers), _MOST_PARCELS)
             together = boxes and _sends_parcels(grid, each, items, tiles, sharers)
-            read = 2 * items * steps * STEP * _row_bytes(problem, heads)
+            read = 2 * items * steps * step * _row_bytes(problem, heads)
             most_sharers = _most_sharers(items, read, 8 * records * problem.value_dim)
             sharers = items * each if together else min(sharers, most_sharers)
         grids = min(_even(sharers, items), most), 1, 1
@@ -172,6 +182,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     if boxes:
         defines |= {"CLUSTER": cluster, "BOX": box, "TOGETHER": int(together), "MOST_ITEMS": _MOST_ITEMS}
         defines["READ_ONCE"] = int(row_blocks == 1 and overflows_cache(problem, layout))
+        defines["WARPGROUPS"] = int(step_warps > 1)
     else:
         defines["ALIGNED"] = int(
             layout.aligned and all(d * size % 16 == 0 for d in (problem.head_dim, problem.value_dim))
@@ -217,24 +228,35 @@ def _takes_boxes(problem: Problem, layout: Layout, heads: int) -> bool:
     return problem.page_size is None or problem.page_size % STEP == 0
 
 
-def _tiles(rows: int, heads: int, channels: int, half: bool) -> int:
+def _takes_warpgroups(problem: Problem, layout: Layout, rows: int) -> bool:
+    """Whether warpgroups take the steps: with many rows, which all see the same keys, on a Hopper."""
+    if layout.capability[0] != 9 or rows <= 4 or layout.split_size is not None:
+        return False
+    if problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1):
+        return False
+    if problem.head_dim % _RUN or problem.value_dim % _RUN:
+        return False
+    return problem.page_size is None or problem.page_size % (WARPGROUP * STEP) == 0
+
+
+def _tiles(rows: int, heads: int, channels: int, half: bool, most: int) -> int:
     """Groups of four query rows a block takes; as many as its registers hold accumulators for."""
-    most = max(1, min((64 if half else 32) // (heads * channels), 4 // heads))
+    most = max(1, min((64 if half else 32) // (heads * channels), most))
     return min(1 if rows <= 4 else 2 if rows <= 8 else 4, 4 if most >= 4 else 2 if most >= 2 else 1)
 
 
-def _steps(problem: Problem, boxes: bool) -> int:
-    """Steps of an item that sees all the keys that its lengths can give it."""
+def _steps(problem: Problem, boxes: bool, step: int) -> int:
+    """Steps of an item that sees all the keys that its lengths can give it, of ``step`` keys each."""
     first, end = 0, problem.kv_len
     if problem.causal and problem.window_size is not None:
         indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
         visible = min(end, problem.window_size + problem.q_len - 1)
         if indexed:  # a window may begin anywhere in a step
-            return -(-visible // STEP) + 1
+            return -(-visible // step) + 1
         first = max(0, end - problem.q_len + 1 - problem.window_size)
     if boxes and problem.page_size is not None:
-        first = first // STEP * STEP
-    return -(-(end - first) // STEP)
+        first = first // step * step
+    return -(-(end - first) // step)
 
 
 def _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps) -> int:
@@ -317,26 +339,31 @@ def _row_bytes(problem: Problem, heads: int) -> int:
     return heads * columns * problem.dtype.itemsize
 
 
-def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster) -> int:
+def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster, step_warps) -> int:
     """Shared memory beside the rings and their barriers; include/shape.cuh lays it out."""
     size = problem.dtype.itemsize
-    columns = _round_up(problem.head_dim, 16 if size == 2 else 4)
-    array = _round_up(heads * 4 * tiles * (columns + 16 // size) - 64 // size, 128 // size) + 64 // size
-    probe = 0 if problem.probe_dtype is None else 1 if problem.probe_dtype == problem.dtype else 2
+    rings = warps // step_warps
     total = (
         warps * records * 16
         + _round_up(warps * records * 4, 16)
         + _round_up(warps * records * 8, 16)
         + records * 16
-        + (1 + probe) * array * size
     )
     if grid == EQUAL_RANGES:
         value_columns = _round_up(problem.value_dim, 32)
-        handed = min(value_columns, 128 // records if records < 4 else 32)
-        total += warps * max(1024, records * handed * 8)
+        beside = 512 // records if step_warps > 1 else 128 // records if records < 4 else 32
+        total += rings * max(1024, records * min(value_columns, beside) * 8)
     if cluster > 1:
         total += records * (16 + 8 * problem.value_dim)
-    return total
+    probe = 0 if problem.probe_dtype is None else 1 if problem.probe_dtype == problem.dtype else 2
+    if step_warps > 1:
+        # Operands of wgmma: two rows of 128 bytes a query row, for weights and for every 64 channels.
+        operand = heads * 8 * tiles * 128
+        queries = max(1, probe) * problem.head_dim // _RUN * operand
+        return rings * 2 * operand + _round_up(total, 1024) + queries
+    columns = _round_up(problem.head_dim, 16 if size == 2 else 4)
+    array = _round_up(heads * 4 * tiles * (columns + 16 // size) - 64 // size, 128 // size) + 64 // size
+    return total + (1 + probe) * array * size
 
 
 def _round_up(n: int, multiple: int) -> int:

@@ -1,19 +1,28 @@
 #pragma once
 // The tiled loop over keys of softmax and Parallax attention, and of LLA once its probe is solved.
 //
-// A block takes a range of steps (schedule.cuh); its warps take the steps in turn, each with a ring of its own, and
-// meet where the range leaves an item. What a block has seen of an item that it shares with others goes to the
+// A block takes a range of steps (schedule.cuh); its warps, or with many query rows its warpgroups, take the steps in turn, each
+// with a ring of its own, and meet where the range leaves an item. What a block has seen of an item that it shares with others goes to the
 // workspace; the last block to arrive there merges all parts in their order and writes the output. Or all run at once, and each
 // merges slices when it has read its keys (parcels.cuh).
 
+#if WARPGROUPS
+#include "warpgroup_tile.cuh"
+#include "warpgroup_weigh.cuh"
+#else
 #include "float_tile.cuh"
 #include "half_tile.cuh"
+#endif
 #include "merge.cuh"
 #include "parcels.cuh"
 #include "ptx/dependents.cuh"
 #include "queries.cuh"
 #include "ring.cuh"
+#include "weigh.cuh"
 
+#if WARPGROUPS
+typedef WarpgroupTile Tile;
+#else
 template <bool F>
 struct TileOf {
   typedef HalfTile type;
@@ -23,159 +32,7 @@ struct TileOf<true> {
   typedef FloatTile type;
 };
 typedef TileOf<FLOAT>::type Tile;
-
-// What a lane accumulates of its query rows.
-struct Accumulator {
-  float m[HEADS][TILES], t0[HEADS][TILES];
-  float largest[HEADS][TILES];               // of the lane's own keys; m follows it from afar
-  float d1[HEADS][TILES], d2[HEADS][TILES];  // of the lane's own keys
-  float spread[HEADS][TILES];                // sum of p |t - t0| since t0 last moved
-  float scale[HEADS][TILES];                 // O2 is kept in units of it where P2 could overflow float16
-  float O1[HEADS][TILES][CHANNELS], O2[HEADS][TILES][CHANNELS];
-
-  __device__ void clear() {
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-#pragma unroll
-      for (int n = 0; n < TILES; n++) {
-        m[h][n] = largest[h][n] = minus_infinity();
-        t0[h][n] = d1[h][n] = d2[h][n] = spread[h][n] = 0;
-        scale[h][n] = 1;
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) O1[h][n][i] = O2[h][n][i] = 0;
-      }
-  }
-};
-
-// The sum, or the largest, over the lanes that share a query row, in all of them.
-__device__ __forceinline__ float sum_of_row(float x) {
-  for (int mask = 4; mask < 32; mask *= 2) x += __shfl_xor_sync(~0u, x, mask);
-  return x;
-}
-__device__ __forceinline__ float largest_of_row(float x) {
-  for (int mask = 4; mask < 32; mask *= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, mask));
-  return x;
-}
-
-// Brings what is summed up to the largest score so far. All rows go through each phase together: a phase is a chain of
-// dependent instructions as long as its shuffles.
-__device__ __forceinline__ void follow_largest(Accumulator& a) {
-  float m[HEADS][TILES];
-#pragma unroll
-  for (int h = 0; h < HEADS; h++)
-#pragma unroll
-    for (int n = 0; n < TILES; n++) m[h][n] = a.largest[h][n];
-#pragma unroll
-  for (int mask = 4; mask < 32; mask *= 2)
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-#pragma unroll
-      for (int n = 0; n < TILES; n++) m[h][n] = fmaxf(m[h][n], __shfl_xor_sync(~0u, m[h][n], mask));
-#pragma unroll
-  for (int h = 0; h < HEADS; h++)
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-      const float correction = weight(a.m[h][n], m[h][n]);
-      a.d1[h][n] *= correction, a.d2[h][n] *= correction, a.spread[h][n] *= correction;
-#pragma unroll
-      for (int i = 0; i < CHANNELS; i++) a.O1[h][n][i] *= correction, a.O2[h][n][i] *= correction;
-      a.m[h][n] = m[h][n];
-    }
-}
-
-// Keeps P2 within float16: t is not scaled, as scores are.
-__device__ __forceinline__ void fit(Accumulator& a, float (&c)[HEADS][TILES][4]) {
-#pragma unroll
-  for (int h = 0; h < HEADS; h++)
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-      const float inverse = 1 / a.scale[h][n];
-      c[h][n][1] *= inverse, c[h][n][3] *= inverse;
-      const float own = fmaxf(fabsf(c[h][n][1]), fabsf(c[h][n][3]));
-      if (!__any_sync(~0u, own > 32768.f)) continue;
-      const float largest = largest_of_row(own);
-      if (!(largest > 32768.f && largest < 3e38f)) continue;
-      // A power of two, so that nothing is rounded.
-      const float factor = exp2f(-ceilf(log2f(largest / 16384.f)));
-      a.scale[h][n] /= factor;
-      c[h][n][1] *= factor, c[h][n][3] *= factor;
-#pragma unroll
-      for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] *= factor;
-    }
-}
-
-// Weights may grow so far before what is summed up is brought to a new maximum.
-constexpr float LAZY_LOG2 = 8;
-
-// Whether the mean of t - t0, d2 / d1, is too far from 0. P2 = P1 (t - t0) is about to be rounded: its error is that of P1
-// as long as t - t0 is about 1, or more where its rest is kept, and that of t's own spread beyond.
-__device__ __forceinline__ bool has_drifted(float d1, float d2, float spread) {
-  constexpr float NEAR = WITH_RESTS ? 16 : 1;
-  return fabsf(d2) > fmaxf(NEAR * d1, 0.75f * spread);
-}
-
-// Scores of a step become weights, and the running sums move on. c: S1, S2 of key g and of key g + 8, then P1, P2.
-template <class Sees>
-__device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4], bool masked, Sees sees, float scale_log2) {
-  bool grown = false;
-#pragma unroll
-  for (int h = 0; h < HEADS; h++)
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-      float(&s)[4] = c[h][n];
-      s[0] *= scale_log2, s[2] *= scale_log2;
-      if (masked) {
-        // What is hidden may be NaN, which a weight of 0 would not silence.
-        if (!sees(n, 0)) s[0] = minus_infinity(), s[1] = a.t0[h][n];
-        if (!sees(n, 1)) s[2] = minus_infinity(), s[3] = a.t0[h][n];
-      }
-      const float own = fmaxf(s[0], s[2]);
-      a.largest[h][n] = fmaxf(a.largest[h][n], own);
-      grown = grown || own > a.m[h][n] + LAZY_LOG2;
-    }
-  if (__any_sync(~0u, grown)) follow_largest(a);
-  float t[HEADS][TILES][2];  // probe scores
-  bool drifted = false;
-#pragma unroll
-  for (int h = 0; h < HEADS; h++)
-#pragma unroll
-    for (int n = 0; n < TILES; n++) {
-      float(&s)[4] = c[h][n];
-      t[h][n][0] = s[1], t[h][n][1] = s[3];
-      // Scores that are all -inf so far weigh nothing; against their own maximum they would be NaN.
-      const float m = a.m[h][n] == minus_infinity() ? 0.f : a.m[h][n];
-      s[0] = exp2_fast(s[0] - m), s[2] = exp2_fast(s[2] - m);
-      a.d1[h][n] += s[0] + s[2];
-      s[1] = s[3] = 0;
-      if constexpr (!PROBE) continue;
-      s[1] = s[0] * (t[h][n][0] - a.t0[h][n]), s[3] = s[2] * (t[h][n][1] - a.t0[h][n]);
-      a.d2[h][n] += s[1] + s[3];
-      a.spread[h][n] += fabsf(s[1]) + fabsf(s[3]);
-      drifted = drifted || has_drifted(a.d1[h][n], a.d2[h][n], a.spread[h][n]);
-    }
-  if constexpr (!PROBE || FLOAT) return;
-  // A lane whose keys' mean lies too far from t0 calls for a look at the row's.
-  if (__any_sync(~0u, drifted)) {
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-#pragma unroll
-      for (int n = 0; n < TILES; n++) {
-        const float d1 = sum_of_row(a.d1[h][n]), d2 = sum_of_row(a.d2[h][n]), spread = sum_of_row(a.spread[h][n]);
-        // Neither NaN nor infinity moves a shift: they would reach a row's sums by another way than the formula's.
-        if (!(has_drifted(d1, d2, spread) && fabsf(d2) < 3e38f)) continue;
-        const float step = d2 / d1, scaled = step / a.scale[h][n];
-        const bool low = !masked || sees(n, 0), high = !masked || sees(n, 1);
-        a.t0[h][n] += step;
-        a.d2[h][n] -= step * a.d1[h][n];
-        a.spread[h][n] = 0;
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] -= scaled * a.O1[h][n][i];
-        c[h][n][1] = low ? c[h][n][0] * (t[h][n][0] - a.t0[h][n]) : 0.f;
-        c[h][n][3] = high ? c[h][n][2] * (t[h][n][1] - a.t0[h][n]) : 0.f;
-      }
-  }
-  if constexpr (!BFLOAT) fit(a, c);
-}
+#endif
 
 template <bool F>
 __device__ __forceinline__ float to_float(Element x) {
@@ -242,7 +99,7 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
 template <class At>
 __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from) {
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  float2* exchange = reinterpret_cast<float2*>(shared + At::AT + warp * At::PITCH);
+  float2* exchange = reinterpret_cast<float2*>(shared + At::AT + warp / STEP_WARPS * At::PITCH);
 #pragma unroll
   for (int h = 0; h < HEADS; h++)
 #pragma unroll
@@ -320,14 +177,14 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   if constexpr (GRID == 0) finish_empty_batches(p);
   Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
   // Rows and columns that no query is written to are read all the same, unless rests stand there.
-  if constexpr ((RECORDS < HEADS * ROWS && !RESTS_ASIDE) || HEAD_DIM < KEY_COLUMNS) {
+  if constexpr ((RECORDS < HEADS * ROWS && !RESTS_ASIDE) || HEAD_DIM < KEY_COLUMNS || (WARPGROUPS && PROBE != 1)) {
     Queries::clear(query_place);
     __syncthreads();
   }
 
   Accumulator a;
   Tile tile;
-  int step = schedule.begin + warp;
+  int step = schedule.begin + warp / STEP_WARPS;
   int begin = schedule.begin;  // of the segment: the block's steps of one item
   int owing = 0;
 #pragma unroll 1
@@ -336,6 +193,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     int end = SINGLE ? schedule.end : min(item.begin + item.steps, schedule.end);
     if constexpr (GRID == 0 && PINNED) end = min(end, begin + p.split_steps);
     queries.deposit(query_place);
+    if (WARPGROUPS) fence_async_proxy();
     __syncthreads();
     tile.load(query_place, lane);
     Item next = item;
@@ -370,6 +228,43 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
 
     a.clear();
     if constexpr (PINNED) step = begin + warp;
+#if WARPGROUPS
+    const int first_step = step;
+#pragma unroll 1
+    for (; step < end; step += RINGS) {
+      const int key = item.position(step);
+      const bool masked = key < item.keys.first || key + STEP > item.keys.end;
+      float c[HEADS][TILES][4];
+      tile.scores(ring.wait(), c);
+      to_log2(c, p.scale_log2);
+      if (masked) hide(a, c, key + Tile::key(lane), item.keys);
+      Weighed weighed;
+      const bool astray = weigh_as_agreed(a, c, weighed);
+      tile.put(weighed.w, lane);
+      char* values;
+      if (masked) {
+        // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
+        constexpr int PIECES = VALUE_BYTES / 16;
+        values = ring.wait();
+#pragma unroll 1
+        for (int i = threadIdx.x % 128; i < STEP * PIECES; i += 128)
+          if (key + i / PIECES < item.keys.first || key + i / PIECES >= item.keys.end)
+            *reinterpret_cast<uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16)) = make_uint4(0, 0, 0, 0);
+      }
+      fence_async_proxy();
+      const bool agree = barrier_any(tile.barrier(), 128, astray);
+      // All warps have read the values of the step before, and the keys.
+      if (step > first_step) ring.release(p);
+      ring.release(p);
+      if (agree) agree_anew(a, c, weighed, tile, shared, lane);
+      take(a, weighed);
+      if (!masked) values = ring.wait();
+      tile.accumulate(values, a.O1, a.O2);
+    }
+    tile.finish(a.O1, a.O2);
+    barrier_sync(tile.barrier(), 128);
+    if (!SINGLE && step > first_step) ring.release(p);
+#else
 #pragma unroll 1
     for (; step < end; step += WARPS) {
       const int key = item.position(step);
@@ -394,6 +289,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       Tile::accumulate(values, lane, c, a.O1, a.O2);
       ring.release(p);
     }
+#endif
 
     if (SINGLE || end >= schedule.end) let_next_launch_begin();
     // Whose parts make up the item, and which of them this block's is.

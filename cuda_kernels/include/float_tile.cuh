@@ -7,7 +7,6 @@ struct FloatTile {
   const Element* queries;  // q, then r, of every row, in shared memory
 
   __device__ static int channel(int i, int g) { return i / 4 * 32 + g * 4 + i % 4; }
-  __device__ static constexpr bool within(int i, int from, int count) { return i / 4 * 32 >= from && i / 4 * 32 < from + count; }
 
   __device__ void load(const Element* from, int) { queries = from; }
 

@@ -22,8 +22,6 @@ struct HalfTile {
 
   // The channel that accumulator `i` of a lane belongs to.
   __device__ static int channel(int i, int g) { return i / 2 * 16 + i % 2 * 8 + g; }
-  // Whether accumulator `i` of all lanes lies within `count` channels from `from`, both multiples of 16.
-  __device__ static constexpr bool within(int i, int from, int count) { return i / 2 * 16 >= from && i / 2 * 16 < from + count; }
 
   __device__ void load(const Element* queries, int lane) {
     // Column 2 i of the second operand is query i, column 2 i + 1 its probe; two steps of 16 channels a load.

@@ -157,7 +157,9 @@ __device__ __forceinline__ void weigh_warps(char* shared) {
     total.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
 #pragma unroll
     for (int mask = 1; mask < WARPS; mask *= 2) total.m = fmaxf(total.m, __shfl_xor_sync(~0u, total.m, mask));
-    const float factor = x.saw_nothing() ? 0.f : weight(reference, total.m), step = x.saw_nothing() ? 0.f : x.t0 - total.t0;
+    // Sums of a warpgroup are those of all its warps, whether or not this one saw a key.
+    const bool counts = WARPGROUPS || !x.saw_nothing();
+    const float factor = counts ? weight(reference, total.m) : 0.f, step = counts ? x.t0 - total.t0 : 0.f;
     if (!x.saw_nothing()) total.d1 = factor * x.d1, total.d2 = factor * (x.d2 + step * x.d1);
 #pragma unroll
     for (int mask = 1; mask < WARPS; mask *= 2)
@@ -179,13 +181,14 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
 #pragma unroll 1
   for (int group = threadIdx.x / TEAM; group < GROUPS; group += TEAMS) {
     const int number = group * QUERIES + threadIdx.x * PAIR % QUERIES;
-    float2 factors[PAIR][WARPS];
+    float2 factors[PAIR][RINGS];
     Statistics totals[PAIR];
 #pragma unroll
     for (int e = 0; e < PAIR; e++) {
       totals[e] = Statistics::of(reinterpret_cast<const float4*>(shared + TOTALS_AT)[number + e]);
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) factors[e][w] = reinterpret_cast<const float2*>(shared + FACTORS_AT)[(number + e) * WARPS + w];
+      for (int w = 0; w < RINGS; w++)
+        factors[e][w] = reinterpret_cast<const float2*>(shared + FACTORS_AT)[(number + e) * WARPS + w * STEP_WARPS];
     }
 #pragma unroll 1
     for (int first = threadIdx.x % TEAM * PAIR; first < At::CHANNELS * QUERIES; first += TEAM * PAIR) {
@@ -195,7 +198,7 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
 #pragma unroll
       for (int e = 0; e < PAIR; e++) state[e].s = totals[e], state[e].O1[0] = state[e].O2[0] = 0;
 #pragma unroll
-      for (int w = 0; w < WARPS; w++) {
+      for (int w = 0; w < RINGS; w++) {
         const float2* exchange = reinterpret_cast<const float2*>(shared + At::AT + w * At::PITCH) + group * At::CHANNELS * QUERIES;
         float2 sums[PAIR];
         if constexpr (PAIR == 2) {

@@ -28,7 +28,7 @@ struct Queries {
 
   // Clears what no piece is written to, once.
   __device__ static void clear(Element* to) {
-    for (int i = threadIdx.x; i < (1 + PROBE) * QUERY_ARRAY; i += THREADS) to[i] = 0;
+    for (int i = threadIdx.x; i < QUERY_BYTES / int(sizeof(Element)); i += THREADS) to[i] = 0;
   }
 
   // Arrays of q, of r, and of what a float32 probe is more than its rounding, each of all rows.
@@ -37,7 +37,7 @@ struct Queries {
     for (int i = 0; i < EACH; i++) {
       const Piece x(threadIdx.x + i * THREADS);
       if (!x.exists) continue;
-      Element* place = to + x.probe * QUERY_ARRAY + (x.record.h * ROWS + x.record.row) * QUERY_PITCH + x.column;
+      Element* place = place_in(to, x.probe, x.record, x.column);
       const unsigned bits[4] = {pieces[i].x, pieces[i].y, pieces[i].z, pieces[i].w};
       if (PROBE == 2 && x.probe) {
         if constexpr (!FLOAT) {
@@ -47,7 +47,7 @@ struct Queries {
             place[e] = narrow<BFLOAT>(r);
             const float rest = r - widen<BFLOAT>(place[e]);
             // Infinity less itself is no number, and is in the rounding already.
-            place[QUERY_ARRAY + e] = rest == rest ? narrow<BFLOAT>(rest) : half_bits(0);
+            place_in(to, 2, x.record, x.column)[e] = rest == rest ? narrow<BFLOAT>(rest) : half_bits(0);
           }
         }
       } else if constexpr (VECTORS)
@@ -57,6 +57,14 @@ struct Queries {
       else
         *place = static_cast<half_bits>(bits[0]);
     }
+  }
+
+  // array: 0 q, 1 r, 2 what a float32 probe is more than its rounding.
+  __device__ static Element* place_in(Element* to, int array, const Record& record, int column) {
+    if constexpr (!WARPGROUPS) return to + array * QUERY_ARRAY + (record.h * ROWS + record.row) * QUERY_PITCH + column;
+    const int run = record.h * (HEAD_BYTES / 128) + column / 64, line = 2 * record.row + (array > 0);
+    const int at = array / 2 * QUERY_PART + run * OPERAND_BYTES + line * 128 + ((column / 8 % 8 ^ line % 8) * 16) + column % 8 * 2;
+    return to + at / int(sizeof(Element));
   }
 
  private:

@@ -1,6 +1,7 @@
 #pragma once
-// A warp's ring of slots in shared memory, which the warp itself fills ahead of its own reading: keys and values of
-// its steps in turn. Nothing is shared between warps, so that none waits for another.
+// A ring of slots in shared memory, which the warp that reads it fills ahead of its reading: keys and values of its steps in
+// turn. Nothing is shared between warps, so that none waits for another; or a warpgroup has a ring together, which its first
+// warp fills.
 //
 // A row is HEADS adjacent heads of one position. BOXES are brought by the copy engine; other rows by the lanes
 // together, 16 bytes at a time where ALIGNED, element by element otherwise.
@@ -18,8 +19,10 @@ struct Ring {
   unsigned barriers;
   int lane;
   int slot;     // the one to be read next, and to be filled once it was read
+  int read;     // of a warpgroup, which reads on before all of its warps have read a slot: the oldest such one
   unsigned parity;
   bool written;  // whether a slot was written by ordinary stores since the copy engine was last told
+  bool fills;    // whether this warp fills the ring
 
   Item item;  // of the step that is copied next
   int step, end;
@@ -32,14 +35,15 @@ struct Ring {
   __device__ void prepare(const Maps* tensor_maps, char* shared) {
     // From a shuffle, or the compiler would not know that it is the warp's, and the copy engine's instructions would be
     // preceded by a loop over the lanes.
-    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), ring = warp / STEP_WARPS;
     maps = tensor_maps;
     lane = threadIdx.x % 32;
-    slots = shared + RING_AT + warp * SLOTS * SLOT_BYTES;
-    barriers = shared_address(shared + BARRIERS_AT) + warp * SLOTS * 8;
-    slot = 0, parity = 0, written = false;
+    slots = shared + RING_AT + ring * SLOTS * SLOT_BYTES;
+    barriers = shared_address(shared + BARRIERS_AT) + ring * SLOTS * 8;
+    slot = 0, read = 0, parity = 0, written = false;
+    fills = warp % STEP_WARPS == 0;
     if constexpr (BOXES) {
-      if (lane == 0) {
+      if (fills && lane == 0) {
 #pragma unroll
         for (int s = 0; s < SLOTS; s++) mbarrier_init(barriers + s * 8, 1);
         fence_mbarrier_init();
@@ -55,12 +59,12 @@ struct Ring {
 
   // Fills the ring.
   __device__ void start(const Problem& p, const Item& first, int begin, int end_of_range) {
-    item = first, step = begin + __shfl_sync(~0u, threadIdx.x / 32, 0), end = end_of_range, values_next = false;
+    item = first, step = begin + __shfl_sync(~0u, threadIdx.x / 32, 0) / STEP_WARPS, end = end_of_range, values_next = false;
     split_end = PINNED ? begin + p.split_steps : 0;
     deal(p);
     find_place(p);
 #pragma unroll 1
-    for (int s = 0; s < SLOTS; s++) fill(p, s);
+    for (int s = 0; s < SLOTS && fills; s++) fill(p, s);
   }
 
   __device__ char* wait() {
@@ -69,11 +73,20 @@ struct Ring {
       mbarrier_wait(barriers + slot * 8, parity);
     else
       copy_wait<SLOTS - 1>(), __syncwarp();
-    return slots + slot * SLOT_BYTES;
+    char* found = slots + slot * SLOT_BYTES;
+    if (WARPGROUPS && ++slot == SLOTS) slot = 0, parity ^= 1;
+    return found;
   }
 
   // The slot has been read: fill it again and move on to the next.
   __device__ void release(const Problem& p) {
+    if constexpr (WARPGROUPS) {
+      delay();
+      // The warps of the ring have met since.
+      if (fills) fill(p, read);
+      if (++read == SLOTS) read = 0;
+      return;
+    }
     __syncwarp();
     delay();
     fill(p, slot);
@@ -119,7 +132,7 @@ struct Ring {
         else
           copy_rows<HEAD_DIM>(to, from);
       }
-      if (values_next) step += WARPS, deal(p), find_place(p);
+      if (values_next) step += RINGS, deal(p), find_place(p);
       values_next = !values_next;
     }
     if constexpr (!BOXES) copy_commit();

@@ -3,6 +3,7 @@
 #define BOXES 0
 #define CLUSTER 1
 #define TOGETHER 0
+#define WARPGROUPS 0
 #define MOST_ITEMS 1
 #define BOX 16
 #define READ_ONCE 0

@@ -80,6 +80,7 @@ constexpr int BLOCK_BARRIER = 0;
 struct Barrier {
   int count = 0;
   unsigned phase = 0;
+  bool any[2] = {};  // whether one gave true, by the phase's parity
 };
 
 struct MemoryBarrier {

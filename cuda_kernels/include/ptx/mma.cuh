@@ -15,6 +15,13 @@ __device__ __forceinline__ void load_matrices_transposed(unsigned (&a)[4], unsig
                : "r"(address));
 }
 
+// The other way: column c of each matrix becomes a row of 16 bytes, at the address of lane 8 i + c for matrix i (sm_90).
+__device__ __forceinline__ void store_matrices_transposed(unsigned address, const unsigned (&a)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a[0]), "r"(a[1]),
+               "r"(a[2]), "r"(a[3])
+               : "memory");
+}
+
 __device__ __forceinline__ unsigned transpose_matrix(unsigned a) {
   unsigned b;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(b) : "r"(a));

@@ -13,6 +13,9 @@ __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
 }
 
+// Accumulators that were waited for: nothing is to be read from them before.
+__device__ __forceinline__ void wgmma_arrived(float& c) { asm volatile("" : "+f"(c)::"memory"); }
+
 // Blocks of 64 channels, each a column of 128-byte rows (one a key) with the 128-byte swizzle, 1024-byte
 // aligned: 8 keys are 1024 bytes (the stride offset), `block_bytes` part the blocks (the leading offset).
 __device__ __forceinline__ unsigned long long keys_outermost(unsigned address, unsigned block_bytes) {
@@ -96,3 +99,49 @@ __device__ __forceinline__ void wgmma_scores(float (&c)[4], unsigned long long a
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "l"(a), "l"(b), "r"(int(add)));
 }
+
+// c = A B, or c += A B, of 64 x COLUMNS over 16: B, and A too unless its keys are summed over, by rows of 128 bytes along which
+// the sum is. c: the four numbers of every eight columns, upper row first.
+#define WGMMA_SMALL(COLUMNS, TYPE, PLACES, A, B, ADD, KEYS, ...)                                                               \
+  asm volatile("{\n\t"                                                                                                         \
+               ".reg .pred add;\n\t"                                                                                           \
+               "setp.ne.b32 add, " ADD ", 0;\n\t"                                                                              \
+               "wgmma.mma_async.sync.aligned.m64n" COLUMNS "k16.f32." TYPE "." TYPE " {" PLACES "}, " A ", " B                  \
+               ", add, 1, 1, " KEYS ", 0;\n\t"                                                                                 \
+               "}"                                                                                                             \
+               : __VA_ARGS__                                                                                                   \
+               : "l"(a), "l"(b), "r"(int(add)), "n"(int(OVER_KEYS)))
+#define WGMMA_FOUR(i) "+f"(*c[i]), "+f"(*c[i + 1]), "+f"(*c[i + 2]), "+f"(*c[i + 3])
+#define WGMMA_SMALL_8(TYPE) WGMMA_SMALL("8", TYPE, "%0, %1, %2, %3", "%4", "%5", "%6", "%7", WGMMA_FOUR(0))
+#define WGMMA_SMALL_16(TYPE) \
+  WGMMA_SMALL("16", TYPE, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", WGMMA_FOUR(0), WGMMA_FOUR(4))
+#define WGMMA_SMALL_32(TYPE)                                                                                                \
+  WGMMA_SMALL("32", TYPE, "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15", "%16", "%17", "%18", "%19", \
+              WGMMA_FOUR(0), WGMMA_FOUR(4), WGMMA_FOUR(8), WGMMA_FOUR(12))
+
+template <int COLUMNS, bool BFLOAT, bool OVER_KEYS>
+__device__ __forceinline__ void wgmma_small(float* const (&c)[COLUMNS / 2], unsigned long long a, unsigned long long b, bool add) {
+  static_assert(COLUMNS == 8 || COLUMNS == 16 || COLUMNS == 32, "8, 16 or 32 columns");
+  if constexpr (COLUMNS == 8) {
+    if constexpr (BFLOAT)
+      WGMMA_SMALL_8("bf16");
+    else
+      WGMMA_SMALL_8("f16");
+  } else if constexpr (COLUMNS == 16) {
+    if constexpr (BFLOAT)
+      WGMMA_SMALL_16("bf16");
+    else
+      WGMMA_SMALL_16("f16");
+  } else if constexpr (COLUMNS == 32) {
+    if constexpr (BFLOAT)
+      WGMMA_SMALL_32("bf16");
+    else
+      WGMMA_SMALL_32("f16");
+  }
+}
+
+#undef WGMMA_SMALL_32
+#undef WGMMA_SMALL_16
+#undef WGMMA_SMALL_8
+#undef WGMMA_FOUR
+#undef WGMMA_SMALL

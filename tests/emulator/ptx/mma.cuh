@@ -17,6 +17,16 @@ inline void load_rows(unsigned (&a)[4], unsigned address, bool transposed) {
 inline void load_matrices(unsigned (&a)[4], unsigned address) { load_rows(a, address, false); }
 inline void load_matrices_transposed(unsigned (&a)[4], unsigned address) { load_rows(a, address, true); }
 
+inline void store_matrices_transposed(unsigned address, const unsigned (&a)[4]) {
+  const auto given = emulator::give(address);
+  const int lane = emulator::lane();
+  for (int i = 0; i < 4; i++)
+    for (int e = 0; e < 2; e++) {
+      const half_bits x = a[i] >> 16 * e & 0xffff;
+      memcpy(emulator::at(given.of(8 * i + lane % 4 * 2 + e)) + 2 * (lane / 4), &x, 2);
+    }
+}
+
 inline unsigned transpose_matrix(unsigned a) {
   const auto given = emulator::give(a);
   const int row = emulator::lane() / 4, column = emulator::lane() % 4 * 2;

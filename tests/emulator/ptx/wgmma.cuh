@@ -2,6 +2,7 @@
 #include "ptx/numbers.cuh"
 
 inline void wgmma_fence() {}
+inline void wgmma_arrived(float&) {}
 inline void wgmma_commit() { emulator::running->products.commit(); }
 template <int PENDING>
 void wgmma_wait() {
@@ -16,12 +17,15 @@ inline unsigned long long keys_outermost(unsigned address, unsigned block_bytes)
 }
 inline constexpr unsigned descriptor_step(unsigned bytes) { return bytes >> 4; }
 
-inline float operand_at(const unsigned char* shared, unsigned long long descriptor, int key, int channel) {
+inline half_bits bits_at(const unsigned char* shared, unsigned long long descriptor, int key, int channel) {
   const unsigned base = (descriptor & 0x3fff) << 4, block_bytes = (descriptor >> 16 & 0x3fff) << 4;
   const unsigned at = base + channel / 64 * block_bytes + key * 128 + ((channel % 64 / 8 ^ key % 8) << 4) + channel % 8 * 2;
   half_bits x;
   memcpy(&x, shared + at, 2);
-  return widen<false>(x);
+  return x;
+}
+inline float operand_at(const unsigned char* shared, unsigned long long descriptor, int key, int channel) {
+  return widen<false>(bits_at(shared, descriptor, key, channel));
 }
 
 // Of rows whose channels are summed over; a descriptor may begin some pieces after a row's start.
@@ -35,21 +39,26 @@ inline unsigned long long channels_innermost(unsigned address) { return (address
 
 // term(row, column, k): of the sum over 16 k.
 template <class Term>
-void wgmma(float* c, int columns, bool add, Term term) {
+void wgmma(const std::vector<float*>& c, bool add, Term term) {
   const int thread = emulator::running->index % 128, lane = thread % 32, first = thread / 32 * 16 + lane / 4;
   emulator::running->products.add([=] {
-    for (int i = 0; i < columns / 2; i++) {
+    for (int i = 0; i < int(c.size()); i++) {
       const int row = first + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
       double terms[17];
-      terms[16] = add ? c[i] : 0;
+      terms[16] = add ? *c[i] : 0;
       for (int k = 0; k < 16; k++) terms[k] = term(row, column, k);
-      c[i] = truncated_sum(terms);
+      *c[i] = truncated_sum(terms);
     }
   });
 }
+inline std::vector<float*> each(float* c, int count) {
+  std::vector<float*> all;
+  for (int i = 0; i < count; i++) all.push_back(c + i);
+  return all;
+}
 inline void wgmma_of_keys(float* c, unsigned long long a, unsigned long long b, int columns) {
   const unsigned char* shared = emulator::block().shared;
-  wgmma(c, columns, true, [=](int row, int column, int k) {
+  wgmma(each(c, columns / 2), true, [=](int row, int column, int k) {
     return double(operand_at(shared, a, k, row)) * operand_at(shared, b, k, column);
   });
 }
@@ -58,7 +67,15 @@ inline void wgmma_m64n192(float* c, unsigned long long a, unsigned long long b) 
 template <bool BFLOAT>
 void wgmma_scores(float (&c)[4], unsigned long long a, unsigned long long b, bool add) {
   const unsigned char* shared = emulator::block().shared;
-  wgmma(c, 8, add, [=](int row, int column, int k) {
+  wgmma(each(c, 4), add, [=](int row, int column, int k) {
     return double(widen<BFLOAT>(along_row(shared, a, row, k))) * widen<BFLOAT>(along_row(shared, b, column, k));
+  });
+}
+template <int COLUMNS, bool BFLOAT, bool OVER_KEYS>
+void wgmma_small(float* const (&c)[COLUMNS / 2], unsigned long long a, unsigned long long b, bool add) {
+  const unsigned char* shared = emulator::block().shared;
+  wgmma({c, c + COLUMNS / 2}, add, [=](int row, int column, int k) {
+    const half_bits left = OVER_KEYS ? bits_at(shared, a, k, row) : along_row(shared, a, row, k);
+    return double(widen<BFLOAT>(left)) * widen<BFLOAT>(along_row(shared, b, column, k));
   });
 }
