@@ -230,12 +230,12 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     if constexpr (PINNED) step = begin + warp;
 #if WARPGROUPS
     const int first_step = step;
+    float c[HEADS][TILES][4];
+    if (step < end) tile.scores(ring.wait(), c), tile.arrive(c, a.O1, a.O2);
 #pragma unroll 1
     for (; step < end; step += RINGS) {
       const int key = item.position(step);
       const bool masked = key < item.keys.first || key + STEP > item.keys.end;
-      float c[HEADS][TILES][4];
-      tile.scores(ring.wait(), c);
       to_log2(c, p.scale_log2);
       if (masked) hide(a, c, key + Tile::key(lane), item.keys);
       Weighed weighed;
@@ -252,16 +252,17 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
             *reinterpret_cast<uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16)) = make_uint4(0, 0, 0, 0);
       }
       fence_async_proxy();
-      const bool agree = barrier_any(tile.barrier(), 128, astray);
-      // All warps have read the values of the step before, and the keys.
-      if (step > first_step) ring.release(p);
-      ring.release(p);
-      if (agree) agree_anew(a, c, weighed, tile, shared, lane);
+      if (barrier_any(tile.barrier(), 128, astray)) agree_anew(a, c, weighed, tile, shared, lane);
       take(a, weighed);
       if (!masked) values = ring.wait();
       tile.accumulate(values, a.O1, a.O2);
+      // All warps have read the values of the step before, and the keys.
+      if (step > first_step) ring.release(p);
+      ring.release(p);
+      // Scores of nothing behind the last step: products that are not always there would be waited for one by one.
+      tile.scores(step + RINGS < end ? ring.wait() : values, c);
+      tile.arrive(c, a.O1, a.O2);
     }
-    tile.finish(a.O1, a.O2);
     barrier_sync(tile.barrier(), 128);
     if (!SINGLE && step > first_step) ring.release(p);
 #else

@@ -32,7 +32,7 @@ struct WarpgroupTile {
     queries = shared_address(from), weights = shared_address(shared) + WEIGHTS_AT + threadIdx.x / 128 * WEIGHTS_BYTES, turn = 0;
   }
 
-  // Sums that are still on their way have arrived afterwards, too.
+  // On its way until `arrive`, as all products are.
   __device__ void scores(const char* keys, float (&c)[HEADS][TILES][4]) const {
     const unsigned slot = shared_address(keys);
     wgmma_fence();
@@ -52,11 +52,6 @@ struct WarpgroupTile {
         }
     }
     wgmma_commit();
-    wgmma_wait<0>();
-#pragma unroll
-    for (int h = 0; h < HEADS; h++)
-#pragma unroll
-      for (int i = 0; i < 4 * TILES; i++) wgmma_arrived(c[h][i / 4][i % 4]);
   }
 
   // P1, P2 of the lane's two keys become its part of the operand; the warpgroup has to meet before it multiplies.
@@ -73,7 +68,7 @@ struct WarpgroupTile {
       }
   }
 
-  // O1 += P1 V and O2 += P2 V, until the next scores or `finish`.
+  // O1 += P1 V and O2 += P2 V.
   __device__ void accumulate(const char* values, float (&O1)[HEADS][TILES][CHANNELS], float (&O2)[HEADS][TILES][CHANNELS]) {
     const unsigned slot = shared_address(values);
     wgmma_fence();
@@ -96,14 +91,17 @@ struct WarpgroupTile {
     turn ^= 1;
   }
 
-  __device__ void finish(float (&O1)[HEADS][TILES][CHANNELS], float (&O2)[HEADS][TILES][CHANNELS]) const {
+  __device__ static void arrive(float (&c)[HEADS][TILES][4], float (&O1)[HEADS][TILES][CHANNELS], float (&O2)[HEADS][TILES][CHANNELS]) {
     wgmma_wait<0>();
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
 #pragma unroll
-      for (int n = 0; n < TILES; n++)
+      for (int n = 0; n < TILES; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) wgmma_arrived(c[h][n][e]);
 #pragma unroll
         for (int i = 0; i < CHANNELS; i++) wgmma_arrived(O1[h][n][i]), wgmma_arrived(O2[h][n][i]);
+      }
   }
 
  private:

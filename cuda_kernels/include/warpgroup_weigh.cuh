@@ -75,7 +75,7 @@ __device__ __forceinline__ bool weigh_as_agreed(Accumulator& a, const float (&c)
     for (int n = 0; n < TILES; n++) {
       const float own = fmaxf(c[h][n][0], c[h][n][2]);
       a.largest[h][n] = fmaxf(a.largest[h][n], own);
-      astray = astray || own > a.m[h][n] + LAZY_LOG2;
+      astray = is_far(own, a.largest[h][n], a.m[h][n]) || astray;
       weigh_row(a, c[h][n], h, n, x);
       drifted = drifted || has_drifted(x.d1[h][n], x.d2[h][n], x.spread[h][n]);
       if constexpr (!BFLOAT) astray = astray || fmaxf(fabsf(x.w[h][n][1]), fabsf(x.w[h][n][3])) > LARGEST_P2;

@@ -3,6 +3,16 @@
 
 #include "row_state.cuh"
 
+// Weights are relative to a number that is seldom the largest score. It begins at 0, and follows the largest score where that is
+// further away than LAZY_LOG2: sums may be so many times larger or smaller than they need be. In float16, whose range is small, it
+// begins with the first keys, and weights may only grow.
+constexpr bool RANGE_IS_SMALL = !BFLOAT && !FLOAT;
+constexpr float LAZY_LOG2 = RANGE_IS_SMALL ? 8 : 20;
+
+__device__ __forceinline__ bool is_far(float own, float largest, float m) {
+  return RANGE_IS_SMALL ? own > m + LAZY_LOG2 : fabsf(largest - m) > LAZY_LOG2;
+}
+
 // What a lane accumulates of its query rows.
 struct Accumulator {
   float m[HEADS][TILES], t0[HEADS][TILES];
@@ -17,7 +27,7 @@ struct Accumulator {
     for (int h = 0; h < HEADS; h++)
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
-        m[h][n] = largest[h][n] = minus_infinity();
+        largest[h][n] = minus_infinity(), m[h][n] = RANGE_IS_SMALL ? minus_infinity() : 0.f;
         t0[h][n] = d1[h][n] = d2[h][n] = spread[h][n] = 0;
         scale[h][n] = 1;
 #pragma unroll
@@ -92,9 +102,6 @@ __device__ __forceinline__ void fit(Accumulator& a, float (&c)[HEADS][TILES][4])
     }
 }
 
-// Weights may grow so far before what is summed up is brought to a new maximum.
-constexpr float LAZY_LOG2 = 8;
-
 // Whether the mean of t - t0, d2 / d1, is too far from 0. P2 = P1 (t - t0) is about to be rounded: its error is that of P1
 // as long as t - t0 is about 1, or more where its rest is kept, and that of t's own spread beyond.
 __device__ __forceinline__ bool has_drifted(float d1, float d2, float spread) {
@@ -119,7 +126,7 @@ __device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4
       }
       const float own = fmaxf(s[0], s[2]);
       a.largest[h][n] = fmaxf(a.largest[h][n], own);
-      grown = grown || own > a.m[h][n] + LAZY_LOG2;
+      grown = is_far(own, a.largest[h][n], a.m[h][n]) || grown;
     }
   if (__any_sync(~0u, grown)) follow_largest(a);
   float t[HEADS][TILES][2];  // probe scores
