@@ -41,7 +41,11 @@ _FEWEST_PARCELS = {ALIKE: {2: 8, 4: 8}, EQUAL_RANGES: {2: 16, 4: 3}}
 """By how blocks share the work and by groups of rows: parts that all blocks of an item merge faster than its
 last one or a cluster does. Of fewer rows parts are small, and an early launch gains as much."""
 _MOST_PARCELS = 32
-"""Parts beyond which equal ranges have more to send than is saved in reading."""
+"""Parts beyond which there is more to send than is saved in reading..."""
+_LONG_PART = 256
+"""...unless they have more keys than that."""
+_KEYS_OF_WARPGROUPS = 1024
+"""That a block reads for warpgroups to be faster than warps alone where all sequences are alike."""
 _MOST_ITEMS = 256
 """Whose blocks send each other parcels."""
 _ELEMENTS = {BFLOAT16: 0, np.dtype(np.float16): 1, np.dtype(np.float32): 2}
@@ -51,7 +55,8 @@ class Shape(NamedTuple):
     """A compiled kernel and how it is launched.
 
     source, defines: what the compiler takes. grid, cluster: blocks. shared_bytes: of a block. boxes: whether
-    the copy engine brings keys and values, ``box`` keys at a time. parts: partial results of the workspace,
+    the copy engine brings keys and values, ``box`` keys and ``runs`` of their runs of 128 bytes, or all of them, at a
+    time. parts: partial results of the workspace,
     of ``part_floats`` floats each, and counters beside them. parcel_bytes: of what blocks that share an item
     send each other while they run, all of them at once; 0 where they send nothing.
     """
@@ -63,6 +68,7 @@ class Shape(NamedTuple):
     shared_bytes: int
     boxes: bool
     box: int
+    runs: int | None
     heads: int
     row_blocks: int
     split_steps: int
@@ -84,14 +90,14 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         heads = 1
     half = size == 2
     channels = _round_up(problem.value_dim, 16 if half else 32) // 8
+    tiles = _tiles(rows, heads, channels, half)
     step_warps = WARPGROUP if boxes and _takes_warpgroups(problem, layout, rows) else 1
     step = STEP * step_warps
-    tiles = _tiles(rows, heads, channels // step_warps, half, 4 if step_warps > 1 else 4 // heads)
     queries = 4 if tiles > 1 or rows > 2 else rows
     row_blocks = -(-rows // (4 * tiles))
     items = problem.batch * (problem.kv_heads // heads) * row_blocks
     split_steps = 0 if layout.split_size is None else layout.split_size // STEP
-    indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
+    indexed = _is_indexed(problem)
     varied = problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1)
     steps = _steps(problem, boxes, step)
     grid = _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps)
@@ -111,7 +117,9 @@ def choose(problem: Problem, layout: Layout) -> Shape:
             if not is_fuller:
                 blocks, cuts = 1, fewer
         together = boxes and _sends_parcels(grid, cuts, items, tiles, blocks * layout.multiprocessors)
-        if boxes and not together:
+        if together:
+            cuts = min(cuts, _most_parcels(steps * step))
+        elif boxes:
             cluster = _cluster(cuts, items, tiles, problem.value_dim, layout.multiprocessors)
 
     def plan(warps: int) -> tuple[int, int]:
@@ -133,7 +141,10 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     slots, shared_bytes = plan(warps)
 
     # Keys that the copy engine brings at a time; with many rows its instructions compete with theirs.
-    box = step if step_warps > 1 else 16 if tiles == 4 else 8
+    box, runs = 16 if tiles == 4 else 8, None
+    if step_warps > 1:
+        box = step if problem.page_size is None else math.gcd(step, problem.page_size)
+        runs = None if box == step else 1
     part_channels = problem.value_dim // cluster
     records = heads * tiles * queries
     grids, parts, counters = (items, 1, 1), 0, 0
@@ -144,7 +155,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     elif grid == EQUAL_RANGES:
         most, sharers = max(1, -(-items * steps // rings)), blocks * layout.multiprocessors
         if not split_steps:
-            each = min(_cuts(steps, items, rings, sharers), _MOST_PARCELS)
+            each = min(_cuts(steps, items, rings, sharers), _most_parcels(steps * step))
             together = boxes and _sends_parcels(grid, each, items, tiles, sharers)
             read = 2 * items * steps * step * _row_bytes(problem, heads)
             most_sharers = _most_sharers(items, read, 8 * records * problem.value_dim)
@@ -195,6 +206,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         shared_bytes=shared_bytes,
         boxes=boxes,
         box=box,
+        runs=runs,
         heads=heads,
         row_blocks=row_blocks,
         split_steps=split_steps,
@@ -228,20 +240,35 @@ def _takes_boxes(problem: Problem, layout: Layout, heads: int) -> bool:
     return problem.page_size is None or problem.page_size % STEP == 0
 
 
+def _most_parcels(keys: int) -> int:
+    """Parts of an item of so many keys that its blocks send each other."""
+    return max(_MOST_PARCELS, keys // _LONG_PART)
+
+
+def _is_indexed(problem: Problem) -> bool:
+    return problem.cache_seqlens is not None or problem.cache_leftpad is not None
+
+
 def _takes_warpgroups(problem: Problem, layout: Layout, rows: int) -> bool:
-    """Whether warpgroups take the steps: with many rows, which all see the same keys, on a Hopper."""
+    """Whether warpgroups take the steps: with many rows of 128 channels, which all see the same keys, on a Hopper.
+
+    A warpgroup's step takes longer than a warp's, but its sums are few, and so are sooner merged where a range
+    leaves a sequence.
+    """
     if layout.capability[0] != 9 or rows <= 4 or layout.split_size is not None:
         return False
     if problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1):
         return False
-    if problem.head_dim % _RUN or problem.value_dim % _RUN:
+    if problem.head_dim != 2 * _RUN or problem.value_dim != 2 * _RUN:
         return False
-    return problem.page_size is None or problem.page_size % (WARPGROUP * STEP) == 0
+    keys = problem.batch * problem.kv_heads * problem.kv_len // layout.multiprocessors
+    ragged = _is_indexed(problem) and problem.batch > 1
+    return ragged or (rows > 8 and keys >= _KEYS_OF_WARPGROUPS)
 
 
-def _tiles(rows: int, heads: int, channels: int, half: bool, most: int) -> int:
+def _tiles(rows: int, heads: int, channels: int, half: bool) -> int:
     """Groups of four query rows a block takes; as many as its registers hold accumulators for."""
-    most = max(1, min((64 if half else 32) // (heads * channels), most))
+    most = max(1, min((64 if half else 32) // (heads * channels), 4 // heads))
     return min(1 if rows <= 4 else 2 if rows <= 8 else 4, 4 if most >= 4 else 2 if most >= 2 else 1)
 
 
@@ -249,9 +276,8 @@ def _steps(problem: Problem, boxes: bool, step: int) -> int:
     """Steps of an item that sees all the keys that its lengths can give it, of ``step`` keys each."""
     first, end = 0, problem.kv_len
     if problem.causal and problem.window_size is not None:
-        indexed = problem.cache_seqlens is not None or problem.cache_leftpad is not None
         visible = min(end, problem.window_size + problem.q_len - 1)
-        if indexed:  # a window may begin anywhere in a step
+        if _is_indexed(problem):  # a window may begin anywhere in a step
             return -(-visible // step) + 1
         first = max(0, end - problem.q_len + 1 - problem.window_size)
     if boxes and problem.page_size is not None:
@@ -342,17 +368,16 @@ def _row_bytes(problem: Problem, heads: int) -> int:
 def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster, step_warps) -> int:
     """Shared memory beside the rings and their barriers; include/shape.cuh lays it out."""
     size = problem.dtype.itemsize
-    rings = warps // step_warps
     total = (
         warps * records * 16
         + _round_up(warps * records * 4, 16)
         + _round_up(warps * records * 8, 16)
         + records * 16
     )
-    if grid == EQUAL_RANGES:
+    if grid == EQUAL_RANGES and step_warps == 1:
         value_columns = _round_up(problem.value_dim, 32)
-        beside = 512 // records if step_warps > 1 else 128 // records if records < 4 else 32
-        total += rings * max(1024, records * min(value_columns, beside) * 8)
+        handed = min(value_columns, 128 // records if records < 4 else 32)
+        total += warps * max(1024, records * handed * 8)
     if cluster > 1:
         total += records * (16 + 8 * problem.value_dim)
     probe = 0 if problem.probe_dtype is None else 1 if problem.probe_dtype == problem.dtype else 2
@@ -360,7 +385,7 @@ def _fixed_bytes(problem, warps, tiles, records, heads, grid, cluster, step_warp
         # Operands of wgmma: two rows of 128 bytes a query row, for weights and for every 64 channels.
         operand = heads * 8 * tiles * 128
         queries = max(1, probe) * problem.head_dim // _RUN * operand
-        return rings * 2 * operand + _round_up(total, 1024) + queries
+        return warps // step_warps * 2 * operand + _round_up(total, 1024) + queries
     columns = _round_up(problem.head_dim, 16 if size == 2 else 4)
     array = _round_up(heads * 4 * tiles * (columns + 16 // size) - 64 // size, 128 // size) + 64 // size
     return total + (1 + probe) * array * size

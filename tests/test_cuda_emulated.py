@@ -31,6 +31,16 @@ CASES = {
     ),
     "a cluster of blocks": (dict(batch=1, kv_heads=1, capacity=512), (9, 0)),
     "16 rows of one head": (dict(kv_heads=1, group=16, capacity=500, dtype=FLOAT16), (9, 0)),
+    "8 rows of each of two heads of 64": (dict(kv_heads=2, group=8, head_dim=64, capacity=300), (9, 0)),
+    "a float32 probe of 5 rows": (dict(kv_heads=1, group=5, capacity=330, probe_dtype=FLOAT32), (9, 0)),
+    "16 rows of 256 channels": (
+        dict(batch=1, kv_heads=1, group=16, head_dim=256, capacity=200, window_size=150),
+        (9, 0),
+    ),
+    "ragged pages of 16, 12 rows": (
+        dict(batch=3, kv_heads=1, group=12, capacity=400, page_size=16, cache_seqlens=lengths(391, 0, 65)),
+        (9, 0),
+    ),
     "packed sequences": (dict(packed=(5, 1, 20), kv_heads=1, head_dim=40, causal=False), (9, 0)),
     "lanes copy": (dict(capacity=300, length=2, cache_seqlens=lengths(299, 2)), (8, 0)),
     "float32": (dict(head_dim=33, value_dim=20, dtype=FLOAT32), (8, 0)),

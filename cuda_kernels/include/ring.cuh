@@ -30,6 +30,10 @@ struct Ring {
   bool values_next;
   long long outer;  // batch row or page, and position in it, of the step or of this lane's row; -1: none, -2: no such page
   int place;
+  // Where a step comes from several pages, or few steps from one, the lanes look up 32 pages together: a look would be waited
+  // for as long as the copies ahead of it take.
+  static constexpr bool LOOKS_AHEAD = BOXES && PAGED && (WARPGROUPS || PAGE < 4 * STEP);
+  int page, first_page, batch_of_pages;
 
   // Before loads are on their way: the fence would wait for them.
   __device__ void prepare(const Maps* tensor_maps, char* shared) {
@@ -61,6 +65,7 @@ struct Ring {
   __device__ void start(const Problem& p, const Item& first, int begin, int end_of_range) {
     item = first, step = begin + __shfl_sync(~0u, threadIdx.x / 32, 0) / STEP_WARPS, end = end_of_range, values_next = false;
     split_end = PINNED ? begin + p.split_steps : 0;
+    if (LOOKS_AHEAD) batch_of_pages = -1;
     deal(p);
     find_place(p);
 #pragma unroll 1
@@ -107,7 +112,20 @@ struct Ring {
     const int position = item.position(step) + (BOXES ? 0 : lane);
     if (lane >= (BOXES ? 32 : STEP) || position >= item.keys.end) return;
     outer = item.batch, place = position;
-    if constexpr (PAGED) {
+    if constexpr (LOOKS_AHEAD) {
+      const int number = position / PAGE;
+      // A warpgroup's step may have keys of several.
+      constexpr int FURTHER = WARPGROUPS ? STEP / BOX - 1 : 0;
+      if (item.batch != batch_of_pages || number < first_page || number + FURTHER - first_page >= 32) {
+        batch_of_pages = item.batch, first_page = number;
+        page = -2;
+        if ((number + lane) * PAGE < item.keys.end) {
+          const long long found = index_at(p.page_table, item.batch * p.page_table_stride + number + lane, p.page_table_wide);
+          if (found >= 0 && found < p.num_pages) page = int(found);
+        }
+      }
+      outer = __shfl_sync(~0u, page, number - first_page), place = position % PAGE;
+    } else if constexpr (PAGED) {
       const long long at = item.batch * p.page_table_stride + position / PAGE;
       outer = index_at(p.page_table, at, p.page_table_wide), place = position % PAGE;
       if (outer < 0 || outer >= p.num_pages) outer = -2;
@@ -117,7 +135,9 @@ struct Ring {
   __device__ void fill(const Problem& p, int s) {
     if (step < end) {
       char* to = slots + s * SLOT_BYTES;
-      if constexpr (BOXES) {
+      if constexpr (BOXES && WARPGROUPS && BOX < STEP) {
+        copy_pages(p, to, barriers + s * 8);
+      } else if constexpr (BOXES) {
         copy_boxes(p, to, barriers + s * 8);
       } else {
         const Element* from = nullptr;
@@ -164,6 +184,26 @@ struct Ring {
         if (both) box_copy<READ_ONCE>(shared_address(to) + bytes, map, 0, place + BOX, 0, item.unit, int(outer), barrier);
       }
     }
+  }
+
+  // A step of several pages, every run of a page's keys by a lane of its own.
+  __device__ void copy_pages(const Problem& p, char* to, unsigned barrier) {
+    constexpr int PARTS = STEP / BOX, KEYS = BOX > 0 ? BOX : 1;
+    const int part = lane % PARTS, run = lane / PARTS, position = item.position(step) + part * KEYS;
+    const bool inside = position < item.keys.end;
+    const int found = __shfl_sync(~0u, page, inside ? position / PAGE - first_page : 0);
+    const unsigned absent_parts = __ballot_sync(~0u, inside && found < 0) & ((1u << PARTS) - 1);
+    if (absent_parts) {
+      for (int i = lane; i < HEADS * STEP; i += 32)
+        if (absent_parts >> i % STEP / KEYS & 1) *reinterpret_cast<Element*>(to + place_of<KEY_BYTES>(i % STEP, i / STEP * HEAD_BYTES)) = absent();
+      fence_async_proxy();
+    }
+    const unsigned there = __ballot_sync(~0u, inside && found >= 0) & ((1u << PARTS) - 1);
+    const int row_bytes = values_next ? VALUE_BYTES : KEY_BYTES;
+    if (lane == 0) mbarrier_arrive_expect(barrier, __popc(there) * KEYS * row_bytes);
+    __syncwarp();
+    if (!(there >> part & 1) || run >= row_bytes / 128) return;
+    box_copy<READ_ONCE>(shared_address(to) + (run * STEP + part * KEYS) * 128, values_next ? maps->v : maps->k, 0, position % PAGE, run, item.unit, found, barrier);
   }
 
   template <int COLUMNS>

@@ -24,7 +24,7 @@
 //   SHARED       bytes of shared memory that the launcher asks for
 //   PROBLEM_BYTES  size of the structure that it passes
 //   VECTORS      1: rows of q and r are whole vectors of 16 aligned bytes
-//   BOX          keys that the copy engine brings at a time: 8 or 16, or the whole step of a warpgroup
+//   BOX          keys that the copy engine brings at a time: 8 or 16; of a warpgroup's step, all or those of a page
 //   READ_ONCE    1: each key is read once, and more of them than the second-level cache holds
 // and from the kernel: BOXES 1 where the copy engine brings the keys, ALIGNED 1 where 16 bytes can be copied at a time.
 
@@ -86,17 +86,18 @@ constexpr int WEIGHTS_BYTES = WARPGROUPS ? 2 * HEADS * OPERAND_BYTES : 0;  // of
 constexpr int BESIDE_RINGS = WEIGHTS_AT + RINGS * WEIGHTS_BYTES;
 // Where warps hand their sums over, how many channels at a time, and how many bytes apart: where their rings are, once those have
 // run out; where another item follows, beside them. So do 16 rows that one block merges, whose kernel is as large as may be.
+// Warpgroups have room beside them where their weights were.
 template <bool IN_RINGS>
 struct Exchange {
-  static constexpr int BESIDE = WARPGROUPS ? 512 / RECORDS : RECORDS < 4 ? 128 / RECORDS : 32;
+  static constexpr int BESIDE = WARPGROUPS ? WEIGHTS_BYTES / (8 * RECORDS) : RECORDS < 4 ? 128 / RECORDS : 32;
   static constexpr int HANDED = IN_RINGS ? RING_BYTES / (8 * RECORDS) / 32 * 32 : BESIDE;
   static constexpr int CHANNELS = HANDED < round_up(VALUE_COLUMNS, 32) ? HANDED : round_up(VALUE_COLUMNS, 32);
-  static constexpr int AT = IN_RINGS ? RING_AT : BESIDE_RINGS;
-  static constexpr int PITCH = IN_RINGS ? RING_BYTES : (RECORDS * CHANNELS > 128 ? RECORDS * CHANNELS * 8 : 1024);
+  static constexpr int AT = IN_RINGS ? RING_AT : WARPGROUPS ? WEIGHTS_AT : RING_AT + WARPS * RING_BYTES;
+  static constexpr int PITCH = IN_RINGS ? RING_BYTES : WARPGROUPS ? WEIGHTS_BYTES : (RECORDS * CHANNELS > 128 ? RECORDS * CHANNELS * 8 : 1024);
 };
 constexpr bool LAST_IN_RINGS = SINGLE || ((TOGETHER || TILES < 4) && Exchange<true>::CHANNELS > Exchange<false>::CHANNELS);
 constexpr int EXCHANGE_AT = Exchange<SINGLE>::AT;
-constexpr int STATISTICS_AT = SINGLE ? BESIDE_RINGS : EXCHANGE_AT + RINGS * Exchange<false>::PITCH;
+constexpr int STATISTICS_AT = SINGLE || WARPGROUPS ? BESIDE_RINGS : EXCHANGE_AT + WARPS * Exchange<false>::PITCH;
 constexpr int REFERENCES_AT = STATISTICS_AT + WARPS * RECORDS * 16;
 constexpr int FACTORS_AT = REFERENCES_AT + round_up(WARPS * RECORDS * 4, 16);
 constexpr int TOTALS_AT = FACTORS_AT + round_up(WARPS * RECORDS * 8, 16);
@@ -117,15 +118,16 @@ static_assert(TILES == 1 || QUERIES == 4, "only a single group of rows may be pa
 static_assert(PITCH / 16 % 2 == 1, "the pitch must be an odd multiple of 16 bytes");
 static_assert(!BOXES || (HEADS * HEAD_DIM * sizeof(Element) % 128 == 0 && HEADS * VALUE_DIM * sizeof(Element) % 128 == 0),
               "a box is made of runs of 128 bytes");
-static_assert(!BOXES || PAGE_SIZE % STEP == 0, "a step must not cross pages");
-static_assert(!WARPGROUPS || (BOXES && BOX == STEP && !VARIED && !PINNED && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0),
+static_assert(!BOXES || PAGE_SIZE % (WARPGROUPS ? BOX : STEP) == 0, "a box must not cross pages");
+static_assert(!WARPGROUPS || (BOXES && STEP % BOX == 0 && !VARIED && !PINNED && HEAD_DIM % 64 == 0 && VALUE_DIM % 64 == 0),
               "a warpgroup takes whole boxes, of which all rows see the same keys");
 
 // Where byte `at` of row `row` of a slot lies. The copy engine lays a box out by runs of 128 bytes of its rows, and swaps the 16-byte pieces of a row by its number, which spreads a column over all banks. Runs of a box's rows follow one another.
 template <int BYTES>
 __device__ __forceinline__ int place_of(int row, int at) {
   if constexpr (!BOXES) return row * PITCH + at;
-  return row / BOX * (BOX * BYTES) + at / 128 * (BOX * 128) + row % BOX * 128 + ((at / 16 % 8 ^ row % 8) * 16) + at % 16;
+  constexpr int LAID = WARPGROUPS ? STEP : BOX;  // rows whose runs lie together
+  return row / LAID * (LAID * BYTES) + at / 128 * (LAID * 128) + row % LAID * 128 + ((at / 16 % 8 ^ row % 8) * 16) + at % 16;
 }
 
 // Where the lane's row of a matrix load begins in columns 16 i and on, `half` naming the first or second 8 of them.
