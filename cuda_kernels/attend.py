@@ -53,7 +53,8 @@ class Plan:
         self._arguments = np.array([self._record.ctypes.data, 0], np.uint64)
         self._arguments_address = self._arguments.ctypes.data
         self._bytes = memoryview(self._record.view(np.uint8).reshape(-1))
-        self._maps = tensor_map.Maps(problem, layout, shape.heads, shape.box, shape.runs) if shape.boxes else None
+        copies = shape.heads, shape.box, shape.runs
+        self._maps = tensor_map.Maps(problem, layout, *copies) if shape.boxes else None
 
     def launch(self, stream: int, arrays: Sequence[int], state: Sequence[int]) -> None:
         """Launch on a stream of the current device.

@@ -55,10 +55,10 @@ class Shape(NamedTuple):
     """A compiled kernel and how it is launched.
 
     source, defines: what the compiler takes. grid, cluster: blocks. shared_bytes: of a block. boxes: whether
-    the copy engine brings keys and values, ``box`` keys and ``runs`` of their runs of 128 bytes, or all of them, at a
-    time. parts: partial results of the workspace,
-    of ``part_floats`` floats each, and counters beside them. parcel_bytes: of what blocks that share an item
-    send each other while they run, all of them at once; 0 where they send nothing.
+    the copy engine brings keys and values, ``box`` keys and ``runs`` runs of 128 bytes (None: all) at a
+    time. parts: partial results of the workspace, of ``part_floats`` floats each, and counters beside them.
+    parcel_bytes: of what blocks that share an item send each other while they run, all of them at once; 0
+    where they send nothing.
     """
 
     source: str
@@ -103,16 +103,15 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     grid = _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps)
 
     # Two blocks a multiprocessor hide each other's beginnings and ends, where their registers fit.
-    alone = grid == EQUAL_RANGES or step_warps > 1
-    blocks = 2 if heads * tiles * channels <= 16 and not alone else 1
-    rings = 8 // step_warps
+    blocks = 2 if heads * tiles * channels <= 16 and grid != EQUAL_RANGES else 1
+    most_rings = 8 // step_warps
     cluster, cuts, together = 1, 1, False
     if grid == ALIKE:
-        cuts = _cuts(steps, items, rings, blocks * layout.multiprocessors)
+        cuts = _cuts(steps, items, most_rings, blocks * layout.multiprocessors)
         if boxes and cuts > 1:
             # Fewer blocks with deeper rings leave fewer parts to merge. Of long ones, twice as many may leave
             # fewer multiprocessors idle, which counts for more.
-            fewer = _cuts(steps, items, rings, layout.multiprocessors)
+            fewer = _cuts(steps, items, most_rings, layout.multiprocessors)
             is_fuller = cuts * 0.99 > blocks * fewer and steps // cuts >= _LONG_STEPS
             if not is_fuller:
                 blocks, cuts = 1, fewer
@@ -136,7 +135,7 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         slots = min(MOST_SLOTS, (limit - fixed) // (rings * (slot + 8)))
         return slots, fixed + slots * rings * (slot + 8)
 
-    warps = next(w for w in (8, 4, 2, 1) if plan(w)[0] >= (3 if step_warps > 1 else 2))
+    warps = next(w for w in (8, 4, 2, 1) if plan(w)[0] >= 2)
     rings = warps // step_warps
     slots, shared_bytes = plan(warps)
 
@@ -250,10 +249,10 @@ def _is_indexed(problem: Problem) -> bool:
 
 
 def _takes_warpgroups(problem: Problem, layout: Layout, rows: int) -> bool:
-    """Whether warpgroups take the steps: with many rows of 128 channels, which all see the same keys, on a Hopper.
+    """Whether warpgroups take the steps: of many rows of 128 channels that see the same keys, on a Hopper.
 
-    A warpgroup's step takes longer than a warp's, but its sums are few, and so are sooner merged where a range
-    leaves a sequence.
+    A warpgroup's step takes longer than a warp's, but its sums are few, and so are sooner merged where a
+    range leaves a sequence.
     """
     if layout.capability[0] != 9 or rows <= 4 or layout.split_size is not None:
         return False

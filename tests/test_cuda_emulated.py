@@ -16,7 +16,7 @@ from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
-from parallax_core.cuda_kernels import early_launch
+from parallax_core.cuda_kernels import early_launch, heuristics
 from parallax_core.cuda_kernels.launch import Kind
 
 pytestmark = needs_compiler
@@ -31,16 +31,6 @@ CASES = {
     ),
     "a cluster of blocks": (dict(batch=1, kv_heads=1, capacity=512), (9, 0)),
     "16 rows of one head": (dict(kv_heads=1, group=16, capacity=500, dtype=FLOAT16), (9, 0)),
-    "8 rows of each of two heads of 64": (dict(kv_heads=2, group=8, head_dim=64, capacity=300), (9, 0)),
-    "a float32 probe of 5 rows": (dict(kv_heads=1, group=5, capacity=330, probe_dtype=FLOAT32), (9, 0)),
-    "16 rows of 256 channels": (
-        dict(batch=1, kv_heads=1, group=16, head_dim=256, capacity=200, window_size=150),
-        (9, 0),
-    ),
-    "ragged pages of 16, 12 rows": (
-        dict(batch=3, kv_heads=1, group=12, capacity=400, page_size=16, cache_seqlens=lengths(391, 0, 65)),
-        (9, 0),
-    ),
     "packed sequences": (dict(packed=(5, 1, 20), kv_heads=1, head_dim=40, causal=False), (9, 0)),
     "lanes copy": (dict(capacity=300, length=2, cache_seqlens=lengths(299, 2)), (8, 0)),
     "float32": (dict(head_dim=33, value_dim=20, dtype=FLOAT32), (8, 0)),
@@ -80,6 +70,67 @@ def test_a_state_has_the_largest_score_and_changes_no_bit_of_the_output(operatio
         o, found = call(plx, operation, on_gpu(case), return_state=True)
         np.testing.assert_array_equal(plain.data, o.data)
         assert (np.abs(found.m.data - state.m) <= budget(case, operation).lse).all()
+
+
+WARPGROUPS = {
+    "a block a sequence": dict(group=16, capacity=200),
+    "a cluster of blocks": dict(batch=1, group=16, capacity=700, multiprocessors=8),
+    "parts": dict(batch=1, group=11, capacity=901, multiprocessors=3, window_size=800),
+    "parcels": dict(batch=1, group=16, capacity=1090, multiprocessors=9, dtype=FLOAT16),
+    "ragged, 5 rows of each of two heads": dict(
+        batch=3, kv_heads=2, group=5, capacity=400, cache_seqlens=lengths(391, 0, 65)
+    ),
+    "ragged, a float32 probe, parcels": dict(
+        group=16, capacity=600, cache_seqlens=lengths(600, 90), probe=FLOAT32, multiprocessors=9
+    ),
+    "ragged pages of 16": dict(
+        batch=3, group=8, capacity=400, page_size=16, cache_seqlens=lengths(391, 0, 65), multiprocessors=4
+    ),
+    "ragged pages of 256, float16": dict(
+        batch=3, group=12, capacity=512, page_size=256, cache_seqlens=lengths(512, 1, 300), dtype=FLOAT16
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("operation", ["softmax", "parallax"])
+@pytest.mark.parametrize("name", WARPGROUPS)
+def test_warpgroups_in_every_order(operation, name, monkeypatch):
+    """Sums of 64 keys a step; where sequences are alike, such steps are for longer ones than these."""
+    monkeypatch.setattr(heuristics, "_KEYS_OF_WARPGROUPS", 0)
+    sizes = dict(WARPGROUPS[name])
+    multiprocessors = sizes.pop("multiprocessors", 12)
+    case = make(**{"kv_heads": 1} | sizes)
+    if operation == "softmax" and "probe" in sizes:
+        pytest.skip("softmax has no probe")
+    results = run(operation, case, (9, 0), multiprocessors=multiprocessors)
+    for o in results:
+        np.testing.assert_array_equal(o, results[0])
+    hold(results[0], call(plx.reference, operation, case), budget(case, operation).output)
+
+
+@pytest.mark.parametrize(
+    "group, dtype", [(8, FLOAT16), (8, BFLOAT16), (2, FLOAT16), (2, BFLOAT16), (2, FLOAT32)], ids=str
+)
+@pytest.mark.parametrize("name", ["offset", "peaked", "one large key", "large probes", "low scores"])
+def test_sums_follow_scores_and_probe_scores(name, group, dtype):
+    """By warps and by warpgroups: maxima that grow by orders of magnitude, probe scores that move."""
+    case = make(kv_heads=1, group=group, capacity=400, dtype=dtype, cache_seqlens=lengths(390, 77))
+    q, r, k = (x.astype(np.float32) for x in (case.q, case.r, case.k_cache))
+    if name == "offset":
+        k += 16
+    elif name == "peaked":
+        q *= 6
+    elif name == "one large key":
+        k[:, 200] *= 30
+    elif name == "large probes":
+        r *= 3000
+        k[:, :100] /= 100
+    else:
+        q[:] = np.abs(q) * 4
+        k[:] = -np.abs(k) * np.linspace(8, 1, k.shape[1])[:, None, None]
+    case = DecodeCase(*(x.astype(dtype) for x in (q, r, k)), case.v_cache, case.options)
+    (o,) = run("parallax", case, (9, 0), orders=(RANDOM_LATE,))
+    hold(o, call(plx.reference, "parallax", case), budget(case, "parallax").output)
 
 
 PARCELS = {

@@ -157,9 +157,9 @@ __device__ __forceinline__ void weigh_warps(char* shared) {
     total.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
 #pragma unroll
     for (int mask = 1; mask < WARPS; mask *= 2) total.m = fmaxf(total.m, __shfl_xor_sync(~0u, total.m, mask));
-    // Sums of a warpgroup are those of all its warps, whether or not this one saw a key.
+    // Sums of a warpgroup are those of all its warps, whether or not this one saw a key; if none did they are 0, and so they stay.
     const bool counts = WARPGROUPS || !x.saw_nothing();
-    const float factor = counts ? weight(reference, total.m) : 0.f, step = counts ? x.t0 - total.t0 : 0.f;
+    const float factor = counts ? fminf(weight(reference, total.m), 1e30f) : 0.f, step = counts ? x.t0 - total.t0 : 0.f;
     if (!x.saw_nothing()) total.d1 = factor * x.d1, total.d2 = factor * (x.d2 + step * x.d1);
 #pragma unroll
     for (int mask = 1; mask < WARPS; mask *= 2)

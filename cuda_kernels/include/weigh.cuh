@@ -37,7 +37,8 @@ struct Accumulator {
 
   // Makes a row's sums relative to another maximum.
   __device__ void rescale(int h, int n, float maximum) {
-    const float correction = weight(m[h][n], maximum);
+    // Before the first keys m may lie far above all scores: there is nothing to correct then, but infinity times 0 is NaN.
+    const float correction = fminf(weight(m[h][n], maximum), 1e30f);
     d1[h][n] *= correction, d2[h][n] *= correction, spread[h][n] *= correction;
 #pragma unroll
     for (int i = 0; i < CHANNELS; i++) O1[h][n][i] *= correction, O2[h][n][i] *= correction;

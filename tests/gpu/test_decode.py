@@ -88,8 +88,10 @@ def test_group_sizes_and_numbers_of_new_tokens(cuda_torch, group, length):
 @pytest.mark.parametrize("page_size", [16, 32, 64, 128, 256, 48])
 def test_pages(cuda_torch, operation, page_size):
     lengths = np.array([0, 1, 700, 333], np.int32)
-    for head_dim, index in ((64, np.int32), (128, np.int64)):
-        case = make(batch=4, capacity=700, page_size=page_size, head_dim=head_dim, cache_seqlens=lengths)
+    for head_dim, index, group in ((64, np.int32, 4), (128, np.int64, 4), (128, np.int32, 12)):
+        case = make(
+            batch=4, capacity=700, page_size=page_size, head_dim=head_dim, group=group, cache_seqlens=lengths
+        )
         case.options["page_table"] = case.options["page_table"].astype(index)
         for b, n in enumerate(lengths):
             case.options["page_table"][b, -(-n // page_size) :] = -1
@@ -106,10 +108,9 @@ def test_layouts_and_probes(cuda_torch, operation, layout, probe, dtype):
         cache_leftpad=np.array([3, 70], np.int64),
         window_size=300,
     )
-    for head_dim in (64, 128, 72):
-        check(
-            cuda_torch, operation, make(head_dim=head_dim, layout=layout, probe=probe, dtype=dtype, **options)
-        )
+    for head_dim, group in ((64, 4), (128, 4), (72, 4), (128, 7)):
+        sizes = dict(head_dim=head_dim, group=group, dtype=dtype)
+        check(cuda_torch, operation, make(layout=layout, probe=probe, **sizes, **options))
 
 
 @operations
@@ -137,6 +138,18 @@ def test_sequences_of_many_rows_are_shared_by_blocks_that_send_each_other_parcel
                 page_size=page_size, cache_seqlens=lengths,
             )  # fmt: skip
             check(cuda_torch, operation, case)
+
+
+@operations
+@dtypes
+def test_many_rows_of_long_sequences_that_are_alike(cuda_torch, operation, dtype):
+    """So many keys a block that warpgroups take them; shared sequences, and whole ones."""
+    for sizes in (
+        dict(batch=17, capacity=8192),
+        dict(batch=1, capacity=140003),
+        dict(batch=140, capacity=1100),
+    ):
+        check(cuda_torch, operation, make(kv_heads=1, group=13, dtype=dtype, **sizes))
 
 
 @operations
@@ -342,8 +355,9 @@ def test_with_a_split_size_the_bits_of_a_sequence_do_not_depend_on_its_batch(
 def test_a_vector_added_to_all_keys_of_a_head_costs_no_accuracy(cuda_torch, size, outlier, dtype):
     """Held to the reference on the same rounded keys; the bound grows with what float32 scores lose alone."""
     random = np.random.default_rng(3)
-    for head_dim in (64, 128):
-        case = make(head_dim=head_dim, dtype=dtype, length=2)
+    ragged = dict(group=8, cache_seqlens=np.array([640, 300], np.int32))
+    for head_dim, rows in ((64, dict(length=2)), (128, dict(length=2)), (128, ragged)):
+        case = make(head_dim=head_dim, dtype=dtype, **rows)
         k = case.k_cache.astype(np.float64) + size * random.standard_normal((2, 1, 2, head_dim))
         if outlier:
             k[:, 0] = case.k_cache[:, 0]
@@ -352,20 +366,36 @@ def test_a_vector_added_to_all_keys_of_a_head_costs_no_accuracy(cuda_torch, size
 
 def test_probe_scores_that_drift_along_the_cache(cuda_torch):
     random = np.random.default_rng(3)
-    case = make(capacity=4000)
-    ramp = np.linspace(0, 8, 4000)[None, :, None, None] * random.standard_normal((2, 1, 2, 128))
-    moved = (case.k_cache.astype(np.float64) + ramp).astype(BFLOAT16)
-    check(cuda_torch, "parallax", case.with_keys_and_values(moved, case.v_cache))
+    for rows in ({}, dict(group=8, cache_seqlens=np.array([4000, 1000], np.int32))):
+        case = make(capacity=4000, **rows)
+        ramp = np.linspace(0, 8, 4000)[None, :, None, None] * random.standard_normal((2, 1, 2, 128))
+        moved = (case.k_cache.astype(np.float64) + ramp).astype(BFLOAT16)
+        check(cuda_torch, "parallax", case.with_keys_and_values(moved, case.v_cache))
+
+
+@pytest.mark.parametrize("group", [1, 4, 8, 16])
+@dtypes
+def test_scores_far_from_zero_in_any_order(cuda_torch, group, dtype):
+    """All scores of hundreds or of minus hundreds, which grow or fall along the cache."""
+    for lengths in (None, np.array([1000, 400], np.int32)):
+        case = make(capacity=1000, group=group, dtype=dtype, cache_seqlens=lengths)
+        q = (np.abs(case.q.astype(np.float32)) * 4).astype(dtype)
+        for ends in ((8, 1), (1, 8), (-8, -1), (-1, -8), (8, -8)):
+            along = np.linspace(*ends, 1000)[None, :, None, None]
+            k = (np.abs(case.k_cache.astype(np.float32)) * along).astype(dtype)
+            check(cuda_torch, "parallax", replace(case.with_keys_and_values(k, case.v_cache), q=q))
 
 
 def test_half_precision_probe_scores_do_not_overflow(cuda_torch):
     """Probe scores of 10^5, where float16 ends at 65504; the output is finite in float32."""
-    case = make(dtype=np.dtype(np.float16), probe=np.float32, head_dim=64)
-    case = replace(case, r=(case.r * 1e4).astype(np.float32))
-    expected = call(plx.reference, "parallax", case)
-    o, state = call(plx, "parallax", cuda_torch.case(case), return_state=True)
-    hold(cuda_torch.get(cuda_torch.state(state).finish()), expected, budget(case, "parallax").output)
-    assert not np.isnan(cuda_torch.get(o)).any()
+    ragged = dict(group=8, cache_seqlens=np.array([640, 300], np.int32))
+    for sizes in (dict(head_dim=64), ragged):
+        case = make(dtype=np.dtype(np.float16), probe=np.float32, **sizes)
+        case = replace(case, r=(case.r * 1e4).astype(np.float32))
+        expected = call(plx.reference, "parallax", case)
+        o, state = call(plx, "parallax", cuda_torch.case(case), return_state=True)
+        hold(cuda_torch.get(cuda_torch.state(state).finish()), expected, budget(case, "parallax").output)
+        assert not np.isnan(cuda_torch.get(o)).any()
 
 
 def test_large_scores_and_tiny_values(cuda_torch):

@@ -20,6 +20,15 @@ CASES = {
     "16 rows, lengths on the device": dict(
         batch=3, capacity=2000, kv_heads=1, group=16, cache_seqlens=np.array([1990, 5, 600], np.int32)
     ),
+    "16 rows of long sequences": dict(batch=17, capacity=8192, kv_heads=1, group=16),
+    "12 rows, ragged pages of 16": dict(
+        batch=3,
+        capacity=2000,
+        kv_heads=1,
+        group=12,
+        page_size=16,
+        cache_seqlens=np.array([1990, 5, 600], np.int32),
+    ),
     "lanes copy": dict(batch=3, capacity=2000, head_dim=80),
     "float32": dict(batch=2, capacity=1000, dtype=np.dtype(np.float32)),
 }
