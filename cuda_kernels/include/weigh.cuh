@@ -9,8 +9,9 @@
 constexpr bool RANGE_IS_SMALL = !BFLOAT && !FLOAT;
 constexpr float LAZY_LOG2 = RANGE_IS_SMALL ? 8 : 20;
 
+// Not where nothing was seen, or nothing but NaN: it would move what other rows are relative to.
 __device__ __forceinline__ bool is_far(float own, float largest, float m) {
-  return RANGE_IS_SMALL ? own > m + LAZY_LOG2 : fabsf(largest - m) > LAZY_LOG2;
+  return RANGE_IS_SMALL ? own > m + LAZY_LOG2 : largest > minus_infinity() && fabsf(largest - m) > LAZY_LOG2;
 }
 
 // What a lane accumulates of its query rows.

@@ -206,20 +206,25 @@ def test_what_is_seen_by_some_rows_reaches_those_alone(cuda_torch, operation, le
                 np.testing.assert_array_equal(o[~sees], clean[~sees])
 
 
-def test_a_nan_query_or_key_is_nan_in_its_rows_alone(cuda_torch):
-    case = make(length=3)
+@pytest.mark.parametrize(
+    "sizes",
+    [dict(length=3), dict(group=8, cache_seqlens=np.array([640, 300], np.int32))],
+    ids=["warps", "warpgroups"],
+)
+def test_a_nan_query_or_key_is_nan_in_its_rows_alone(cuda_torch, sizes):
+    case = make(**sizes)
     clean = cuda_torch.get(call(plx, "parallax", cuda_torch.case(case)))
     q, k = case.q.copy(), case.k_cache.copy()
-    q[0, 1, 2, 5] = np.nan
+    q[0, -1, 2, 5] = np.nan
     o = cuda_torch.get(call(plx, "parallax", cuda_torch.case(replace(case, q=q))))
     rows = np.zeros(o.shape, bool)
-    rows[0, 1, 2] = True
+    rows[0, -1, 2] = True
     assert np.isnan(o[rows]).all()
     np.testing.assert_array_equal(o[~rows], clean[~rows])
-    k[1, 400, 0, 9] = np.nan
+    k[1, 200, 0, 9] = np.nan
     o = cuda_torch.get(call(plx, "parallax", cuda_torch.case(case.with_keys_and_values(k, case.v_cache))))
     rows = np.zeros(o.shape, bool)
-    rows[1, :, :4] = True
+    rows[1, :, : sizes.get("group", 4)] = True
     assert np.isnan(o[rows]).all()
     np.testing.assert_array_equal(o[~rows], clean[~rows])
 
