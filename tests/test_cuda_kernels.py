@@ -17,6 +17,11 @@ TUNED = {
     "16 rows of one head": dict(q_heads=16, kv_heads=1, kv_len=16384, batch=16),
     "8 rows of each of few heads": dict(q_heads=64, kv_len=4096),
     "16 rows of each of few heads, pages": dict(q_heads=128, kv_len=8192, lengths=True, page_size=64),
+    "8 rows, ragged": dict(q_heads=64, kv_len=4096, batch=8, lengths=True),
+    "16 rows, ragged pages": dict(q_heads=128, kv_len=8192, batch=8, lengths=True, page_size=64),
+    "12 rows, ragged pages of 16, a float32 probe": dict(
+        q_heads=96, kv_len=4096, batch=8, lengths=True, page_size=16, probe_dtype=FLOAT32
+    ),
     "many sequences": dict(batch=64, kv_len=4096),
     "ragged": dict(batch=8, lengths=True),
     "ragged pages, a group of 4": dict(batch=8, q_heads=32, lengths=True, page_size=64),
@@ -53,6 +58,7 @@ SOLVED = {
 def usage(shape, arch):
     # The launcher's count of shared memory is compared with the kernel's own by a static assertion in it.
     _, log = compiler.compile_cubin(shape.source, shape.defines, arch)
+    assert "serialized" not in log, "each wgmma is waited for before the next"
     return compiler.usage(log)["attend_kernel"]
 
 

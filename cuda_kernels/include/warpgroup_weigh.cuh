@@ -125,7 +125,8 @@ __device__ __forceinline__ void agree_anew(Accumulator& a, const float (&c)[HEAD
   for (int h = 0; h < HEADS; h++)
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-      a.rescale(h, n, told.largest(h, n, 0));
+      a.largest[h][n] = told.largest(h, n, 0);
+      a.rescale(h, n, followed(a.largest[h][n], a.m[h][n]));
       weigh_row(a, c[h][n], h, n, x);
     }
   if constexpr (PROBE) {
@@ -142,6 +143,11 @@ __device__ __forceinline__ void agree_anew(Accumulator& a, const float (&c)[HEAD
     for (int h = 0; h < HEADS; h++)
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
+        // No other row's call is a reason.
+        bool called = false;
+#pragma unroll
+        for (int w = 0; w < STEP_WARPS; w++) called = moves(told.of(w, h, n, 1), told.of(w, h, n, 2), told.of(w, h, n, 3)) || called;
+        if (!called) continue;
         const float d1 = told.sum(h, n, 1);
         float d2 = told.sum(h, n, 2), spread = told.sum(h, n, 3);
         if (moves(d1, d2, spread)) {

@@ -14,10 +14,13 @@ __device__ __forceinline__ bool is_far(float own, float largest, float m) {
   return RANGE_IS_SMALL ? own > m + LAZY_LOG2 : largest > minus_infinity() && fabsf(largest - m) > LAZY_LOG2;
 }
 
+// What a row's weights are to be relative to: its own scores alone decide, and no other row's bits depend on them.
+__device__ __forceinline__ float followed(float largest, float m) { return is_far(largest, largest, m) ? largest : m; }
+
 // What a lane accumulates of its query rows.
 struct Accumulator {
   float m[HEADS][TILES], t0[HEADS][TILES];
-  float largest[HEADS][TILES];               // of the lane's own keys; m follows it from afar
+  float largest[HEADS][TILES];               // of the lane's own keys, or the row's when it was last asked for; m follows it
   float d1[HEADS][TILES], d2[HEADS][TILES];  // of the lane's own keys
   float spread[HEADS][TILES];                // sum of p |t - t0| since t0 last moved
   float scale[HEADS][TILES];                 // O2 is kept in units of it where P2 could overflow float16
@@ -57,7 +60,7 @@ __device__ __forceinline__ float largest_of_row(float x) {
   return x;
 }
 
-// Brings what is summed up to the largest score so far. All rows go through each phase together: a phase is a chain of
+// Brings what is summed up to the largest score so far, where that is far. All rows go through each phase together: a phase is a chain of
 // dependent instructions as long as its shuffles.
 __device__ __forceinline__ void follow_largest(Accumulator& a) {
   float m[HEADS][TILES];
@@ -74,7 +77,10 @@ __device__ __forceinline__ void follow_largest(Accumulator& a) {
 #pragma unroll
   for (int h = 0; h < HEADS; h++)
 #pragma unroll
-    for (int n = 0; n < TILES; n++) a.rescale(h, n, m[h][n]);
+    for (int n = 0; n < TILES; n++) {
+      a.largest[h][n] = m[h][n];  // or lanes of small scores would call again
+      a.rescale(h, n, followed(m[h][n], a.m[h][n]));
+    }
 }
 
 constexpr float LARGEST_P2 = 32768;
