@@ -91,14 +91,14 @@ def choose(problem: Problem, layout: Layout) -> Shape:
     half = size == 2
     channels = _round_up(problem.value_dim, 16 if half else 32) // 8
     tiles = _tiles(rows, heads, channels, half)
-    step_warps = WARPGROUP if boxes and _takes_warpgroups(problem, layout, rows) else 1
+    varied = problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1)
+    step_warps = WARPGROUP if boxes and not varied and _takes_warpgroups(problem, layout, rows) else 1
     step = STEP * step_warps
     queries = 4 if tiles > 1 or rows > 2 else rows
     row_blocks = -(-rows // (4 * tiles))
     items = problem.batch * (problem.kv_heads // heads) * row_blocks
     split_steps = 0 if layout.split_size is None else layout.split_size // STEP
     indexed = _is_indexed(problem)
-    varied = problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1)
     steps = _steps(problem, boxes, step)
     grid = _grid(problem, row_blocks, items, split_steps, indexed, layout, heads, steps)
 
@@ -249,14 +249,12 @@ def _is_indexed(problem: Problem) -> bool:
 
 
 def _takes_warpgroups(problem: Problem, layout: Layout, rows: int) -> bool:
-    """Whether warpgroups take the steps: of many rows of 128 channels that see the same keys, on a Hopper.
+    """Whether warpgroups take the steps, of rows that see the same keys: many of 128 channels, on a Hopper.
 
     A warpgroup's step takes longer than a warp's, but its sums are few, and so are sooner merged where a
     range leaves a sequence.
     """
     if layout.capability[0] != 9 or rows <= 4 or layout.split_size is not None:
-        return False
-    if problem.cu_seqlens is not None or (problem.causal and problem.q_len > 1):
         return False
     if problem.head_dim != 2 * _RUN or problem.value_dim != 2 * _RUN:
         return False

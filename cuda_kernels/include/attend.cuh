@@ -2,13 +2,14 @@
 // The tiled loop over keys of softmax and Parallax attention, and of LLA once its probe is solved.
 //
 // A block takes a range of steps (schedule.cuh); its warps, or with many query rows its warpgroups, take the steps in turn, each
-// with a ring of its own, and meet where the range leaves an item. What a block has seen of an item that it shares with others goes to the
-// workspace; the last block to arrive there merges all parts in their order and writes the output. Or all run at once, and each
-// merges slices when it has read its keys (parcels.cuh).
+// with a ring of its own, and meet where the range leaves an item. What a block has seen of an item that it shares with others
+// goes to the workspace; the last block to arrive there merges all parts in their order and writes the output. Or all run at
+// once, and each merges slices when it has read its keys (parcels.cuh).
 
 #include "merge.cuh"
 #include "parcels.cuh"
 #include "ptx/dependents.cuh"
+#include "queries.cuh"
 #if WARPGROUPS
 #include "warpgroup_steps.cuh"
 #else

@@ -228,3 +228,13 @@ struct Ring {
     }
   }
 };
+
+// Clears what no row sees of the values of a step, whose first key is `key`: it may hold anything, and a weight of 0 times NaN is
+// NaN. By all threads that take the step, of which this is number `thread`.
+__device__ __forceinline__ void clear_hidden(char* values, int key, const Range& visible, int thread) {
+  constexpr int PIECES = VALUE_BYTES / 16;
+#pragma unroll 1
+  for (int i = thread; i < STEP * PIECES; i += 32 * STEP_WARPS)
+    if (key + i / PIECES < visible.first || key + i / PIECES >= visible.end)
+      *reinterpret_cast<uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16)) = make_uint4(0, 0, 0, 0);
+}

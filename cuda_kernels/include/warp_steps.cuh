@@ -3,7 +3,6 @@
 
 #include "float_tile.cuh"
 #include "half_tile.cuh"
-#include "queries.cuh"
 #include "ring.cuh"
 #include "weigh.cuh"
 
@@ -117,12 +116,7 @@ __device__ __forceinline__ void take_steps(const Problem& p, const Item& item, c
     weigh(a, c, masked, [&](int n, int high) { return sees(n, g + 8 * high); }, p.scale_log2);
     char* values = ring.wait();
     if (masked) {
-      // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
-      constexpr int PIECES = VALUE_BYTES / 16;
-#pragma unroll 1
-      for (int i = lane; i < STEP * PIECES; i += 32)
-        if (key + i / PIECES < by_any.first || key + i / PIECES >= by_any.end)
-          *reinterpret_cast<uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16)) = make_uint4(0, 0, 0, 0);
+      clear_hidden(values, key, by_any, lane);
       ring.written = true;
       __syncwarp();
       if (VARIED && !alike && !all_finite(values, lane)) take_not_finite(values, lane, c, sees, a);

@@ -2,7 +2,6 @@
 // The steps of a warpgroup, whose warps multiply together: scores of the next step and sums of this one are on their way at the
 // same time, while a slot that was read is filled again.
 
-#include "queries.cuh"
 #include "ring.cuh"
 #include "warpgroup_tile.cuh"
 #include "warpgroup_weigh.cuh"
@@ -26,13 +25,8 @@ __device__ __forceinline__ void take_steps(const Problem& p, const Item& item, c
     tile.put(weighed.w, lane);
     char* values;
     if (masked) {
-      // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
-      constexpr int PIECES = VALUE_BYTES / 16;
       values = ring.wait();
-#pragma unroll 1
-      for (int i = threadIdx.x % 128; i < STEP * PIECES; i += 128)
-        if (key + i / PIECES < item.keys.first || key + i / PIECES >= item.keys.end)
-          *reinterpret_cast<uint4*>(values + place_of<VALUE_BYTES>(i / PIECES, i % PIECES * 16)) = make_uint4(0, 0, 0, 0);
+      clear_hidden(values, key, item.keys, threadIdx.x % 128);
     }
     fence_async_proxy();
     if (barrier_any(tile.barrier(), 128, astray)) agree_anew(a, c, weighed, tile, shared, lane);

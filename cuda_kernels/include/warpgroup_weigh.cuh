@@ -61,11 +61,6 @@ __device__ __forceinline__ void weigh_row(const Accumulator& a, const float (&c)
   }
 }
 
-__device__ __forceinline__ bool moves(float d1, float d2, float spread) {
-  // Neither NaN nor infinity moves a shift: they would reach a row's sums by another way than the formula's.
-  return has_drifted(d1, d2, spread) && fabsf(d2) < 3e38f;
-}
-
 // Weights relative to what was agreed on. Returns whether the warp calls for more.
 __device__ __forceinline__ bool weigh_as_agreed(Accumulator& a, const float (&c)[HEADS][TILES][4], Weighed& x) {
   bool astray = false, drifted = false;
@@ -151,10 +146,8 @@ __device__ __forceinline__ void agree_anew(Accumulator& a, const float (&c)[HEAD
         const float d1 = told.sum(h, n, 1);
         float d2 = told.sum(h, n, 2), spread = told.sum(h, n, 3);
         if (moves(d1, d2, spread)) {
-          const float step = d2 / d1, scaled = step / a.scale[h][n];
-          a.t0[h][n] += step;
-#pragma unroll
-          for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] -= scaled * a.O1[h][n][i];
+          const float step = d2 / d1;
+          a.shift(h, n, step);
           weigh_row(a, c[h][n], h, n, x);
           d2 -= step * d1, spread = 0;
         }

@@ -48,6 +48,14 @@ struct Accumulator {
     for (int i = 0; i < CHANNELS; i++) O1[h][n][i] *= correction, O2[h][n][i] *= correction;
     m[h][n] = maximum;
   }
+
+  // Moves a row's shift on, and what is summed up to it.
+  __device__ void shift(int h, int n, float step) {
+    const float scaled = step / scale[h][n];
+    t0[h][n] += step;
+#pragma unroll
+    for (int i = 0; i < CHANNELS; i++) O2[h][n][i] -= scaled * O1[h][n][i];
+  }
 };
 
 // The sum, or the largest, over the lanes that share a query row, in all of them.
@@ -117,6 +125,9 @@ __device__ __forceinline__ bool has_drifted(float d1, float d2, float spread) {
   return fabsf(d2) > fmaxf(NEAR * d1, 0.75f * spread);
 }
 
+// Whether a row's shift moves. Neither NaN nor infinity moves one: they would reach a row's sums by another way than the formula's.
+__device__ __forceinline__ bool moves(float d1, float d2, float spread) { return has_drifted(d1, d2, spread) && fabsf(d2) < 3e38f; }
+
 // Scores of a step become weights, and the running sums move on. c: S1, S2 of key g and of key g + 8, then P1, P2.
 template <class Sees>
 __device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4], bool masked, Sees sees, float scale_log2) {
@@ -164,15 +175,12 @@ __device__ __forceinline__ void weigh(Accumulator& a, float (&c)[HEADS][TILES][4
 #pragma unroll
       for (int n = 0; n < TILES; n++) {
         const float d1 = sum_of_row(a.d1[h][n]), d2 = sum_of_row(a.d2[h][n]), spread = sum_of_row(a.spread[h][n]);
-        // Neither NaN nor infinity moves a shift: they would reach a row's sums by another way than the formula's.
-        if (!(has_drifted(d1, d2, spread) && fabsf(d2) < 3e38f)) continue;
-        const float step = d2 / d1, scaled = step / a.scale[h][n];
+        if (!moves(d1, d2, spread)) continue;
+        const float step = d2 / d1;
         const bool low = !masked || sees(n, 0), high = !masked || sees(n, 1);
-        a.t0[h][n] += step;
+        a.shift(h, n, step);
         a.d2[h][n] -= step * a.d1[h][n];
         a.spread[h][n] = 0;
-#pragma unroll
-        for (int i = 0; i < CHANNELS; i++) a.O2[h][n][i] -= scaled * a.O1[h][n][i];
         c[h][n][1] = low ? c[h][n][0] * (t[h][n][0] - a.t0[h][n]) : 0.f;
         c[h][n][3] = high ? c[h][n][2] * (t[h][n][1] - a.t0[h][n]) : 0.f;
       }
