@@ -27,7 +27,7 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
       if (from == 0) {
-        if constexpr (RESTS_ASIDE) {
+        if constexpr (RESTS_ASIDE && At::COPIES == 1) {
 #pragma unroll
           for (int i = 0; i < CHANNELS; i++) {
             a.O1[h][n][i] += __shfl_xor_sync(~0u, a.O1[h][n][i], QUERIES);
@@ -42,13 +42,13 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
           reinterpret_cast<float*>(shared + REFERENCES_AT)[record] = a.m[h][n];
         }
       }
-      if (t >= QUERIES) continue;
+      if (t >= QUERIES * At::COPIES) continue;
       const float unit = BFLOAT || FLOAT ? 1.f : a.scale[h][n];
 #pragma unroll
       for (int i = 0; i < CHANNELS; i++) {
         const int channel = Tile::channel(i, g) - from;
         if (At::CHANNELS < VALUE_COLUMNS && (channel < 0 || channel >= At::CHANNELS)) continue;
-        exchange[((h * TILES + n) * At::CHANNELS + channel) * QUERIES + t] = make_float2(a.O1[h][n][i], a.O2[h][n][i] * unit);
+        exchange[((h * TILES + n) * At::CHANNELS + channel) * QUERIES * At::COPIES + t] = make_float2(a.O1[h][n][i], a.O2[h][n][i] * unit);
       }
     }
 }
@@ -160,7 +160,6 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     if (TOGETHER && threadIdx.x == 0) tag = parcels.first_tag(uses);
     // The block's, or the cluster's, state of a row in a channel of its slice.
     const auto write = [&](int number, int channel, const auto& state) {
-      const Record record(number);
       if (TOGETHER && (SINGLE || parts > 1)) {
         if constexpr (TOGETHER) parcels.send(number, channel, state, tag);
       } else if (!WHOLE && parts > 1) {
@@ -170,8 +169,8 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         else
           part.sums(number)[channel] = make_float2(state.O1[0], state.O2[0]);
         if (channel == 0) *part.statistics(number) = state.s.packed();
-      } else if (record.row < rows.count)
-        finish(p, rows, record, rank * SLICE + channel, seen_by(p, item, rows, record.row), state);
+      } else
+        finish(p, Destination(p, item, rows, Record(number)), rank * SLICE + channel, state);
     };
     const auto merge_block = [&](auto at) {
       typedef decltype(at) At;

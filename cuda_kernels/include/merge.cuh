@@ -19,30 +19,44 @@ __device__ __forceinline__ Range seen_by(const Problem& p, const Item& item, con
   return VARIED || SINGLE ? keys_of_row(p, item.batch, rows.query(row)) : item.keys;
 }
 
+// Where a row's output goes: found before there is anything to write, which then need not wait for it.
+struct Destination {
+  Element* out;      // of channel 0
+  long long number;  // of the row
+  Range seen;
+  bool exists;
+
+  Destination() = default;
+  __device__ __forceinline__ Destination(const Problem& p, const Item& item, const Rows& rows, const Record& record)
+      : number(rows.number(record.h, record.row)), exists(record.row < rows.count) {
+    out = rows.at<Element>(p.out, p.out_stride, record.h, record.row);
+    if (exists) seen = seen_by(p, item, rows, record.row);
+  }
+};
+
 // The row's output in WIDTH channels, and its state where that is asked for.
 template <int WIDTH>
-__device__ __forceinline__ void finish(const Problem& p, const Rows& rows, const Record& record, int channel, const Range& seen,
-                                       const RowState<WIDTH>& state) {
+__device__ __forceinline__ void finish(const Problem& p, const Destination& to, int channel, const RowState<WIDTH>& state) {
+  if (!to.exists) return;
+  const Range& seen = to.seen;
   Statistics s = state.s;
   // Scores that are all -inf have no softmax.
   if (!seen.valid() || (!seen.empty() && s.saw_nothing())) s.d1 = quiet_nan();
   const float inverse = 1 / s.d1, c = PROBE ? s.d2 * inverse : 0.f;
-  const long long number = rows.number(record.h, record.row);
-  Element* out = rows.at<Element>(p.out, p.out_stride, record.h, record.row) + channel;
+  const bool is_zero = seen.valid() && seen.empty();
 #pragma unroll
   for (int e = 0; e < WIDTH; e++) {
     float o = state.O1[e] * inverse;
     if constexpr (PROBE) o = (1 + c) * o - state.O2[e] * inverse;
-    if (seen.valid() && seen.empty()) o = 0;
-    if (p.out) store(out + e, o);
+    if (p.out) store(to.out + channel + e, is_zero ? 0.f : o);
     if (!p.m) continue;
-    p.O1[number * VALUE_DIM + channel + e] = state.O1[e];
-    if constexpr (PROBE) p.O2[number * VALUE_DIM + channel + e] = state.O2[e];
+    p.O1[to.number * VALUE_DIM + channel + e] = state.O1[e];
+    if constexpr (PROBE) p.O2[to.number * VALUE_DIM + channel + e] = state.O2[e];
   }
   if (p.m && channel == 0) {
-    p.m[number] = s.m * 0.693147180559945f;
-    p.d1[number] = s.d1;
-    if constexpr (PROBE) p.d2[number] = s.d2, p.t0[number] = s.t0;
+    p.m[to.number] = s.m * 0.693147180559945f;
+    p.d1[to.number] = s.d1;
+    if constexpr (PROBE) p.d2[to.number] = s.d2, p.t0[to.number] = s.t0;
   }
 }
 
@@ -55,12 +69,11 @@ __device__ __noinline__ void finish_empty_batches(const Problem& p) {
     RowState<1> nothing;
     nothing.clear();
     for (int inner = 0; inner < units_of_a_batch(p) * p.row_blocks; inner++) {
-      const Rows rows(p, item_of(p, batch, inner / p.row_blocks, inner % p.row_blocks, 0, keys));
+      const Item item = item_of(p, batch, inner / p.row_blocks, inner % p.row_blocks, 0, keys);
+      const Rows rows(p, item);
 #pragma unroll 1
-      for (int i = threadIdx.x; i < RECORDS * VALUE_DIM; i += THREADS) {
-        const Record record(i / VALUE_DIM);
-        if (record.row < rows.count) finish(p, rows, record, i % VALUE_DIM, keys, nothing);
-      }
+      for (int i = threadIdx.x; i < RECORDS * VALUE_DIM; i += THREADS)
+        finish(p, Destination(p, item, rows, Record(i / VALUE_DIM)), i % VALUE_DIM, nothing);
     }
   }
 }
@@ -88,6 +101,7 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
   for (int first = 0; first < UNITS * TEAMS; first += THREADS) {
     const int place = first + threadIdx.x, unit = place % UNITS;
     const int number = unit * WIDTH / SLICE, channel = unit * WIDTH % SLICE;
+    Destination destination;
     RowState<WIDTH> state;
     state.clear();
     if (place < UNITS * TEAMS) {
@@ -111,6 +125,8 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
               sums[u][e] = make_float2(y.x, y.y), sums[u][e + 1] = make_float2(y.z, y.w);
             }
         }
+        // While they are on their way.
+        if (begin == team) destination = Destination(p, item, rows, Record(number));
         state.add(x, sums);
       }
     }
@@ -134,9 +150,7 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
         state.add(x, y);
       }
     }
-    const Record record(number);
-    if (place < UNITS && record.row < rows.count)
-      finish(p, rows, record, from + channel, seen_by(p, item, rows, record.row), state);
+    if (place < UNITS) finish(p, destination, from + channel, state);
   }
   if constexpr (!SINGLE) __syncthreads();  // before the shared memory is used again
 }
@@ -177,7 +191,7 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
   // The rows of a channel follow one another, as the lanes that wrote them do; two of them are loaded at a time. A thread
   // has the same two of all its channels where the groups of rows divide the threads: their factors are loaded once.
   constexpr int PAIR = QUERIES > 1 ? 2 : 1, GROUPS = RECORDS / QUERIES;
-  constexpr int TEAMS = WARPS % GROUPS == 0 ? GROUPS : 1, TEAM = THREADS / TEAMS;
+  constexpr int TEAMS = WARPS % GROUPS == 0 ? GROUPS : 1, TEAM = THREADS / TEAMS, EACH = QUERIES * At::COPIES;
 #pragma unroll 1
   for (int group = threadIdx.x / TEAM; group < GROUPS; group += TEAMS) {
     const int number = group * QUERIES + threadIdx.x * PAIR % QUERIES;
@@ -199,13 +213,22 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
       for (int e = 0; e < PAIR; e++) state[e].s = totals[e], state[e].O1[0] = state[e].O2[0] = 0;
 #pragma unroll
       for (int w = 0; w < RINGS; w++) {
-        const float2* exchange = reinterpret_cast<const float2*>(shared + At::AT + w * At::PITCH) + group * At::CHANNELS * QUERIES;
+        const float2* exchange = reinterpret_cast<const float2*>(shared + At::AT + w * At::PITCH) +
+                                 (group * At::CHANNELS + first / QUERIES) * EACH + first % QUERIES;
         float2 sums[PAIR];
-        if constexpr (PAIR == 2) {
-          const float4 x = *reinterpret_cast<const float4*>(exchange + first);
-          sums[0] = make_float2(x.x, x.y), sums[PAIR - 1] = make_float2(x.z, x.w);
-        } else
-          sums[0] = exchange[first];
+        if constexpr (EACH == 1) {
+          sums[0] = *exchange;
+        } else {
+          const float4 x = *reinterpret_cast<const float4*>(exchange);
+          sums[0] = make_float2(x.x, x.y);
+          if constexpr (PAIR == 2) sums[PAIR - 1] = make_float2(x.z, x.w);
+          // Of rests, which stand beside: for one row in the same vector.
+          if constexpr (EACH == 2 * QUERIES) {
+            const float4 y = PAIR == 1 ? make_float4(x.z, x.w, 0, 0) : *reinterpret_cast<const float4*>(exchange + QUERIES);
+            sums[0].x += y.x, sums[0].y += y.y;
+            if constexpr (PAIR == 2) sums[PAIR - 1].x += y.z, sums[PAIR - 1].y += y.w;
+          }
+        }
 #pragma unroll
         for (int e = 0; e < PAIR; e++) {
           const float2 factor = factors[e][w];

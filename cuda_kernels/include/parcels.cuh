@@ -71,71 +71,98 @@ struct Parcels {
     store_relaxed(statistics(own, number) + 1, word(state.s.d2, state.s.t0, tag));
   }
 
-  // What COUNT parts, `step` apart from `first` on, hold of a row in a channel; nothing where there is no such part, or if not
-  // `wanted`. By whole warps.
-  template <int COUNT>
-  __device__ void receive(int first, int step, int number, int channel, bool wanted, Tag tag, Statistics (&x)[COUNT], float2 (&y)[COUNT][1]) const {
-    bool missing;
-    delay();
-    do {
-      Word16 found[COUNT][3];
-#pragma unroll
-      for (int u = 0; u < COUNT; u++) {
-        const int part = first + u * step;
-#pragma unroll
-        for (int i = 0; i < 3; i++) found[u][i] = {0, tag};
-        if (!wanted || part >= parts) continue;
-        found[u][0] = load_relaxed(sums(part, number) + channel);
-        found[u][1] = load_relaxed(statistics(part, number));
-        found[u][2] = load_relaxed(statistics(part, number) + 1);
-      }
-      missing = false;
-#pragma unroll
-      for (int u = 0; u < COUNT; u++) {
-        const float2 weights = pair(found[u][1]), probes = pair(found[u][2]);
-        y[u][0] = pair(found[u][0]);
-        x[u] = {weights.x, weights.y, probes.x, probes.y};
-#pragma unroll
-        for (int i = 0; i < 3; i++) missing = missing || found[u][i].second != tag;
-      }
-      // A warp's lanes go on together.
-    } while (__any_sync(~0u, missing));
-  }
 };
 
-// Merges the block's slice of the item, in the order of its parts, and writes it. A unit is a channel of a row; as many lanes
-// share one as there are parts for, and threads.
+// Words that others send, asked for until all are there; by whole warps, whose lanes go on together.
+template <int COUNT, class At>
+__device__ __forceinline__ void receive(Word16 (&found)[COUNT], Tag tag, At at) {
+  bool missing;
+  delay();
+  do {
+    missing = false;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      const Word16* from = at(i);
+      found[i] = from ? load_relaxed(from) : Word16{0, tag};
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) missing = missing || found[i].second != tag;
+  } while (__any_sync(~0u, missing));
+}
+
+// Merges the block's slice of the item, in the order of its parts, and writes it. A warp takes channels of one row, in each of which
+// several lanes take parts in turn, so that all warps have something to do; and every lane finds what one part weighs.
 __device__ __forceinline__ void merge_parcels(const Problem& p, const Parcels& parcels, const Item& item, const Rows& rows, Tag tag) {
   constexpr int AT_ONCE = 8, UNITS = RECORDS * VALUE_DIM;
-  const int slice = (UNITS + parcels.parts - 1) / parcels.parts;
-  int team = 1;
+  static_assert(!TOGETHER || VALUE_DIM % 32 == 0, "a warp's channels are of one row");
+  int slice = WARPS;
 #pragma unroll 1
-  while (team < 32 && AT_ONCE * team < parcels.parts && 2 * team * slice <= THREADS) team *= 2;
-  const int member = threadIdx.x % team;
+  while (slice < THREADS && slice * parcels.parts < UNITS) slice *= 2;
+  if (slice * parcels.parts < UNITS) slice = round_up((UNITS + parcels.parts - 1) / parcels.parts, THREADS);
+  const int width = min(32, slice / WARPS), members = 32 / width;
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0), member = lane / width;
 #pragma unroll 1
-  for (int first = 0; first < slice; first += THREADS / team) {
-    const int number_in_slice = first + threadIdx.x / team, unit = parcels.own * slice + number_in_slice;
-    const bool wanted = number_in_slice < slice && unit < UNITS;
-    const int number = unit / VALUE_DIM, channel = unit % VALUE_DIM;
+  for (int first = warp * width; first < slice; first += WARPS * width) {
+    const int unit = parcels.own * slice + first;
+    if (unit >= UNITS) break;
+    const int number = unit / VALUE_DIM, channel = unit % VALUE_DIM + lane % width;
+    const Destination destination(p, item, rows, Record(number));
     RowState<1> state;
     state.clear();
 #pragma unroll 1
-    for (int part = 0; part < parcels.parts; part += AT_ONCE * team) {
-      Statistics x[AT_ONCE];
-      float2 y[AT_ONCE][1];
-      parcels.receive(part + member, team, number, channel, wanted, tag, x, y);
-      state.add(x, y);
+    for (int chunk = 0; chunk < parcels.parts; chunk += 32) {
+      const int count = min(32, parcels.parts - chunk);
+      // What the lane's part has of the row's statistics, and the first of its sums.
+      Word16 found[2 + AT_ONCE];
+      receive(found, tag, [&](int i) -> const Word16* {
+        if (i < 2) return lane < count ? parcels.statistics(chunk + lane, number) + i : nullptr;
+        const int part = (i - 2) * members + member;
+        return part < count ? parcels.sums(chunk + part, number) + channel : nullptr;
+      });
+      const float2 weights = Parcels::pair(found[0]), probes = Parcels::pair(found[1]);
+      const Statistics x = lane < count ? Statistics{weights.x, weights.y, probes.x, probes.y} : Statistics::none();
+      const unsigned seen = __ballot_sync(~0u, !x.saw_nothing());
+      float m = x.saw_nothing() ? minus_infinity() : x.m;
+#pragma unroll
+      for (int mask = 1; mask < 32; mask *= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, mask));
+      m = fmaxf(m, state.s.m);
+      // The first state that saw a key gives the shift, all others move to it.
+      const float t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
+      if (state.s.saw_nothing() && seen) state.s.t0 = t0;
+      const float factor = x.saw_nothing() ? 0.f : weight(x.m, m), step = x.saw_nothing() ? 0.f : x.t0 - state.s.t0;
+      float d1 = factor * x.d1, d2 = x.saw_nothing() ? 0.f : factor * (x.d2 + step * x.d1);
+#pragma unroll
+      for (int mask = 1; mask < 32; mask *= 2) d1 += __shfl_xor_sync(~0u, d1, mask), d2 += __shfl_xor_sync(~0u, d2, mask);
+      const float own = state.s.saw_nothing() ? 0.f : weight(state.s.m, m);
+      state.s = {m, own * state.s.d1 + d1, own * state.s.d2 + d2, state.s.t0};
+      state.O1[0] *= own, state.O2[0] *= own;
+#pragma unroll 1
+      for (int begin = 0; begin < count; begin += AT_ONCE * members) {
+        if (begin > 0) {
+          Word16 more[AT_ONCE];
+          receive(more, tag, [&](int i) -> const Word16* {
+            const int part = begin + i * members + member;
+            return part < count ? parcels.sums(chunk + part, number) + channel : nullptr;
+          });
+#pragma unroll
+          for (int i = 0; i < AT_ONCE; i++) found[2 + i] = more[i];
+        }
+#pragma unroll
+        for (int i = 0; i < AT_ONCE; i++) {
+          const int part = begin + i * members + member;
+          const float of_part = __shfl_sync(~0u, factor, part % 32), step_of_part = __shfl_sync(~0u, step, part % 32);
+          // Sums of nothing but weights of 0 may be NaN.
+          const float2 y = part < count && (seen >> part % 32 & 1) ? Parcels::pair(found[2 + i]) : make_float2(0, 0);
+          state.O1[0] += of_part * y.x, state.O2[0] += of_part * (y.y + step_of_part * y.x);
+        }
+      }
     }
 #pragma unroll 1
-    for (int distance = team / 2; distance > 0; distance /= 2) {
-      const Statistics& s = state.s;
-      const auto of_other = [&](float x) { return __shfl_xor_sync(~0u, x, distance); };
-      const Statistics x[1] = {{of_other(s.m), of_other(s.d1), of_other(s.d2), of_other(s.t0)}};
-      const float2 y[1][1] = {{make_float2(of_other(state.O1[0]), of_other(state.O2[0]))}};
-      state.add(x, y);
+    for (int lanes = width; lanes < 32; lanes *= 2) {
+      state.O1[0] += __shfl_xor_sync(~0u, state.O1[0], lanes);
+      state.O2[0] += __shfl_xor_sync(~0u, state.O2[0], lanes);
     }
-    const Record record(number);
-    if (wanted && member == 0 && record.row < rows.count) finish(p, rows, record, channel, seen_by(p, item, rows, record.row), state);
+    if (member == 0) finish(p, destination, channel, state);
   }
   if (parcels.own == 0 && threadIdx.x == 0) parcels.count_use(tag);
 }

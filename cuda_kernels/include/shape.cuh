@@ -90,7 +90,8 @@ constexpr int BESIDE_RINGS = WEIGHTS_AT + RINGS * WEIGHTS_BYTES;
 template <bool IN_RINGS>
 struct Exchange {
   static constexpr int BESIDE = WARPGROUPS ? WEIGHTS_BYTES / (8 * RECORDS) : RECORDS < 4 ? 128 / RECORDS : 32;
-  static constexpr int HANDED = IN_RINGS ? RING_BYTES / (8 * RECORDS) / 32 * 32 : BESIDE;
+  static constexpr int COPIES = IN_RINGS && RESTS_ASIDE ? 2 : 1;  // of a sum: that of rests is handed over by itself
+  static constexpr int HANDED = IN_RINGS ? RING_BYTES / (8 * RECORDS * COPIES) / 32 * 32 : BESIDE;
   static constexpr int CHANNELS = HANDED < round_up(VALUE_COLUMNS, 32) ? HANDED : round_up(VALUE_COLUMNS, 32);
   static constexpr int AT = IN_RINGS ? RING_AT : WARPGROUPS ? WEIGHTS_AT : RING_AT + WARPS * RING_BYTES;
   static constexpr int PITCH = IN_RINGS ? RING_BYTES : WARPGROUPS ? WEIGHTS_BYTES : (RECORDS * CHANNELS > 128 ? RECORDS * CHANNELS * 8 : 1024);
