@@ -9,10 +9,8 @@ import time
 from .decode_timing import WARM_UP, round_calls
 
 HOST_CALLS = 300
-# Of those calls; the least disturbed counts: others on a shared processor slow it by half for a while.
-HOST_PASSES = 5
 # Seconds of calls before those: a processor that waited for the device comes to its clock in milliseconds.
-HOST_WARM_UP = 0.05
+HOST_WARM_UP = 0.01
 
 # Far more than an L2 holds, and the same for every point, whose fractions are of what the memory can do.
 READ_BYTES = 1 << 30
@@ -52,15 +50,11 @@ class _GraphTimer:
         return self.prepare([read], 4), READ_BYTES
 
     def host(self, function):
-        """Seconds of a call, from Python to its launch: the median of a pass, of the fastest of several."""
+        """The median of single calls: the queue of launches is empty before the first and deeper than all."""
         end = time.perf_counter() + HOST_WARM_UP
         while time.perf_counter() < end:
             function()
         self._synchronize()
-        return min(self._host_pass(function) for _ in range(HOST_PASSES))
-
-    def _host_pass(self, function) -> float:
-        """The median of single calls: the queue of launches is empty before the first and deeper than all."""
         taken = []
         for _ in range(HOST_CALLS):
             start = time.perf_counter()
