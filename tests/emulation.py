@@ -33,9 +33,9 @@ COMPILER = shutil.which("g++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="g++ compiles the kernels for the host")
 
 _CALLS = {
-    "attend.cu": "attend_kernel(*static_cast<const Problem*>(a[0]){maps})",
-    "lla.cu": "lla_kernel(*static_cast<const lla::Call*>(a[0]){maps})",
-    "lla_two_pass.cu": "lla_kernel(*static_cast<const lla::Call*>(a[0]){maps})",
+    "attend.cu": "attend_kernel(emulator::argument<Problem>(a[0]){maps})",
+    "lla.cu": "lla_kernel(emulator::argument<lla::Call>(a[0]){maps})",
+    "lla_two_pass.cu": "lla_kernel(emulator::argument<lla::Call>(a[0]){maps})",
 }
 _LAUNCH = """
 #ifndef CLUSTER
@@ -133,7 +133,7 @@ def _encode(address, sizes, strides, heads, columns, box, runs) -> np.ndarray:
 @functools.cache
 def _kernel(source: str, defines: compiler.Defines) -> Kernel:
     text = (compiler.FOLDER / source).read_text(encoding="utf-8")
-    maps = ", *static_cast<const Maps*>(a[1])" if source.startswith("sm90") else ""
+    maps = ", emulator::argument<Maps>(a[1])" if source.startswith("sm90") else ""
     return compiled(text, _CALLS[Path(source).name].format(maps=maps), defines)
 
 
@@ -154,7 +154,8 @@ def compiled(text: str, call: str, defines: compiler.Defines) -> Kernel:
     races = sources / "races.o"
     if not races.exists():
         _run(*options, str(sources / "races.cpp"), "-c", "-o", str(races))
-    _run(*options, *macros, f"-I{sources}", "-fsanitize=thread", str(file), "-c", "-o", f"{library}.o")
+    checks = "-fsanitize=thread,alignment"
+    _run(*options, *macros, f"-I{sources}", checks, str(file), "-c", "-o", f"{library}.o")
     _run(f"{library}.o", str(races), "-shared", "-o", str(library))
     return Kernel(library)
 

@@ -280,12 +280,15 @@ __global__ void swap_halves(const float4* from, float4* to, int copied, int wait
 """
 
 
-def swapped(order=LATE, copied=0, waits=1, meets=1):
+def swapped(order=LATE, copied=0, waits=1, meets=1, offset=0):
     """What becomes of the numbers of 64 threads, 4 each, and what the emulator says of it."""
     options = "".join(f", static_cast<int*>(a[2])[{i}]" for i in range(3))
     call = f"swap_halves(*static_cast<const float4**>(a[0]), *static_cast<float4**>(a[1]){options})"
     kernel = compiled(SWAP, call, ())
-    numbers, result = np.arange(256, dtype=FLOAT32), np.zeros(256, FLOAT32)
+    memory = np.zeros(260, FLOAT32)
+    first = -memory.ctypes.data % 16 // 4 + offset // 4
+    numbers, result = memory[first : first + 256], np.zeros(256, FLOAT32)
+    numbers[:] = np.arange(256)
     pointers = np.array([numbers.ctypes.data, result.ctypes.data], np.uint64)
     flags = np.array([copied, waits, meets], np.int32)
     at = pointers.ctypes.data
@@ -320,5 +323,7 @@ def test_the_emulator_tells_what_is_wrong_with_a_kernel():
     # A copy that nothing waits for is there only where it came early.
     assert not swapped(LATE, copied=1, waits=0)[1]
     assert swapped(EARLY, copied=1, waits=0)[1]
+    # Vectors where there is none.
+    assert all(swapped(order, offset=8)[0].startswith(b"misaligned") for order in ORDERS)
     # A barrier that half of the threads never come to.
     assert swapped(meets=2)[0].startswith(b"deadlock")

@@ -70,7 +70,6 @@ struct Parcels {
     store_relaxed(statistics(own, number), word(state.s.m, state.s.d1, tag));
     store_relaxed(statistics(own, number) + 1, word(state.s.d2, state.s.t0, tag));
   }
-
 };
 
 // Words that others send, asked for until all are there; by whole warps, whose lanes go on together.
@@ -90,8 +89,8 @@ __device__ __forceinline__ void receive(Word16 (&found)[COUNT], Tag tag, At at) 
   } while (__any_sync(~0u, missing));
 }
 
-// Merges the block's slice of the item, in the order of its parts, and writes it. A warp takes channels of one row, in each of which
-// several lanes take parts in turn, so that all warps have something to do; and every lane finds what one part weighs.
+// Merges the block's slice of the item, in an order that is always the same, and writes it. A warp takes channels of one row, in each
+// of which several lanes take parts in turn, so that all warps have something to do; and every lane finds what one part weighs.
 __device__ __forceinline__ void merge_parcels(const Problem& p, const Parcels& parcels, const Item& item, const Rows& rows, Tag tag) {
   constexpr int AT_ONCE = 8, UNITS = RECORDS * VALUE_DIM;
   static_assert(!TOGETHER || VALUE_DIM % 32 == 0, "a warp's channels are of one row");
@@ -112,7 +111,7 @@ __device__ __forceinline__ void merge_parcels(const Problem& p, const Parcels& p
 #pragma unroll 1
     for (int chunk = 0; chunk < parcels.parts; chunk += 32) {
       const int count = min(32, parcels.parts - chunk);
-      // What the lane's part has of the row's statistics, and the first of its sums.
+      // The statistics of the lane's part, and the first sums that it takes.
       Word16 found[2 + AT_ONCE];
       receive(found, tag, [&](int i) -> const Word16* {
         if (i < 2) return lane < count ? parcels.statistics(chunk + lane, number) + i : nullptr;

@@ -36,9 +36,9 @@
 #define __align__(n) alignas(n)
 #define __builtin_assume(x)
 
-struct float2 { float x, y; };
+struct alignas(8) float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
-struct uint2 { unsigned x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -256,6 +256,14 @@ T& variable(int number) {
   return *reinterpret_cast<T*>(memory.get());
 }
 
+// The driver copies arguments, wherever they lie.
+template <class T>
+T argument(const void* from) {
+  T x;
+  memcpy(&x, from, sizeof(T));
+  return x;
+}
+
 inline void enter() {
   kernel();
   running->done = true;
@@ -266,6 +274,7 @@ inline void enter() {
 inline void run_cluster(int count, int shared_bytes, int order) {
   blocks.clear(), threads.clear(), boxes.clear();
   races::begin(count * threads_of_a_block);
+  races::fail = fail;
   for (int b = 0; b < count; b++) {
     Block& block = blocks.emplace_back();
     block.memory.resize(shared_bytes + 1024);
