@@ -154,8 +154,7 @@ def compiled(text: str, call: str, defines: compiler.Defines) -> Kernel:
     races = sources / "races.o"
     if not races.exists():
         _run(*options, str(sources / "races.cpp"), "-c", "-o", str(races))
-    checks = "-fsanitize=thread,alignment"
-    _run(*options, *macros, f"-I{sources}", checks, str(file), "-c", "-o", f"{library}.o")
+    _run(*options, *macros, f"-I{sources}", "-fsanitize=thread", str(file), "-c", "-o", f"{library}.o")
     _run(f"{library}.o", str(races), "-shared", "-o", str(library))
     return Kernel(library)
 

@@ -263,8 +263,8 @@ def test_a_page_that_does_not_exist_is_nan_in_every_head():
 SWAP = """
 #include "ptx/copy.cuh"
 #include "ptx/shared_memory.cuh"
-__global__ void swap_halves(const float4* from, float4* to, int copied, int waits, int meets) {
-  extern __shared__ float4 shared[];
+__global__ void swap_halves(const uint4* from, uint4* to, int copied, int waits, int meets, int offset) {
+  extern __shared__ uint4 shared[];
   const int i = threadIdx.x;
   if (copied) {
     copy_16(shared_address(shared + i), from + i);
@@ -275,22 +275,19 @@ __global__ void swap_halves(const float4* from, float4* to, int copied, int wait
   }
   if (meets) __syncthreads();
   if (meets > 1 && i < 32) __syncthreads();
-  to[i] = shared[i ^ 32];
+  to[i] = shared_load4(shared_address(shared + (i ^ 32)) + offset);
 }
 """
 
 
 def swapped(order=LATE, copied=0, waits=1, meets=1, offset=0):
     """What becomes of the numbers of 64 threads, 4 each, and what the emulator says of it."""
-    options = "".join(f", static_cast<int*>(a[2])[{i}]" for i in range(3))
-    call = f"swap_halves(*static_cast<const float4**>(a[0]), *static_cast<float4**>(a[1]){options})"
+    options = "".join(f", static_cast<int*>(a[2])[{i}]" for i in range(4))
+    call = f"swap_halves(*static_cast<const uint4**>(a[0]), *static_cast<uint4**>(a[1]){options})"
     kernel = compiled(SWAP, call, ())
-    memory = np.zeros(260, FLOAT32)
-    first = -memory.ctypes.data % 16 // 4 + offset // 4
-    numbers, result = memory[first : first + 256], np.zeros(256, FLOAT32)
-    numbers[:] = np.arange(256)
+    numbers, result = np.arange(256, dtype=FLOAT32), np.zeros(256, FLOAT32)
     pointers = np.array([numbers.ctypes.data, result.ctypes.data], np.uint64)
-    flags = np.array([copied, waits, meets], np.int32)
+    flags = np.array([copied, waits, meets, offset], np.int32)
     at = pointers.ctypes.data
     arguments = np.array([at, at + 8, flags.ctypes.data], np.uint64)
     failure = kernel.launch(arguments.ctypes.data, 1, 1, 1, 64, 1024, order)

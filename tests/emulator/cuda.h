@@ -246,6 +246,15 @@ inline unsigned char* at(unsigned address) {
   return address < WINDOW ? block().shared + address : blocks[address / WINDOW - 1].shared + address % WINDOW;
 }
 
+// What an instruction takes at once lies at a multiple of its size.
+template <class T>
+T& whole(T* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(T)) fail("misaligned: an address that is no multiple of " + std::to_string(sizeof(T)));
+  return *p;
+}
+template <class T>
+T& whole_at(unsigned address) { return whole(reinterpret_cast<T*>(at(address))); }
+
 template <class T>
 T& variable(int number) {
   auto& memory = block().variables[number];
@@ -274,7 +283,6 @@ inline void enter() {
 inline void run_cluster(int count, int shared_bytes, int order) {
   blocks.clear(), threads.clear(), boxes.clear();
   races::begin(count * threads_of_a_block);
-  races::fail = fail;
   for (int b = 0; b < count; b++) {
     Block& block = blocks.emplace_back();
     block.memory.resize(shared_bytes + 1024);

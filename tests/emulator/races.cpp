@@ -125,22 +125,6 @@ void act(const Moment& moment) { current = moment.thread, clock_of_current = &mo
 void arrive_as(const Moment& moment, const void* barrier) { join(state->barriers[barrier].open, moment.clock); }
 
 std::string conflict() { return state->found; }
-void (*fail)(const std::string&);
-
-// What -fsanitize=alignment hands over, as far as it is read here.
-struct Misaligned {
-  const char* file;
-  uint32_t line, column;
-  const void* type;
-  unsigned char log_alignment;
-};
-
-void tell_misaligned(const Misaligned& where, const void* pointer) {
-  if (!state) return;
-  char text[300];
-  snprintf(text, sizeof text, "misaligned: %s, line %u: %p is no multiple of %u bytes", where.file, where.line, pointer, 1u << where.log_alignment);
-  fail(text);
-}
 
 }  // namespace races
 
@@ -160,7 +144,6 @@ ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
   void __tsan_unaligned_write##bytes(void* p) { races::access(reinterpret_cast<uintptr_t>(p), bytes, true); }
 ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
 #undef ACCESSES
-void __ubsan_handle_type_mismatch_v1(void* where, void* pointer) { races::tell_misaligned(*static_cast<races::Misaligned*>(where), pointer); }
 void __tsan_read_range(void* p, unsigned long bytes) { races::access(reinterpret_cast<uintptr_t>(p), bytes, false); }
 void __tsan_write_range(void* p, unsigned long bytes) { races::access(reinterpret_cast<uintptr_t>(p), bytes, true); }
 }

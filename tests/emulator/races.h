@@ -1,8 +1,7 @@
 #pragma once
 // Whether accesses to shared memory are ordered: of two to the same two bytes, one of them a write, one must happen
 // before the other by barriers, whatever order the fibers ran in. Vector clocks; the compiler tells of every access
-// (-fsanitize=thread, with the functions of races.cpp in place of its library). And whether pointers are aligned as a GPU wants
-// them (-fsanitize=alignment).
+// (-fsanitize=thread, with the functions of races.cpp in place of its library).
 
 #include <cstddef>
 #include <string>
@@ -34,8 +33,5 @@ void arrive_as(const Moment& moment, const void* barrier);
 
 // The first conflict, or nothing.
 std::string conflict();
-
-// The emulator's, which leaves the thread: with a pointer that is not aligned this machine, too, may not go on.
-extern void (*fail)(const std::string& what);
 
 }  // namespace races

@@ -15,14 +15,14 @@ inline void cluster_wait() {
   races::pass(&cluster_barrier(), cluster_phase());
 }
 inline unsigned cluster_address(unsigned address, unsigned rank) { return address + (rank + 1) * emulator::WINDOW; }
-inline unsigned cluster_load(unsigned address) { return *reinterpret_cast<unsigned*>(emulator::at(address)); }
-inline float2 cluster_load2(unsigned address) { return *reinterpret_cast<float2*>(emulator::at(address)); }
-inline float4 cluster_load4(unsigned address) { return *reinterpret_cast<float4*>(emulator::at(address)); }
-inline void cluster_store4(unsigned address, float4 x) { *reinterpret_cast<float4*>(emulator::at(address)) = x; }
+inline unsigned cluster_load(unsigned address) { return emulator::whole_at<unsigned>(address); }
+inline float2 cluster_load2(unsigned address) { return emulator::whole_at<float2>(address); }
+inline float4 cluster_load4(unsigned address) { return emulator::whole_at<float4>(address); }
+inline void cluster_store4(unsigned address, float4 x) { emulator::whole_at<float4>(address) = x; }
 inline void release_to_cluster() {}
 inline void acquire_from_cluster() {}
-NOT_WATCHED inline void cluster_store_relaxed(unsigned address, unsigned long long x) { *reinterpret_cast<unsigned long long*>(emulator::at(address)) = x; }
+NOT_WATCHED inline void cluster_store_relaxed(unsigned address, unsigned long long x) { emulator::whole_at<unsigned long long>(address) = x; }
 NOT_WATCHED inline unsigned long long shared_load_relaxed(unsigned address) {
   emulator::look_again();
-  return *reinterpret_cast<unsigned long long*>(emulator::at(address));
+  return emulator::whole_at<unsigned long long>(address);
 }
