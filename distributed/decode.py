@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -73,12 +73,24 @@ def _measured(point: DecodePoint, arrays: Framework, options: Options) -> dict[s
     host = options.host_cost and point.cache == "warm"
     turns, passes, errors, absent = {}, {}, {}, {}
 
+    @contextmanager
+    def competing(name: str) -> Iterator[None]:
+        """A peer that is absent or refuses is part of the row; of our own call every error is the row's."""
+        try:
+            yield
+        except Exception as error:
+            if not name:
+                raise
+            reason = str(error).strip().partition("\n")[0]
+            is_known = isinstance(error, decode_peers.UnavailableError)
+            absent[name] = reason if is_known else f"{type(error).__name__}: {reason}"
+
     def enter(name: str, computes: str, call: decode_peers.Call, early: bool) -> None:
         functions = [lambda k=k, v=v: call(k, v) for k, v in problem.caches]
 
         def make_pass() -> float | None:
-            with _launches(arrays, early):
-                return clock.host(functions[0])
+            with competing(name), _launches(arrays, early):
+                return None if name in absent else clock.host(functions[0])
 
         with _launches(arrays, early):
             errors[name] = rows.error(computes, functions[0]())
@@ -88,24 +100,18 @@ def _measured(point: DecodePoint, arrays: Framework, options: Options) -> dict[s
     enter("", point.operation, _own_call(point, problem), early=False)
     peers = [peer for peer in decode_peers.peers_of(point, arrays.on_gpu) if peer.name in options.peers]
     for peer in peers:
-        try:
+        with competing(peer.name):
             early = peer.bind is None
             call = _own_call(point, problem) if early else peer.bind(problem, options.fa3)
             enter(peer.name, peer.computes or point.operation, call, early)
-        except Exception as error:  # a peer that is absent or refuses is part of the row
-            reason = str(error).strip().partition("\n")[0]
-            absent[peer.name] = (
-                reason
-                if isinstance(error, decode_peers.UnavailableError)
-                else f"{type(error).__name__}: {reason}"
-            )
     seconds = least_disturbed(passes) if host else dict.fromkeys(passes)
     measured = {
         name: {"error": errors[name], "host_us": None if seconds[name] is None else 1e6 * seconds[name]}
         for name in passes
     }
     read, read_bytes = clock.read(problem.caches)
-    taken = in_turns(turns | {"read": read}, options.rounds, options.seconds)
+    present = {name: turn for name, turn in turns.items() if name not in absent}
+    taken = in_turns(present | {"read": read}, options.rounds, options.seconds)
     bandwidth = read_bytes / float(np.median(taken["read"]))
     own = _times(taken[""])
     speed = point.bytes_read / (own["us"] * 1e-6)

@@ -35,7 +35,7 @@ class Timer(Protocol):
         """A turn of plain reading, and the bytes that it reads a call."""
 
     def host(self, function: Callable[[], object]) -> float | None:
-        """Seconds from a call to its return, of one pass of calls; None where a call is its own work."""
+        """Seconds from a call to its return, nothing waited for, of a pass; None where a call is its work."""
 
 
 def timer(arrays: Framework) -> Timer:

@@ -206,6 +206,28 @@ def test_each_competitor_of_a_row_has_its_own_host_cost(monkeypatch):
     assert measure(point(dtype="float32", cache="cold"), QUICK)["host_us"] is None
 
 
+def test_a_peer_that_fails_while_its_calls_are_timed_is_absent(monkeypatch):
+    pytest.importorskip("torch")
+    passes = []
+
+    class Timer(CpuTimer):
+        def host(self, function):
+            passes.append(function)
+            if len(passes) == 4:
+                raise RuntimeError("no room\nand more")
+            return 1e-5
+
+    monkeypatch.setattr(decode, "timer", lambda arrays: Timer())
+    row = measure(point(dtype="float32", cache="warm"), QUICK)
+    assert row["peers"] == [{"name": "sdpa", "absent": "RuntimeError: no room"}]
+    assert row["host_us"] == pytest.approx(10)
+    # The second of the peer's was its last.
+    assert len(passes) == decode_timing.HOST_PASSES + 2
+    passes[:] = [None] * 3
+    with pytest.raises(PointError, match="no room"):
+        measure(point(dtype="float32", cache="warm"), QUICK)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda_kernels.availability() is not None, reason="needs an NVIDIA GPU")
 @pytest.mark.parametrize("page_size", [None, 16])
