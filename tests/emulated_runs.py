@@ -3,6 +3,7 @@
 import functools
 
 import cases
+import emulation
 import numpy as np
 from budget import solved_budget
 from calls import call
@@ -32,6 +33,14 @@ def run(operation, case, capability, orders=ORDERS, multiprocessors=12, **extra)
             results.append(o.data.astype(np.float64))
             assert not getattr(workspace, "counters", np.zeros(1)).any()
     return results
+
+
+def for_racecheck(monkeypatch):
+    """From here on kernels are built as ``PARALLAX_RACECHECK=1`` has them built."""
+    kernel = emulation._kernel
+    monkeypatch.setattr(
+        emulation, "_kernel", lambda source, defines: kernel(source, (*defines, ("FOR_RACECHECK", 1)))
+    )
 
 
 def hold_in_every_order(case, capability, solver, multiprocessors=12):

@@ -10,7 +10,7 @@ pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.
 from budget import budget
 from calls import call
 from cases import hold
-from emulated_runs import FLOAT16, FLOAT32, ORDERS, lengths, make, run
+from emulated_runs import FLOAT16, FLOAT32, ORDERS, for_racecheck, lengths, make, run
 from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, compiled, emulated, needs_compiler
 from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
@@ -106,6 +106,19 @@ def test_warpgroups_in_every_order(operation, name, monkeypatch):
     for o in results:
         np.testing.assert_array_equal(o, results[0])
     hold(results[0], call(plx.reference, operation, case), budget(case, operation).output)
+
+
+@pytest.mark.parametrize("name", ["parts", "parcels", "ragged pages of 16"])
+def test_the_kernels_that_racecheck_follows_compute_the_same_bits(name, monkeypatch):
+    sizes = dict(WARPGROUPS[name])
+    multiprocessors = sizes.pop("multiprocessors")
+    case = make(**{"kv_heads": 1} | sizes)
+    monkeypatch.setattr(heuristics, "_KEYS_OF_WARPGROUPS", 0)
+    options = dict(orders=(RANDOM_LATE,), multiprocessors=multiprocessors)
+    (expected,) = run("parallax", case, (9, 0), **options)
+    for_racecheck(monkeypatch)
+    (o,) = run("parallax", case, (9, 0), **options)
+    np.testing.assert_array_equal(o, expected)
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,10 @@ import pytest
 
 pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
 
-import emulation
 from budget import solved_budget
 from calls import call
 from cases import error_of_rows, hold
-from emulated_runs import FLOAT16, FLOAT32, hold_in_every_order, lengths, make, run
+from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, lengths, make, run
 from emulation import LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated, needs_compiler
 from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
@@ -148,10 +147,7 @@ def test_keys_about_an_outlying_one_keep_their_digits():
 def test_the_kernels_that_racecheck_follows_compute_the_same_bits(solver, monkeypatch):
     case = make(kv_heads=1, capacity=300)
     (expected,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
-    kernel = emulation._kernel
-    monkeypatch.setattr(
-        emulation, "_kernel", lambda source, defines: kernel(source, (*defines, ("FOR_RACECHECK", 1)))
-    )
+    for_racecheck(monkeypatch)
     (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver=solver)
     np.testing.assert_array_equal(o, expected)
 

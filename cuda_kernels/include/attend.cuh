@@ -59,9 +59,12 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   __shared__ unsigned arrived;
   __shared__ Tag tag;
   __shared__ Owed owed;
+  __shared__ unsigned long long synced;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
+  BlockMeeting::begin(synced, THREADS);
+  BlockMeeting meet_block(synced);
   Ring ring;
   ring.prepare(maps, shared);
   // Nothing before has touched global memory.
@@ -101,7 +104,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   // Rows and columns that no query is written to are read all the same, unless rests stand there.
   if constexpr ((RECORDS < HEADS * ROWS && !RESTS_ASIDE) || HEAD_DIM < KEY_COLUMNS || (WARPGROUPS && PROBE != 1)) {
     Queries::clear(query_place);
-    __syncthreads();
+    meet_block();
   }
 
   Accumulator a;
@@ -116,7 +119,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     if constexpr (GRID == 0 && PINNED) end = min(end, begin + p.split_steps);
     queries.deposit(query_place);
     if (WARPGROUPS) fence_async_proxy();
-    __syncthreads();
+    meet_block();
     tile.load(query_place, lane);
     Item next = item;
     if (!SINGLE && end < schedule.end) {
@@ -177,10 +180,10 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
 #pragma unroll
       for (int from = 0; from < VALUE_DIM; from += At::CHANNELS) {
         hand_over<At>(shared, a, lane, from);
-        __syncthreads();
+        meet_block();
         if (from == 0) {
           weigh_warps(shared);
-          __syncthreads();
+          meet_block();
         }
         if constexpr (CLUSTER > 1) {
           merge_warps<At>(shared, from, [&](int number, int channel, const RowState<1>& state) {
@@ -190,7 +193,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         } else {
           merge_warps<At>(shared, from, write);
         }
-        if (!SINGLE || from + At::CHANNELS < VALUE_DIM) __syncthreads();
+        if (!SINGLE || from + At::CHANNELS < VALUE_DIM) meet_block();
       }
     };
     if (LAST_IN_RINGS && (SINGLE || end >= schedule.end))
@@ -211,11 +214,11 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         owing++;
       }
     } else if (!WHOLE && parts > 1) {
-      __syncthreads();
+      meet_block();
       if (threadIdx.x == 0) arrived = count_one(counter);
-      __syncthreads();
+      meet_block();
       if (arrived == parts - 1) {
-        merge_parts(p, item, rows, shared, rank * SLICE, parts, part_at);
+        merge_parts(p, item, rows, shared, meet_block, rank * SLICE, parts, part_at);
         if (threadIdx.x == 0) *counter = 0;
       }
     }
@@ -227,7 +230,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), uses);
   }
   if constexpr (TOGETHER && !SINGLE) {
-    __syncthreads();
+    meet_block();
 #pragma unroll 1
     for (int i = 0; i < owing; i++) {
       const auto& o = owed.items[i];

@@ -1,6 +1,7 @@
 #pragma once
 // From the states of warps, of a cluster's blocks and of all blocks to the output of a row.
 
+#include "block_meeting.cuh"
 #include "ptx/atomics.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/shared_memory.cuh"
@@ -90,8 +91,8 @@ struct Part {
 
 // Merges the parts of an item in their order and writes its rows, from channel `from` on.
 template <class PartAt>
-__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, char* shared, int from, int parts,
-                                            PartAt part_at) {
+__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, char* shared, BlockMeeting& meet_block, int from,
+                                            int parts, PartAt part_at) {
   // A thread merges WIDTH channels of a row over every TEAMS-th part: the latency of the second-level cache is all
   // there is to wait for, and should be waited for once.
   constexpr int WIDTH = SLICE % 2 ? 1 : SLICE % 4 == 0 && RECORDS * SLICE >= 4 * THREADS ? 4 : 2, UNITS = RECORDS * SLICE / WIDTH;
@@ -136,7 +137,7 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
       statistics[threadIdx.x] = state.s.packed();
 #pragma unroll
       for (int e = 0; e < WIDTH; e++) sums[threadIdx.x * WIDTH + e] = make_float2(state.O1[e], state.O2[e]);
-      __syncthreads();
+      meet_block();
       if (threadIdx.x < UNITS) {
         constexpr int OTHERS = TEAMS > 1 ? TEAMS - 1 : 1;
         Statistics x[OTHERS];
@@ -152,7 +153,7 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
     }
     if (place < UNITS) finish(p, destination, from + channel, state);
   }
-  if constexpr (!SINGLE) __syncthreads();  // before the shared memory is used again
+  if constexpr (!SINGLE) meet_block();  // before the shared memory is used again
 }
 
 // Puts the weight and the shift of every warp's state towards that of the block into shared memory, and the block's

@@ -157,6 +157,10 @@ __device__ __forceinline__ void agree_anew(Accumulator& a, const float (&c)[HEAD
       }
   }
   if constexpr (PROBE && !BFLOAT) {
+#ifdef FOR_RACECHECK
+    // Number 0 is loaded with the others, a vector, and made nothing of.
+    barrier_sync(tile.barrier(), 128);
+#endif
 #pragma unroll
     for (int h = 0; h < HEADS; h++)
 #pragma unroll

@@ -191,11 +191,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
-#ifdef FOR_RACECHECK
-    mbarrier_init(shared_address(&shared.synced), WARPS * OF_WARP);
-#endif
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
+  BlockMeeting::begin(shared.synced, THREADS);
   __syncthreads();
   // Read after the keys, by when it has come.
   if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) shared.tag = first_tag(uses);
@@ -225,7 +223,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const int item = block_index() >> call.splits_log2;
   const lla::RowIndex index(call, item);
   if (!whole) {
-    BlockMeeting meet_block(shared);
+    BlockMeeting meet_block(shared.synced);
     meet_block();
     if (!merge(shared, meet_block, call, index, item, clusters)) return;
   }

@@ -1,6 +1,7 @@
 #pragma once
 // Sizes of the tuned kernel of local linear attention, its shared memory and its barriers.
 
+#include "block_meeting.cuh"
 #include "delay.cuh"
 #include "lla/inputs.cuh"
 #include "lla/query.cuh"
@@ -140,9 +141,7 @@ struct Shared {
 #endif
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
-#ifdef FOR_RACECHECK
-  unsigned long long synced;
-#endif
+  unsigned long long synced;  // of BlockMeeting
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));
@@ -169,20 +168,3 @@ __device__ __forceinline__ void meet(const unsigned long long& barrier, unsigned
   come(barrier);
   mbarrier_wait(shared_address(&barrier), parity);
 }
-
-// The block's barrier. Racecheck loses sight of it after barriers of other kinds, and is given one of those beside it.
-struct BlockMeeting {
-#ifdef FOR_RACECHECK
-  const Shared& shared;
-  unsigned parity = 0;
-
-  __device__ __forceinline__ explicit BlockMeeting(const Shared& shared) : shared(shared) {}
-  __device__ __forceinline__ void operator()() {
-    meet(shared.synced, parity), parity ^= 1;
-    __syncthreads();
-  }
-#else
-  __device__ __forceinline__ explicit BlockMeeting(const Shared&) {}
-  __device__ __forceinline__ void operator()() { __syncthreads(); }
-#endif
-};

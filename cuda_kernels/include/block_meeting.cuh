@@ -1,0 +1,28 @@
+#pragma once
+// The block's barrier. Racecheck, a tool of compute-sanitizer, loses sight of it after barriers of other kinds; where a kernel is
+// compiled FOR_RACECHECK it is given one of those beside it.
+
+#include "ptx/mbarrier.cuh"
+#include "ptx/shared_memory.cuh"
+
+struct BlockMeeting {
+#ifdef FOR_RACECHECK
+  unsigned barrier, parity = 0;
+
+  // By all threads, at the start.
+  __device__ __forceinline__ static void begin(const unsigned long long& barrier, int threads) {
+    if (threadIdx.x == 0) mbarrier_init(shared_address(&barrier), threads);
+    __syncthreads();
+  }
+  __device__ __forceinline__ explicit BlockMeeting(const unsigned long long& barrier) : barrier(shared_address(&barrier)) {}
+  __device__ __forceinline__ void operator()() {
+    mbarrier_arrive(barrier);
+    mbarrier_wait(barrier, parity), parity ^= 1;
+    __syncthreads();
+  }
+#else
+  __device__ __forceinline__ static void begin(const unsigned long long&, int) {}
+  __device__ __forceinline__ explicit BlockMeeting(const unsigned long long&) {}
+  __device__ __forceinline__ void operator()() { __syncthreads(); }
+#endif
+};
