@@ -75,13 +75,14 @@ template <int KEY_COLUMNS>
 __device__ __forceinline__ void accumulate_to_solve(Shared& shared, const lla::Call& call, const Maps& maps, int tiles, float (&c)[D]) {
   float accumulators[D];
   accumulate_all<KEY_COLUMNS>(shared, call, maps, accumulators, tiles);
-  if constexpr (IN_CLUSTER) cluster_wait();
-  // The sums of all blocks are there.
-  if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
+  complete_moments<D == 128 && KEY_COLUMNS == 64>(shared, accumulators, thread_index());
   if constexpr (D == 128) take_registers<SOLVING_REGISTERS>();
   // Copies: accumulators that two ways of the program leave in the same registers are waited for by each product.
 #pragma unroll
   for (int e = 0; e < D; e++) c[e] = copy_opaque(accumulators[e]);
+  if constexpr (IN_CLUSTER) cluster_wait();
+  // The sums of all blocks are there.
+  if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
 }
 
 // Solves the row, or leaves the moments to the factorisation. From here on the warpgroups run the same code: what is fetched
@@ -114,6 +115,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
   const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
+  if constexpr (CONJUGATE_GRADIENTS && D == 128) give_registers<256 - SOLVING_REGISTERS>();
   let_next_launch_begin();
 #if MAIL_IN_SHARED
   clear_later_mail(shared);
@@ -125,7 +127,6 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   } else {
     shared.own.mean[column] = shared.total.mean[column] = mean;
   }
-  if constexpr (CONJUGATE_GRADIENTS && D == 128) give_registers<256 - SOLVING_REGISTERS>();
   if constexpr (!TOGETHER) prefetch_next(call, maps);
   meet(shared.met, shared.exact ^ !TOGETHER);
 }
@@ -163,7 +164,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   // A box begins where its page allows.
   const int start = PAGED ? row.first / BOX * BOX : row.first, length = row.end - start;
   int share = (length + CLUSTER * TILE - 1) / (CLUSTER * TILE);
-  if (clusters > 1) share = (share + clusters - 1) / clusters;
+  if (clusters > 1) share = lla::divide(share + clusters - 1, clusters);
   const int begin = start + split * share * TILE, end = min(begin + share * TILE, row.end);
   const int tiles = max(0, end - begin + TILE - 1) / TILE;
 

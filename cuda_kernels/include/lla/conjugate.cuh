@@ -16,27 +16,33 @@ __device__ __forceinline__ float (&apart(Shared& shared))[2 * D] { return shared
 __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& exchange, int column, float mean) {
   exchange.send(0, column, mean);
   if (column < 2) exchange.send(0, 2 * D + column, column == 0 ? shared.own.d1 : shared.own.m);
+  constexpr int AT_ONCE = SHARERS < 8 ? SHARERS : 8;
   // A lane has a block's weight.
   const int lane = thread_index() % 32;
-  float d1_of_block[1], m_of_block[1];
-  exchange.receive(0, lane, 2 * D, d1_of_block);
-  exchange.receive(0, lane, 2 * D + 1, m_of_block);
-  const float m_here = lane < exchange.blocks ? m_of_block[0] : minus_infinity();
+  float found[2 + AT_ONCE];
+  exchange.receive(0, found, [&](int i) {
+    const int block = i < 2 ? lane : i - 2;
+    return block < exchange.blocks ? exchange.place(0, block, i < 2 ? 2 * D + i : column) : nullptr;
+  });
+  const float m_here = lane < exchange.blocks ? found[1] : minus_infinity();
   float m = m_here;
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, lanes));
-  const float weight = lane < exchange.blocks ? rescaling(m_here, m) * d1_of_block[0] : 0.0f;
+  const float weight = lane < exchange.blocks ? rescaling(m_here, m) * found[0] : 0.0f;
   float d1 = 0.0f, sum = 0.0f;
-  constexpr int AT_ONCE = SHARERS < 8 ? SHARERS : 8;
-#pragma unroll
-  for (int first = 0; first < SHARERS; first += AT_ONCE) {
-    float means[AT_ONCE];
-    exchange.receive(0, first, column, means);
+  const auto add = [&](int first, const float* means) {
 #pragma unroll
     for (int b = 0; b < AT_ONCE; b++) {
       const float of_block = __shfl_sync(~0u, weight, first + b);
       d1 += of_block, sum += of_block * means[b];
     }
+  };
+  add(0, found + 2);
+#pragma unroll
+  for (int first = AT_ONCE; first < SHARERS; first += AT_ONCE) {
+    float means[AT_ONCE];
+    exchange.receive(0, first, column, means);
+    add(first, means);
   }
   // All blocks have cleared the place of what comes next.
   if constexpr (IN_CLUSTER) acquire_from_cluster();
@@ -60,46 +66,33 @@ struct Centring {
   __device__ __forceinline__ float inverse_of_all(const Shared& shared) const {
     return TOGETHER ? inverse_weight(shared.total.d1) : inverse_d1;
   }
+
+  // Of the weight of all keys, the block's.
+  __device__ __forceinline__ float share(const Shared& shared) const { return TOGETHER ? weight * d1 * inverse_of_all(shared) : 1.0f; }
 };
 
-// Of a row of moments: what makes them centred, times a number.
-struct RowOfLane {
-  float factor, mean, apart = 0.0f;
-
-  __device__ __forceinline__ RowOfLane(Shared& shared, const Centring& centre, int row, float times) {
-    if constexpr (TOGETHER) times *= centre.weight;
-    factor = times * centre.factor;
-    mean = times * (shared.sums[row] * centre.inverse_d1);
-    if constexpr (TOGETHER) apart = times * centre.d1 * ::apart(shared)[row];
-  }
-
-  // Of the moments in a column: that, the block's sum there, and how far the block's mean is from that of all keys.
-  __device__ __forceinline__ float operator()(float moment, float sum, float column_apart) const {
-    const float centred = factor * moment - mean * sum;
-    return TOGETHER ? centred + apart * column_apart : centred;
-  }
-};
-
-// The keys' moments about the mean and divided by their weight, in place; with heads of 128 the first warpgroup is given
-// the columns that it lacks.
+// The keys' moments about the mean of the block's keys, divided by their weight, in place; with heads of 128 the first warpgroup is
+// given the columns that it lacks. What other blocks send is not needed for that, and comes meanwhile.
+template <bool IS_FIRST>
 __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], int thread) {
   const int upper = upper_row(thread), column = thread % 4 * 2;
-  const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[0]);
-  const RowOfLane rows[2] = {{shared, centre, upper, centre.inverse_of_all(shared)}, {shared, centre, upper + 8, centre.inverse_of_all(shared)}};
+  const float inverse_d1 = inverse_weight(shared.own.d1), factor = inverse_d1 * shared.inverse_scale[0] * shared.inverse_scale[0];
+  const float mean[2] = {inverse_d1 * inverse_d1 * shared.sums[upper], inverse_d1 * inverse_d1 * shared.sums[upper + 8]};
+  constexpr bool LACKS = D == 128 && IS_FIRST;
 #pragma unroll
-  for (int j = 0; j < D / 8; j++) {
-    if (D == 128 && j == D / 16 && thread < 128) break;
+  for (int j = 0; j < D / 8 / (LACKS ? 2 : 1); j++) {
     const float2 sums = *reinterpret_cast<const float2*>(&shared.sums[8 * j + column]);
-    const float2 columns_apart = *reinterpret_cast<const float2*>(&apart(shared)[8 * j + column]);
     float* pair = c + D / 2 + 4 * j;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-      pair[2 * h] = rows[h](pair[2 * h], sums.x, columns_apart.x);
-      pair[2 * h + 1] = rows[h](pair[2 * h + 1], sums.y, columns_apart.y);
+      pair[2 * h] = factor * pair[2 * h] - mean[h] * sums.x;
+      pair[2 * h + 1] = factor * pair[2 * h + 1] - mean[h] * sums.y;
     }
+    // Or all columns' sums would be loaded at once, for which there are not the registers.
+    if (j % 4 == 3) __syncwarp();
   }
   if constexpr (D == 128) {
-    if (thread >= 128) {
+    if constexpr (!IS_FIRST) {
 #pragma unroll
       for (int j = 0; j < 8; j++) {
         const float* pair = c + D / 2 + 4 * j;
@@ -109,7 +102,7 @@ __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], 
       }
     }
     meet_matrix_warps();
-    if (thread < 128) {
+    if constexpr (IS_FIRST) {
 #pragma unroll
       for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -119,6 +112,25 @@ __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], 
   }
   pair_lanes(c + D / 2, thread % 32, false);
 }
+
+// What makes a lane's row of a product with the block's moments one with its part of the moments of all keys: the block's share
+// of their weight, and how far its mean is from theirs.
+struct Completion {
+  float share = 1.0f, apart_of_row = 0.0f;
+  Entries apart = {};
+
+  __device__ __forceinline__ Completion(Shared& shared, const Centring& centre, int thread) {
+    if constexpr (TOGETHER) {
+      share = centre.share(shared), apart_of_row = share * ::apart(shared)[row_of_product(thread)];
+#pragma unroll
+      for (int e = 0; e < ENTRIES; e++) apart.of[e] = ::apart(shared)[column_of_entry(thread % 32, e)];
+    }
+  }
+  // x: the lane's entries of the vector.
+  __device__ __forceinline__ float operator()(float y, const Entries& x) const {
+    return TOGETHER ? share * y + apart_of_row * inner_product(x, apart) : y;
+  }
+};
 
 // Adds to HALF of the lane's sums those of the lane BIT away, which has the other half; returns where they began.
 template <int HALF, int BIT>
@@ -162,29 +174,27 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   LyingVector& vector = shared.vectors[thread / 32];
   const float ridge = row.ridge(call);
   const Exchange exchange(shared, call);
-  complete_moments(shared, c, thread);
+  const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
+  const Completion complete(shared, centre, thread);
 
   Entries x;
   Progress progress;
   int number = 1;  // of the exchange
-  if (!take_steps(shared, exchange, c + D / 2, ridge, thread, x, progress, number)) return false;
+  if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, x, progress, number)) return false;
 
   __syncwarp();
   entries_of_lane(vector, lane) = x;
   __syncwarp();
-  const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
+  Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
+  rows.of[0] = complete(rows.of[0], x);
   // Beside what was sent in this step and is not received.
   if constexpr (TOGETHER) send_row(exchange, thread, number, D, rows.of[0]);
   multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
   // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
-  const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
-  Entries mean, from_mean;
+  Entries mean;
 #pragma unroll
-  for (int e = 0; e < ENTRIES; e++) {
-    const int column = column_of_entry(lane, e);
-    mean.of[e] = shared.sums[column] * centre.inverse_d1, from_mean.of[e] = apart(shared)[column];
-  }
-  const float of_means = inner_product(x, mean), of_distances = TOGETHER ? inner_product(x, from_mean) : 0.0f;
+  for (int e = 0; e < ENTRIES; e++) mean.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
+  const float of_means = inner_product(x, mean), of_distances = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
   const auto sum_of_values = [&] {
     float sum = 0.0f;
 #pragma unroll
@@ -214,13 +224,31 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   return true;
 }
 
+// Of a row of the values' moments: what makes them centred, times a number.
+struct RowOfLane {
+  float factor, mean, apart = 0.0f;
+
+  __device__ __forceinline__ RowOfLane(Shared& shared, const Centring& centre, int row, float times) {
+    if constexpr (TOGETHER) times *= centre.weight;
+    factor = times * centre.factor;
+    mean = times * (shared.sums[row] * centre.inverse_d1);
+    if constexpr (TOGETHER) apart = times * centre.d1 * ::apart(shared)[row];
+  }
+
+  // Of the moments in a column: that, the block's sum there, and how far the block's mean is from that of all keys.
+  __device__ __forceinline__ float operator()(float moment, float sum, float column_apart) const {
+    const float centred = factor * moment - mean * sum;
+    return TOGETHER ? centred + apart * column_apart : centred;
+  }
+};
+
 // The moments as they are for the factorisation, of a whole row with the ridge, or to be merged with those of other blocks; by
 // the matrix warps, after solve_by_steps.
 __device__ __forceinline__ void leave_to_factorisation(Shared& shared, float (&c)[D], bool whole, float ridge) {
   const int thread = thread_index(), upper = upper_row(thread);
   pair_lanes(c + D / 2, thread % 32, true);
   const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
-  const float key_factor = whole ? 1.0f : shared.total.d1, value_factor = whole ? centre.inverse_of_all(shared) : 1.0f;
+  const float value_factor = whole ? centre.inverse_of_all(shared) : 1.0f, key_factor = centre.share(shared) * (whole ? 1.0f : shared.total.d1);
   const RowOfLane rows[2] = {{shared, centre, upper, value_factor}, {shared, centre, upper + 8, value_factor}};
   // What lies where the moments go has been read.
   meet_matrix_warps();
@@ -233,6 +261,10 @@ __device__ __forceinline__ void leave_to_factorisation(Shared& shared, float (&c
     for (int h = 0; h < 2; h++) {
       const int row = upper + 8 * h;
       float2 keys = {key_factor * c[D / 2 + 4 * j + 2 * h], key_factor * c[D / 2 + 4 * j + 2 * h + 1]};
+      if constexpr (TOGETHER) {
+        const float2 of_keys = *reinterpret_cast<const float2*>(&apart(shared)[column]);
+        keys.x += key_factor * apart(shared)[row] * of_keys.x, keys.y += key_factor * apart(shared)[row] * of_keys.y;
+      }
       if (whole && row == column) keys.x += ridge;
       if (whole && row == column + 1) keys.y += ridge;
       *reinterpret_cast<float2*>(&shared.moments[row][column]) = keys;

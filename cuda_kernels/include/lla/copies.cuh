@@ -46,8 +46,8 @@ __device__ __forceinline__ void bring_tiles(Shared& shared, const lla::Call& cal
   __syncwarp();
 }
 
-// Tiles that are brought before the first one is there; with heads of 64 two blocks hide that from one another.
-constexpr int AT_FIRST = D == 64 ? SLOTS : 2;
+// Tiles that are brought before the first one is there; as many keys with heads of 64, two blocks of which share a multiprocessor.
+constexpr int AT_FIRST = D == 64 ? 2 : 1;
 
 __device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tiles) {
   const int thread = thread_index() - MATRIX_THREADS;

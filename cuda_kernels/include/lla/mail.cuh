@@ -94,29 +94,34 @@ struct Exchange {
     }
   }
 
-  // What COUNT blocks from `first` on sent; 0 of those that do not take part. By whole warps.
-  template <int COUNT>
-  __device__ __forceinline__ void receive(int number, int first, int word, float (&x)[COUNT]) const {
+  // The words at `at`(0) and on, asked for until all have come; 0 where there is none. By whole warps.
+  template <int COUNT, class At>
+  __device__ __forceinline__ void receive(int number, float (&x)[COUNT], At at) const {
     const unsigned wanted = tag + number;
     bool missing;
     do {
       missing = false;
       unsigned long long found[COUNT];
 #pragma unroll
-      for (int b = 0; b < COUNT; b++) {
-        const bool is_there = first + b < blocks;
-        found[b] = static_cast<unsigned long long>(wanted) << 32;
-        if (!is_there) continue;
-        const unsigned long long* from = place(number, first + b, word);
-        found[b] = IN_CLUSTER ? shared_load_relaxed(shared_address(from)) : load_relaxed(from);
+      for (int i = 0; i < COUNT; i++) {
+        const unsigned long long* from = at(i);
+        found[i] = static_cast<unsigned long long>(wanted) << 32;
+        if (!from) continue;
+        found[i] = IN_CLUSTER ? shared_load_relaxed(shared_address(from)) : load_relaxed(from);
       }
 #pragma unroll
-      for (int b = 0; b < COUNT; b++) {
-        x[b] = __uint_as_float(static_cast<unsigned>(found[b]));
-        missing |= static_cast<unsigned>(found[b] >> 32) != wanted;
+      for (int i = 0; i < COUNT; i++) {
+        x[i] = __uint_as_float(static_cast<unsigned>(found[i]));
+        missing |= static_cast<unsigned>(found[i] >> 32) != wanted;
       }
       // A warp's lanes go on together.
     } while (__any_sync(~0u, missing));
+  }
+
+  // What COUNT blocks from `first` on sent; 0 of those that do not take part.
+  template <int COUNT>
+  __device__ __forceinline__ void receive(int number, int first, int word, float (&x)[COUNT]) const {
+    receive(number, x, [&](int b) { return first + b < blocks ? place(number, first + b, word) : nullptr; });
   }
 
   // The sum over all blocks; the same bits in all of them.

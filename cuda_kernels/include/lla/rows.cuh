@@ -31,14 +31,16 @@ struct Call {
 
 static_assert(sizeof(Call) == CALL_BYTES, "parameters.py describes another structure");
 
+// A division costs as much as a hundred other instructions, and most numbers are powers of two.
+__device__ __forceinline__ unsigned divide(unsigned x, unsigned by) { return by & by - 1 ? x / by : x >> __ffs(by) - 1; }
+
 struct RowIndex {
   int batch, position, head;
 
   __device__ __forceinline__ RowIndex(const Call& call, unsigned item) {
-    const unsigned query = item / unsigned(call.q_heads);
+    const unsigned query = divide(item, call.q_heads);
     head = item - query * call.q_heads;
     batch = query, position = 0;
-    // A division costs as much as a hundred other instructions.
     if (call.q_len > 1) batch = query / unsigned(call.q_len), position = query - batch * call.q_len;
   }
 
@@ -59,7 +61,7 @@ struct Row : RowIndex {
   bool valid;      // lengths in range; a row of an invalid length is NaN and sees nothing
 
   __device__ __forceinline__ Row(const Call& call, int item) : RowIndex(call, item) {
-    kv_head = call.group_size > 1 ? unsigned(head) / unsigned(call.group_size) : head;
+    kv_head = divide(head, call.group_size);
     const Range seen = keys_of_row(call, batch, position);
     valid = seen.valid();
     first = seen.first, end = max(seen.end, seen.first);

@@ -23,7 +23,7 @@ constexpr int THREADS = MATRIX_THREADS + TRANSFORM_THREADS;
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_MULTIPROCESSOR = D == 64 ? 2 : 1;
 constexpr int MATRIX_REGISTERS = 160;  // of a thread, of 256 for a matrix thread and a transform thread
-constexpr int SOLVING_REGISTERS = 224;  // the same of conjugate gradients
+constexpr int SOLVING_REGISTERS = 208;  // the same of conjugate gradients; transform threads share the row's sums with the rest
 // Whether a row's blocks solve its system together, each with the moments of its own keys.
 constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
 constexpr int SHARERS = TOGETHER ? SOLVERS : 1;

@@ -104,9 +104,11 @@ __device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchan
   }
 }
 
-// From a slope of 0 until it is near enough: whether it was after MOST_STEPS. number: of the first exchange, then of the next.
-__device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& exchange, const float* moments, float ridge, int thread,
-                                           Entries& x, Progress& progress, int& number) {
+// From a slope of 0 until it is near enough: whether it was after MOST_STEPS. complete(y, x): what blocks that share a row make of
+// the lane's row of a product with x. number: of the first exchange, then of the next.
+template <class Complete>
+__device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& exchange, const float* moments, const Complete& complete, float ridge,
+                                           int thread, Entries& x, Progress& progress, int& number) {
   const int lane = thread % 32;
   LyingVector& vector = shared.vectors[thread / 32];
   Entries r = right_side(shared, lane);
@@ -120,7 +122,10 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     entries_of_lane(vector, lane) = r;
     __syncwarp();
     product = multiply_rows_of_warp<!TOGETHER>(vector, moments, thread);
-    if constexpr (TOGETHER) send_row(exchange, thread, number, 0, product.of[0]);
+    if constexpr (TOGETHER) {
+      product.of[0] = complete(product.of[0], r);
+      send_row(exchange, thread, number, 0, product.of[0]);
+    }
     // Beside the product, whose latency hides it.
     progress.look(inner_product(r, r), ridge);
     // The same in all lanes, as the compiler sees by this.

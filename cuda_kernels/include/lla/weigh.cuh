@@ -26,11 +26,11 @@ __device__ __forceinline__ float of_all_keys(float x) {
 
 // To lie in shared memory, the sums of all keys of a warp.
 __device__ __forceinline__ void stage(float (&to)[2 * D], const Lane& at, const float (&sums)[8]) {
+  float of_all[8];
 #pragma unroll
-  for (int e = 0; e < 8; e++) {
-    const float sum = of_all_keys(sums[e]);
-    if (at.sub_key == 0) to[at.column() + e] = sum;
-  }
+  for (int e = 0; e < 8; e++) of_all[e] = of_all_keys(sums[e]);
+  float4* const quads = reinterpret_cast<float4*>(&to[at.column()]);
+  if (at.sub_key == 0) quads[0] = {of_all[0], of_all[1], of_all[2], of_all[3]}, quads[1] = {of_all[4], of_all[5], of_all[6], of_all[7]};
 }
 
 // Makes the largest number of a warp's lanes known, of keys and of values.

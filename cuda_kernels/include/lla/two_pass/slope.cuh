@@ -44,7 +44,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   const Exchange exchange(shared, call);
   Progress progress;
   int number = 1;
-  if (!take_steps(shared, exchange, c[0], ridge, thread, x, progress, number)) return false;
+  if (!take_steps(shared, exchange, c[0], nullptr, ridge, thread, x, progress, number)) return false;
   __syncwarp();
   LyingVector& vector = shared.vectors[thread / 32];
   entries_of_lane(vector, lane) = x;
