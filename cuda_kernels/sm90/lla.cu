@@ -192,6 +192,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
+    mbarrier_init(shared_address(&shared.given), 4 * OF_WARP);
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   BlockMeeting::begin(shared.synced, THREADS);

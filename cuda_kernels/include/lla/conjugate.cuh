@@ -100,9 +100,9 @@ __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], 
         for (int h = 0; h < 2; h++)
           *reinterpret_cast<float2*>(&shared.below[upper - 64 + 8 * h][8 * j + column]) = {pair[2 * h], pair[2 * h + 1]};
       }
-    }
-    meet_matrix_warps();
-    if constexpr (IS_FIRST) {
+      come(shared.given);
+    } else {
+      mbarrier_wait(shared_address(&shared.given), 0);
 #pragma unroll
       for (int j = 0; j < 8; j++)
 #pragma unroll

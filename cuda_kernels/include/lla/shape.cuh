@@ -141,6 +141,7 @@ struct Shared {
 #endif
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
+  unsigned long long given;   // the columns that the first matrix warpgroup lacks
   unsigned long long synced;  // of BlockMeeting
 };
 static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
