@@ -63,8 +63,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
-  BlockMeeting::begin(synced, THREADS);
-  BlockMeeting meet_block(synced);
+  BlockMeeting meet_block(synced, THREADS);
   Ring ring;
   ring.prepare(maps, shared);
   // Nothing before has touched global memory.

@@ -9,20 +9,18 @@ struct BlockMeeting {
 #ifdef FOR_RACECHECK
   unsigned barrier, parity = 0;
 
-  // By all threads, at the start.
-  __device__ __forceinline__ static void begin(const unsigned long long& barrier, int threads) {
-    if (threadIdx.x == 0) mbarrier_init(shared_address(&barrier), threads);
+  // By all threads, once. in_shared: a word of shared memory.
+  __device__ __forceinline__ BlockMeeting(const unsigned long long& in_shared, int threads) : barrier(shared_address(&in_shared)) {
+    if (threadIdx.x == 0) mbarrier_init(barrier, threads);
     __syncthreads();
   }
-  __device__ __forceinline__ explicit BlockMeeting(const unsigned long long& barrier) : barrier(shared_address(&barrier)) {}
   __device__ __forceinline__ void operator()() {
     mbarrier_arrive(barrier);
     mbarrier_wait(barrier, parity), parity ^= 1;
     __syncthreads();
   }
 #else
-  __device__ __forceinline__ static void begin(const unsigned long long&, int) {}
-  __device__ __forceinline__ explicit BlockMeeting(const unsigned long long&) {}
+  __device__ __forceinline__ BlockMeeting(const unsigned long long&, int) {}
   __device__ __forceinline__ void operator()() { __syncthreads(); }
 #endif
 };

@@ -195,7 +195,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     mbarrier_init(shared_address(&shared.given), 4 * OF_WARP);
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
-  BlockMeeting::begin(shared.synced, THREADS);
+  BlockMeeting meet_block(shared.synced, THREADS);
   __syncthreads();
   // Read after the keys, by when it has come.
   if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) shared.tag = first_tag(uses);
@@ -225,10 +225,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const int item = block_index() >> call.splits_log2;
   const lla::RowIndex index(call, item);
   if (!whole) {
-    BlockMeeting meet_block(shared.synced);
     meet_block();
     if (!merge(shared, meet_block, call, index, item, clusters)) return;
   }
   solve_slope(shared, call, index);
-  write_output(shared, call, index);
+  write_output(shared, meet_block, call, index);
 }

@@ -78,7 +78,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   let_next_launch_begin();
 
   const float ridge = lla::RowIndex(call, block_index()).ridge(call);
-  complete_moments(shared, c);
+  centre_moments<D>({c[0], c[1]}, shared.sums, inverse_weight(shared.d1), shared.inverse_scale, thread_index());
   pair_lanes(c, false);
   Entries slope;
   if (!solve_by_steps(shared, call, c, ridge, slope)) {

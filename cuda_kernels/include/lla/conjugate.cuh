@@ -17,7 +17,7 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
   exchange.send(0, column, mean);
   if (column < 2) exchange.send(0, 2 * D + column, column == 0 ? shared.own.d1 : shared.own.m);
   constexpr int AT_ONCE = SHARERS < 8 ? SHARERS : 8;
-  // A lane has a block's weight.
+  // A lane has a block's weight. It is asked for with the first means: an answer is waited for as long as many.
   const int lane = thread_index() % 32;
   float found[2 + AT_ONCE];
   exchange.receive(0, found, [&](int i) {
@@ -75,23 +75,10 @@ struct Centring {
 // given the columns that it lacks. What other blocks send is not needed for that, and comes meanwhile.
 template <bool IS_FIRST>
 __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], int thread) {
-  const int upper = upper_row(thread), column = thread % 4 * 2;
-  const float inverse_d1 = inverse_weight(shared.own.d1), factor = inverse_d1 * shared.inverse_scale[0] * shared.inverse_scale[0];
-  const float mean[2] = {inverse_d1 * inverse_d1 * shared.sums[upper], inverse_d1 * inverse_d1 * shared.sums[upper + 8]};
   constexpr bool LACKS = D == 128 && IS_FIRST;
-#pragma unroll
-  for (int j = 0; j < D / 8 / (LACKS ? 2 : 1); j++) {
-    const float2 sums = *reinterpret_cast<const float2*>(&shared.sums[8 * j + column]);
-    float* pair = c + D / 2 + 4 * j;
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-      pair[2 * h] = factor * pair[2 * h] - mean[h] * sums.x;
-      pair[2 * h + 1] = factor * pair[2 * h + 1] - mean[h] * sums.y;
-    }
-    // Or all columns' sums would be loaded at once, for which there are not the registers.
-    if (j % 4 == 3) __syncwarp();
-  }
+  centre_moments<LACKS ? 64 : D>({c + D / 2}, shared.sums, inverse_weight(shared.own.d1), shared.inverse_scale[0], thread);
   if constexpr (D == 128) {
+    const int upper = upper_row(thread), column = thread % 4 * 2;
     if constexpr (!IS_FIRST) {
 #pragma unroll
       for (int j = 0; j < 8; j++) {

@@ -155,17 +155,8 @@ __device__ __forceinline__ void solve_slope(Shared& shared, const lla::Call& cal
   }
 }
 
-// The block's barrier. After barriers of other kinds racecheck loses sight of it, and is given one of those beside it, which
-// the steps have passed BLOCKS - 1 times.
-__device__ __forceinline__ void sync_after_steps(const unsigned long long& barrier) {
-#ifdef FOR_RACECHECK
-  meet(barrier, BLOCKS - 1 & 1);
-#endif
-  __syncthreads();
-}
-
 // o = vbar + C_vk u; after solve_slope.
-__device__ __forceinline__ void write_output(Shared& shared, const lla::Call& call, const lla::RowIndex& row) {
+__device__ __forceinline__ void write_output(Shared& shared, BlockMeeting& meet_block, const lla::Call& call, const lla::RowIndex& row) {
   // A warp has eight rows of the moments, a lane of it four neighbouring channels of all or of every other.
   constexpr int LANES = D / 4, APART = 32 / LANES, ROWS = 8 / APART;
   const int thread = thread_index(), warp = thread / 32, lane = thread % 32;
@@ -174,7 +165,7 @@ __device__ __forceinline__ void write_output(Shared& shared, const lla::Call& ca
 #pragma unroll
   for (int k = 0; k < ROWS; k++)
     moments[k] = *reinterpret_cast<const float4*>(&shared.moments[first + k * APART + lane / LANES][D + channel]);
-  sync_after_steps(shared.solved);
+  meet_block();
 
   // The last step, where no row is below: A M^T M r, and nobody made Q = A M^T. Each warp takes it in its own rows.
   constexpr int LAST = BLOCKS - 1;
@@ -205,7 +196,7 @@ __device__ __forceinline__ void write_output(Shared& shared, const lla::Call& ca
     sum.z += __shfl_xor_sync(~0u, sum.z, LANES), sum.w += __shfl_xor_sync(~0u, sum.w, LANES);
   }
   if (lane < LANES) *reinterpret_cast<float4*>(&shared.output[warp][channel]) = sum;
-  sync_after_steps(shared.panelled);
+  meet_block();
   if (thread < D) {
     float sums[4] = {};
 #pragma unroll

@@ -8,29 +8,6 @@
 
 __device__ __forceinline__ float mean_of(const Shared& shared, int column) { return shared.mean[column]; }
 
-// The moments about the mean and divided by their weight, in place.
-__device__ __forceinline__ void complete_moments(const Shared& shared, float (&c)[ROW_BLOCKS][D / 2]) {
-  const int thread = thread_index(), upper = upper_row(thread), column = thread % 4 * 2;
-  const float inverse_d1 = inverse_weight(shared.d1), factor = inverse_d1 * shared.inverse_scale * shared.inverse_scale;
-  float means[ROW_BLOCKS][2];
-#pragma unroll
-  for (int b = 0; b < ROW_BLOCKS; b++)
-#pragma unroll
-    for (int h = 0; h < 2; h++) means[b][h] = inverse_d1 * inverse_d1 * shared.sums[64 * b + upper + 8 * h];
-#pragma unroll
-  for (int j = 0; j < D / 8; j++) {
-    const float2 sums = *reinterpret_cast<const float2*>(&shared.sums[8 * j + column]);
-#pragma unroll
-    for (int b = 0; b < ROW_BLOCKS; b++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        float* pair = &c[b][4 * j + 2 * h];
-        pair[0] = factor * pair[0] - means[b][h] * sums.x;
-        pair[1] = factor * pair[1] - means[b][h] * sums.y;
-      }
-  }
-}
-
 // As conjugate gradients take them, or back.
 __device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2], bool back) {
 #pragma unroll
