@@ -31,9 +31,9 @@ _MOST_SPLITS = 32
 _LARGE_CLUSTER = 8
 _MOST_TOGETHER = 16
 """Blocks that solve a row's system together."""
-_CLUSTER_SHARED_BYTES = 114688
+_CLUSTER_SHARED_BYTES = 112640
 """Of those that send each other mail through distributed shared memory."""
-_MAIL_WORDS = 386
+_MAIL_WORDS = 384
 """What such a block sends at a time, at most, of 8 bytes each."""
 _MOST_STEPS = 64
 """Of conjugate gradients, before the system is factored."""

@@ -121,11 +121,12 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   clear_later_mail(shared);
   cluster_wait();
 #endif
+  shared.own.mean[column] = mean;
+  // Of blocks that share a row no one needs the values' mean but the factorisation of one that is alone.
+  if (!TOGETHER || column >= D) shared.total.mean[column] = mean;
   if constexpr (TOGETHER) {
-    share_sums(shared, Exchange(shared, call), column, mean);
+    share_sums(shared, Exchange(shared, call));
     meet(shared.met, shared.exact ^ 1);
-  } else {
-    shared.own.mean[column] = shared.total.mean[column] = mean;
   }
   if constexpr (!TOGETHER) prefetch_next(call, maps);
   meet(shared.met, shared.exact ^ !TOGETHER);

@@ -9,54 +9,55 @@
 #include "lla/shape.cuh"
 #include "lla/steps.cuh"
 
-// Where the blocks of a row share it, how far a block's mean is from that of all keys; in place of what is read no more.
+// Where the blocks of a row share it, how far a block's mean of the keys is from that of all; in place of what is read no more.
 __device__ __forceinline__ float (&apart(Shared& shared))[2 * D] { return shared.moved[0].shift; }
 
-// The sums of the row from those of its blocks; by the transform warps, a thread for every column, whose mean is `mean`.
-__device__ __forceinline__ void share_sums(Shared& shared, const Exchange& exchange, int column, float mean) {
-  exchange.send(0, column, mean);
-  if (column < 2) exchange.send(0, 2 * D + column, column == 0 ? shared.own.d1 : shared.own.m);
-  constexpr int AT_ONCE = SHARERS < 8 ? SHARERS : 8;
-  // A lane has a block's weight. It is asked for with the first means: an answer is waited for as long as many.
-  const int lane = thread_index() % 32;
-  float found[2 + AT_ONCE];
+constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;  // of the blocks
+
+// The mean of the row's keys, how far the block's is from it, and their weight, from those of its blocks; by the transform warps, two
+// threads for every column, each with half of the blocks. The distance is a sum of differences, not one of sums: where one block has
+// all but a millionth of the weight, its own is far smaller than what rounds the mean, and what all give to the output is to add up.
+__device__ __forceinline__ void share_sums(Shared& shared, const Exchange& exchange) {
+  const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32, half = thread / D, column = thread % D;
+  static_assert(TRANSFORM_THREADS == 2 * D);
+  const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
+  if (half == 0) exchange.send(0, column, mean);
+  if (half == 1 && column < 2) exchange.send(0, D + column, column == 0 ? shared.own.d1 : shared.own.m);
+  // A lane has a block's weight. It is asked for with the means: an answer is waited for as long as many.
+  float found[2 + HALF];
   exchange.receive(0, found, [&](int i) {
-    const int block = i < 2 ? lane : i - 2;
-    return block < exchange.blocks ? exchange.place(0, block, i < 2 ? 2 * D + i : column) : nullptr;
+    const int block = i < 2 ? lane : half * HALF + i - 2;
+    return block < exchange.blocks ? exchange.place(0, block, i < 2 ? D + i : column) : nullptr;
   });
   const float m_here = lane < exchange.blocks ? found[1] : minus_infinity();
   float m = m_here;
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, lanes));
   const float weight = lane < exchange.blocks ? rescaling(m_here, m) * found[0] : 0.0f;
-  float d1 = 0.0f, sum = 0.0f;
-  const auto add = [&](int first, const float* means) {
+  float sum = 0.0f, distance = 0.0f;
 #pragma unroll
-    for (int b = 0; b < AT_ONCE; b++) {
-      const float of_block = __shfl_sync(~0u, weight, first + b);
-      d1 += of_block, sum += of_block * means[b];
-    }
-  };
-  add(0, found + 2);
-#pragma unroll
-  for (int first = AT_ONCE; first < SHARERS; first += AT_ONCE) {
-    float means[AT_ONCE];
-    exchange.receive(0, first, column, means);
-    add(first, means);
+  for (int b = 0; b < HALF; b++) {
+    const float of_block = __shfl_sync(~0u, weight, half * HALF + b);
+    sum += of_block * found[2 + b], distance += of_block * (mean - found[2 + b]);
   }
+  const float d1 = sum_of_lanes(weight);
   // All blocks have cleared the place of what comes next.
   if constexpr (IN_CLUSTER) acquire_from_cluster();
-  const float of_all = sum / d1;
-  shared.total.mean[column] = of_all;
-  apart(shared)[column] = mean - of_all;
-  if (column == 0) shared.total.d1 = d1, shared.total.m = m;
+  float(&of_half)[2 * D] = shared.moved[1].shift;
+  if (half == 1) of_half[column] = sum, of_half[D + column] = distance;
+  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+  if (half == 0) {
+    shared.total.mean[column] = (sum + of_half[column]) / d1;
+    apart(shared)[column] = (distance + of_half[D + column]) / d1;
+  }
+  if (thread == 0) shared.total.d1 = d1, shared.total.m = m;
 }
 
 // What makes a block's moments about its origin those about the mean of all keys of the row, relative to the row's maximum.
 struct Centring {
   float inverse_d1, factor, weight, d1;  // d1: of the block
 
-  __device__ __forceinline__ Centring(const Shared& shared, float factor) : factor(factor) {
+  __device__ __forceinline__ explicit Centring(const Shared& shared) : factor(shared.inverse_scale[0] * shared.inverse_scale[1]) {
     d1 = shared.own.d1;
     inverse_d1 = inverse_weight(d1);
     weight = TOGETHER ? rescaling(shared.own.m, shared.total.m) : 1.0f;
@@ -150,18 +151,37 @@ __device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)
     shared.output[thread / 32][(first + e) / 2 * 8 + lane % 4 * 2 + e % 2] = sums[e];
 }
 
-// Of keys or values, as far as they are there for all matrix warps.
+// Of keys or, in a block that has its row to itself, values, as far as they are there for all matrix warps.
 __device__ __forceinline__ float mean_of(const Shared& shared, int column) {
   return TOGETHER ? shared.total.mean[column] : shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
 }
 
+// What the first block gets when a row ends: of half of the blocks, the lane's row of the slope's product, in all blocks, and what they
+// have of a column of the output.
+struct Received {
+  float row = 0.0f, output = 0.0f;
+
+  __device__ __forceinline__ Received(const Exchange& exchange, int thread, int number) {
+    float x[2 * HALF];
+    exchange.receive(number, x, [&](int i) {
+      const bool is_row = i < HALF;
+      const int block = (is_row ? thread % 4 / 2 : thread / D) * HALF + i % HALF;
+      const bool is_sent = block < exchange.blocks && (is_row || exchange.split == 0);
+      return is_sent ? exchange.place(number, block, is_row ? D + row_of_product(thread) : 2 * D + thread % D) : nullptr;
+    });
+#pragma unroll
+    for (int b = 0; b < HALF; b++) row += x[b], output += x[HALF + b];
+    row += __shfl_xor_sync(~0u, row, 2);
+  }
+};
+
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const lla::RowIndex& row, float (&c)[D]) {
-  const int thread = thread_index(), lane = thread % 32;
+  const int thread = thread_index(), lane = thread % 32, column = thread % D;
   LyingVector& vector = shared.vectors[thread / 32];
   const float ridge = row.ridge(call);
   const Exchange exchange(shared, call);
-  const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
+  const Centring centre(shared);
   const Completion complete(shared, centre, thread);
 
   Entries x;
@@ -185,84 +205,71 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   const auto sum_of_values = [&] {
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][thread];
-    sum = centre.factor * sum - of_means * shared.sums[D + thread];
-    return TOGETHER ? centre.weight * (sum + centre.d1 * of_distances * apart(shared)[D + thread]) : sum;
+    for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][column];
+    return centre.factor * sum - of_means * shared.sums[D + column];
   };
-  if constexpr (TOGETHER) {
-    meet_matrix_warps();
-    if (thread < D) exchange.send<false>(number, 2 * D + thread, sum_of_values());
-  }
-  const Entries product = exchange_rows(shared, exchange, thread, number, D, rows), right = right_side(shared, lane);
-  Entries residual;
+  const auto write = [&](float sum) { output_of(call, row)[column] = narrow<BFLOAT>(sum); };
+  if constexpr (!TOGETHER) {
+    const Entries product = exchange_rows(shared, exchange, thread, number, D, rows), right = right_side(shared, lane);
+    Entries residual;
 #pragma unroll
-  for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
-  if (!__any_sync(~0u, progress.is_small(inner_product(residual, residual), ridge, 2.0f * TOLERANCE))) return false;
-  if (thread < D) {
-    const auto write = [&](float sum) {
-      output_of(call, row)[thread] = narrow<BFLOAT>(mean_of(shared, D + thread) + centre.inverse_of_all(shared) * sum);
-    };
-    if constexpr (TOGETHER) {
-      if (exchange.split == 0) write(exchange.receive_sum(number, 2 * D + thread));
-    } else {
-      write(sum_of_values());
+    for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
+    if (!__any_sync(~0u, progress.is_small(inner_product(residual, residual), ridge, 2.0f * TOLERANCE))) return false;
+    if (thread < D) write(mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values());
+  } else {
+    static_assert(MATRIX_THREADS == 2 * D);
+    // What the residual is without the product, by rows.
+    const Entries right = right_side(shared, lane);
+    Entries rest;
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) rest.of[e] = __fmaf_rn(-ridge, x.of[e], right.of[e]);
+    meet_matrix_warps();
+    entries_of_lane(vector, lane) = rest;
+    // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
+    if (thread < D) {
+      const float sum = sum_of_values() + centre.d1 * (1.0f + of_distances) * shared.own.mean[D + column];
+      exchange.send<false>(number, 2 * D + column, centre.weight * centre.inverse_of_all(shared) * sum);
     }
+    __syncwarp();
+    const Received received(exchange, thread, number);
+    const float residual = entry_of_row(vector, row_of_product(thread)) - received.row;
+    const float of_warp = sum_of_lanes(thread % 4 < 2 ? residual * residual : 0.0f);
+    if (lane == 0) shared.curvatures[0][thread / 32] = of_warp;
+    if (thread >= D) shared.output[MATRIX_WARPS][column] = received.output;
+    meet_matrix_warps();
+    float square = 0.0f;
+#pragma unroll
+    for (int w = 0; w < MATRIX_WARPS; w++) square += shared.curvatures[0][w];
+    if (!__any_sync(~0u, progress.is_small(square, ridge, 2.0f * TOLERANCE))) return false;
+    if (exchange.split == 0 && thread < D) write(received.output + shared.output[MATRIX_WARPS][column]);
   }
   return true;
 }
-
-// Of a row of the values' moments: what makes them centred, times a number.
-struct RowOfLane {
-  float factor, mean, apart = 0.0f;
-
-  __device__ __forceinline__ RowOfLane(Shared& shared, const Centring& centre, int row, float times) {
-    if constexpr (TOGETHER) times *= centre.weight;
-    factor = times * centre.factor;
-    mean = times * (shared.sums[row] * centre.inverse_d1);
-    if constexpr (TOGETHER) apart = times * centre.d1 * ::apart(shared)[row];
-  }
-
-  // Of the moments in a column: that, the block's sum there, and how far the block's mean is from that of all keys.
-  __device__ __forceinline__ float operator()(float moment, float sum, float column_apart) const {
-    const float centred = factor * moment - mean * sum;
-    return TOGETHER ? centred + apart * column_apart : centred;
-  }
-};
 
 // The moments as they are for the factorisation, of a whole row with the ridge, or to be merged with those of other blocks; by
 // the matrix warps, after solve_by_steps.
 __device__ __forceinline__ void leave_to_factorisation(Shared& shared, float (&c)[D], bool whole, float ridge) {
   const int thread = thread_index(), upper = upper_row(thread);
   pair_lanes(c + D / 2, thread % 32, true);
-  const Centring centre(shared, shared.inverse_scale[0] * shared.inverse_scale[1]);
-  const float value_factor = whole ? centre.inverse_of_all(shared) : 1.0f, key_factor = centre.share(shared) * (whole ? 1.0f : shared.total.d1);
-  const RowOfLane rows[2] = {{shared, centre, upper, value_factor}, {shared, centre, upper + 8, value_factor}};
+  const Centring centre(shared);
+  const float key_factor = whole ? 1.0f : centre.d1, value_factor = whole ? centre.inverse_d1 : 1.0f;
+  const float mean_factor = value_factor * centre.inverse_d1, means[2] = {mean_factor * shared.sums[upper], mean_factor * shared.sums[upper + 8]};
   // What lies where the moments go has been read.
   meet_matrix_warps();
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
     const int column = 8 * j + thread % 4 * 2;
     const float2 sums = *reinterpret_cast<const float2*>(&shared.sums[D + column]);
-    const float2 columns_apart = *reinterpret_cast<const float2*>(&apart(shared)[D + column]);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
       const int row = upper + 8 * h;
-      float2 keys = {key_factor * c[D / 2 + 4 * j + 2 * h], key_factor * c[D / 2 + 4 * j + 2 * h + 1]};
-      if constexpr (TOGETHER) {
-        const float2 of_keys = *reinterpret_cast<const float2*>(&apart(shared)[column]);
-        keys.x += key_factor * apart(shared)[row] * of_keys.x, keys.y += key_factor * apart(shared)[row] * of_keys.y;
-      }
-      if (whole && row == column) keys.x += ridge;
-      if (whole && row == column + 1) keys.y += ridge;
-      *reinterpret_cast<float2*>(&shared.moments[row][column]) = keys;
-      *reinterpret_cast<float2*>(&shared.moments[row][D + column]) = {rows[h](c[4 * j + 2 * h], sums.x, columns_apart.x),
-                                                                      rows[h](c[4 * j + 2 * h + 1], sums.y, columns_apart.y)};
+      const float *keys = c + D / 2 + 4 * j + 2 * h, *values = c + 4 * j + 2 * h;
+      float2 of_keys = {key_factor * keys[0], key_factor * keys[1]};
+      if (whole && row == column) of_keys.x += ridge;
+      if (whole && row == column + 1) of_keys.y += ridge;
+      *reinterpret_cast<float2*>(&shared.moments[row][column]) = of_keys;
+      const float factor = value_factor * centre.factor;
+      *reinterpret_cast<float2*>(&shared.moments[row][D + column]) = {factor * values[0] - means[h] * sums.x, factor * values[1] - means[h] * sums.y};
     }
-  }
-  if constexpr (TOGETHER) {
-    meet_matrix_warps();
-    static_assert(MATRIX_THREADS == 2 * D, "a thread for every column of the sums");
-    shared.own.mean[thread] = shared.total.mean[thread];
-    if (thread == 0) shared.own.d1 *= centre.weight, shared.own.m = shared.total.m;
   }
 }

@@ -13,7 +13,7 @@
 #include "ptx/cluster.cuh"
 #include "ptx/relaxed.cuh"
 
-constexpr int MAIL_WORDS = 3 * 128 + 2;  // of a block at a time, at most
+constexpr int MAIL_WORDS = 3 * 128;  // of a block at a time, at most
 constexpr int MOST_EXCHANGES = 128;
 
 struct Mail {
@@ -57,7 +57,7 @@ __device__ __forceinline__ void clear_later_mail(Shared& shared) {
 // Before the cluster's blocks have met.
 __device__ __forceinline__ void clear_first_mail(Shared& shared) {
   unsigned long long* mail = &shared.mail[0][0];
-  for (int i = threadIdx.x; i < MOST_IN_CLUSTER * (2 * D + 2); i += THREADS) mail[i] = 0;
+  for (int i = threadIdx.x; i < MOST_IN_CLUSTER * (D + 2); i += THREADS) mail[i] = 0;
 }
 #endif
 

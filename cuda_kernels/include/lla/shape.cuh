@@ -129,7 +129,7 @@ struct Shared {
   unsigned solved_by_steps;
   unsigned tag, blocks;  // of the row's mail, and that share the row
 #if MAIL_IN_SHARED
-  unsigned long long mail[MOST_IN_CLUSTER][2 * D + 2];  // of exchange 0, while rings are in use
+  unsigned long long mail[MOST_IN_CLUSTER][D + 2];  // of exchange 0, while rings are in use
 #endif
   unsigned bad_page;
   alignas(8) unsigned long long raw_full[SLOTS];
