@@ -80,9 +80,6 @@ __device__ __forceinline__ void accumulate_to_solve(Shared& shared, const lla::C
   // Copies: accumulators that two ways of the program leave in the same registers are waited for by each product.
 #pragma unroll
   for (int e = 0; e < D; e++) c[e] = copy_opaque(accumulators[e]);
-  if constexpr (IN_CLUSTER) cluster_wait();
-  // The sums of all blocks are there.
-  if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
 }
 
 // Solves the row, or leaves the moments to the factorisation. From here on the warpgroups run the same code: what is fetched
@@ -94,16 +91,20 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
   else
     accumulate_to_solve<D>(shared, call, maps, tiles, c);
   const lla::RowIndex row(call, block_index() >> call.splits_log2);
-  const bool solved = solve_by_steps(shared, call, row, c);
+  const float ridge = row.ridge(call);
+  const Exchange exchange(shared, call);
+  if constexpr (IN_CLUSTER) cluster_wait();
+  // The sums of all blocks are there.
+  if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
+  const bool solved = solve_by_steps(shared, call, row, ridge, exchange, c);
   if (thread_index() == 0) {
     shared.solved_by_steps = solved;
     if constexpr (TOGETHER) {
       // All blocks of the row have read it.
-      const Exchange exchange(shared, call);
       if (!IN_CLUSTER && exchange.split == 0) count_use(exchange.mail, exchange.tag);
     }
   }
-  if (!solved) leave_to_factorisation(shared, c, !TOGETHER || shared.blocks == 1, row.ridge(call));
+  if (!solved) leave_to_factorisation(shared, c, !TOGETHER || shared.blocks == 1, ridge);
   meet(shared.met, shared.exact ^ !TOGETHER);
   if constexpr (D == 128)
     if (!solved) give_registers<128>();
@@ -121,9 +122,8 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   clear_later_mail(shared);
   cluster_wait();
 #endif
-  shared.own.mean[column] = mean;
-  // Of blocks that share a row no one needs the values' mean but the factorisation of one that is alone.
-  if (!TOGETHER || column >= D) shared.total.mean[column] = mean;
+  // The row's if the block has it to itself, or is alone with a short one.
+  shared.own.mean[column] = shared.total.mean[column] = mean;
   if constexpr (TOGETHER) {
     share_sums(shared, Exchange(shared, call));
     meet(shared.met, shared.exact ^ 1);

@@ -9,18 +9,16 @@
 #include "lla/shape.cuh"
 #include "lla/steps.cuh"
 
-// Where the blocks of a row share it, how far a block's mean of the keys is from that of all; in place of what is read no more.
-__device__ __forceinline__ float (&apart(Shared& shared))[2 * D] { return shared.moved[0].shift; }
-
 constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;  // of the blocks
 
-// The mean of the row's keys, how far the block's is from it, and their weight, from those of its blocks; by the transform warps, two
-// threads for every column, each with half of the blocks. The distance is a sum of differences, not one of sums: where one block has
-// all but a millionth of the weight, its own is far smaller than what rounds the mean, and what all give to the output is to add up.
+// What the steps of all blocks begin with, from the means and weights of their keys; by the transform warps, which have the time: two
+// threads for every column, each with half of the blocks. A block's distance from the mean is a sum of differences, not a difference
+// of sums: where one block has all but a millionth of the weight, its own is far smaller than what rounds the mean, and what all
+// blocks give to the output is to add up.
 __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& exchange) {
   const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32, half = thread / D, column = thread % D;
   static_assert(TRANSFORM_THREADS == 2 * D);
-  const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
+  const float shift = shared.sums[column] * inverse_weight(shared.own.d1), mean = shared.origin[column] + shift;
   if (half == 0) exchange.send(0, column, mean);
   if (half == 1 && column < 2) exchange.send(0, D + column, column == 0 ? shared.own.d1 : shared.own.m);
   // A lane has a block's weight. It is asked for with the means: an answer is waited for as long as many.
@@ -30,46 +28,37 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
     return block < exchange.blocks ? exchange.place(0, block, i < 2 ? D + i : column) : nullptr;
   });
   const float m_here = lane < exchange.blocks ? found[1] : minus_infinity();
-  float m = m_here;
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) m = fmaxf(m, __shfl_xor_sync(~0u, m, lanes));
+  const float m = largest_of_lanes({m_here, m_here});
   const float weight = lane < exchange.blocks ? rescaling(m_here, m) * found[0] : 0.0f;
-  float sum = 0.0f, distance = 0.0f;
+  float d1 = 0.0f, sum = 0.0f, distance = 0.0f;
 #pragma unroll
   for (int b = 0; b < HALF; b++) {
     const float of_block = __shfl_sync(~0u, weight, half * HALF + b);
-    sum += of_block * found[2 + b], distance += of_block * (mean - found[2 + b]);
+    d1 += of_block, sum += of_block * found[2 + b], distance += of_block * (mean - found[2 + b]);
   }
-  const float d1 = sum_of_lanes(weight);
   // All blocks have cleared the place of what comes next.
   if constexpr (IN_CLUSTER) acquire_from_cluster();
-  float(&of_half)[2 * D] = shared.moved[1].shift;
+  // In place of what is read no more.
+  float(&of_half)[2 * D] = shared.moved[0].shift;
+  float& d1_of_half = shared.warp_d1[0][0];
   if (half == 1) of_half[column] = sum, of_half[D + column] = distance;
+  if (half == 1 && column == 0) d1_of_half = d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   if (half == 0) {
-    shared.total.mean[column] = (sum + of_half[column]) / d1;
-    apart(shared)[column] = (distance + of_half[D + column]) / d1;
+    const float inverse_d1 = 1.0f / (d1 + d1_of_half);
+    entry_of_row(shared.right, column) = query_at(shared, column) - inverse_d1 * (sum + of_half[column]);
+    entry_of_row(shared.apart, column) = inverse_d1 * (distance + of_half[D + column]);
+    entry_of_row(shared.shift, column) = shift;
+    if (thread == exchange.split) shared.share = inverse_d1 * weight, shared.inverse_weight = inverse_d1 * rescaling(m_here, m);
   }
-  if (thread == 0) shared.total.d1 = d1, shared.total.m = m;
 }
 
-// What makes a block's moments about its origin those about the mean of all keys of the row, relative to the row's maximum.
+// What makes a block's moments about its origin those about the mean of its keys.
 struct Centring {
-  float inverse_d1, factor, weight, d1;  // d1: of the block
+  float d1, inverse_d1, factor;
 
-  __device__ __forceinline__ explicit Centring(const Shared& shared) : factor(shared.inverse_scale[0] * shared.inverse_scale[1]) {
-    d1 = shared.own.d1;
-    inverse_d1 = inverse_weight(d1);
-    weight = TOGETHER ? rescaling(shared.own.m, shared.total.m) : 1.0f;
-  }
-
-  // One over the weight of all keys of the row.
-  __device__ __forceinline__ float inverse_of_all(const Shared& shared) const {
-    return TOGETHER ? inverse_weight(shared.total.d1) : inverse_d1;
-  }
-
-  // Of the weight of all keys, the block's.
-  __device__ __forceinline__ float share(const Shared& shared) const { return TOGETHER ? weight * d1 * inverse_of_all(shared) : 1.0f; }
+  __device__ __forceinline__ explicit Centring(const Shared& shared)
+      : d1(shared.own.d1), inverse_d1(inverse_weight(d1)), factor(shared.inverse_scale[0] * shared.inverse_scale[1]) {}
 };
 
 // The keys' moments about the mean of the block's keys, divided by their weight, in place; with heads of 128 the first warpgroup is
@@ -107,11 +96,10 @@ struct Completion {
   float share = 1.0f, apart_of_row = 0.0f;
   Entries apart = {};
 
-  __device__ __forceinline__ Completion(Shared& shared, const Centring& centre, int thread) {
+  __device__ __forceinline__ Completion(Shared& shared, int thread) {
     if constexpr (TOGETHER) {
-      share = centre.share(shared), apart_of_row = share * ::apart(shared)[row_of_product(thread)];
-#pragma unroll
-      for (int e = 0; e < ENTRIES; e++) apart.of[e] = ::apart(shared)[column_of_entry(thread % 32, e)];
+      share = shared.share, apart_of_row = share * entry_of_row(shared.apart, row_of_product(thread));
+      apart = entries_of_lane(shared.apart, thread % 32);
     }
   }
   // x: the lane's entries of the vector.
@@ -151,13 +139,19 @@ __device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)
     shared.output[thread / 32][(first + e) / 2 * 8 + lane % 4 * 2 + e % 2] = sums[e];
 }
 
-// Of keys or, in a block that has its row to itself, values, as far as they are there for all matrix warps.
 __device__ __forceinline__ float mean_of(const Shared& shared, int column) {
-  return TOGETHER ? shared.total.mean[column] : shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
+  return shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
 }
 
-// What the first block gets when a row ends: of half of the blocks, the lane's row of the slope's product, in all blocks, and what they
-// have of a column of the output.
+__device__ __forceinline__ Entries right_side(Shared& shared, int lane) {
+  if constexpr (TOGETHER)
+    return entries_of_lane(shared.right, lane);
+  else
+    return right_side_alone(shared, lane);
+}
+
+// What comes when a row ends: the lane's row of the slope's product and, in the first block, what half of the blocks have of a column
+// of the output.
 struct Received {
   float row = 0.0f, output = 0.0f;
 
@@ -176,13 +170,11 @@ struct Received {
 };
 
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
-__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const lla::RowIndex& row, float (&c)[D]) {
+__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const lla::RowIndex& row, float ridge, const Exchange& exchange,
+                                               float (&c)[D]) {
   const int thread = thread_index(), lane = thread % 32, column = thread % D;
   LyingVector& vector = shared.vectors[thread / 32];
-  const float ridge = row.ridge(call);
-  const Exchange exchange(shared, call);
-  const Centring centre(shared);
-  const Completion complete(shared, centre, thread);
+  const Completion complete(shared, thread);
 
   Entries x;
   Progress progress;
@@ -198,15 +190,20 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   if constexpr (TOGETHER) send_row(exchange, thread, number, D, rows.of[0]);
   multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
   // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
-  Entries mean;
+  const Centring centre(shared);
+  Entries shift;
+  if constexpr (TOGETHER) {
+    shift = entries_of_lane(shared.shift, lane);
+  } else {
 #pragma unroll
-  for (int e = 0; e < ENTRIES; e++) mean.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
-  const float of_means = inner_product(x, mean), of_distances = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
+    for (int e = 0; e < ENTRIES; e++) shift.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
+  }
+  const float of_shift = inner_product(x, shift);
   const auto sum_of_values = [&] {
     float sum = 0.0f;
 #pragma unroll
     for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][column];
-    return centre.factor * sum - of_means * shared.sums[D + column];
+    return centre.factor * sum - of_shift * shared.sums[D + column];
   };
   const auto write = [&](float sum) { output_of(call, row)[column] = narrow<BFLOAT>(sum); };
   if constexpr (!TOGETHER) {
@@ -218,18 +215,19 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     if (thread < D) write(mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values());
   } else {
     static_assert(MATRIX_THREADS == 2 * D);
+    const float of_distance = inner_product(x, complete.apart);
+    meet_matrix_warps();
+    // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
+    if (thread < D) {
+      const float sum = sum_of_values() + centre.d1 * (1.0f + of_distance) * shared.own.mean[D + column];
+      exchange.send<false>(number, 2 * D + column, shared.inverse_weight * sum);
+    }
     // What the residual is without the product, by rows.
     const Entries right = right_side(shared, lane);
     Entries rest;
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) rest.of[e] = __fmaf_rn(-ridge, x.of[e], right.of[e]);
-    meet_matrix_warps();
     entries_of_lane(vector, lane) = rest;
-    // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
-    if (thread < D) {
-      const float sum = sum_of_values() + centre.d1 * (1.0f + of_distances) * shared.own.mean[D + column];
-      exchange.send<false>(number, 2 * D + column, centre.weight * centre.inverse_of_all(shared) * sum);
-    }
     __syncwarp();
     const Received received(exchange, thread, number);
     const float residual = entry_of_row(vector, row_of_product(thread)) - received.row;

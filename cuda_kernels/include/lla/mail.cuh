@@ -123,20 +123,6 @@ struct Exchange {
   __device__ __forceinline__ void receive(int number, int first, int word, float (&x)[COUNT]) const {
     receive(number, x, [&](int b) { return first + b < blocks ? place(number, first + b, word) : nullptr; });
   }
-
-  // The sum over all blocks; the same bits in all of them.
-  __device__ __forceinline__ float receive_sum(int number, int word) const {
-    constexpr int AT_ONCE = SHARERS < 8 ? SHARERS : 8;
-    float sum = 0.0f;
-#pragma unroll
-    for (int first = 0; first < SHARERS; first += AT_ONCE) {
-      float x[AT_ONCE];
-      receive(number, first, word, x);
-#pragma unroll
-      for (int b = 0; b < AT_ONCE; b++) sum += x[b];
-    }
-    return sum;
-  }
 };
 
 // Before a block ends whose row was solved. It has all that was sent to it, but racecheck wants a barrier.

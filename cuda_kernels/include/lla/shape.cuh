@@ -96,6 +96,10 @@ struct Shared {
       alignas(16) LyingVector vectors[MATRIX_WARPS];
       alignas(16) LyingVector product[2];
       alignas(16) float curvatures[2][MATRIX_WARPS];
+      // Where blocks share a row, found by the transform warps: the right-hand side, how far the block's mean of the keys is from the
+      // row's, and from its origin; the block's share of the row's weight, and one over that weight, relative to the block's maximum.
+      alignas(16) LyingVector right, apart, shift;
+      float share, inverse_weight;
     };
   };
   alignas(1024) unsigned char query[RUNS][VECTOR];

@@ -11,20 +11,23 @@ static_assert(MOST_STEPS + 1 < MOST_EXCHANGES, "each has an exchange, after that
 
 __device__ __forceinline__ void meet_matrix_warps() { barrier_sync(MATRIX, MATRIX_THREADS); }
 
-// Of keys or values, as far as they are there for all matrix warps; the kernel's own.
+__device__ __forceinline__ float query_at(const Shared& shared, int column) {
+  return widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[column / 64])[column % 64]);
+}
+
+// Of keys, in a block that has its row to itself; the kernel's own.
 __device__ __forceinline__ float mean_of(const Shared& shared, int column);
 
-// The lane's entries of the right-hand side.
-__device__ __forceinline__ Entries right_side(const Shared& shared, int lane) {
+// The lane's entries of the right-hand side there.
+__device__ __forceinline__ Entries right_side_alone(const Shared& shared, int lane) {
   Entries x;
 #pragma unroll
-  for (int e = 0; e < ENTRIES; e++) {
-    const int column = column_of_entry(lane, e);
-    const float q = widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[column / 64])[column % 64]);
-    x.of[e] = q - mean_of(shared, column);
-  }
+  for (int e = 0; e < ENTRIES; e++) x.of[e] = query_at(shared, column_of_entry(lane, e)) - mean_of(shared, column_of_entry(lane, e));
   return x;
 }
+
+// And of all blocks; the kernel's own.
+__device__ __forceinline__ Entries right_side(Shared& shared, int lane);
 
 // A lane's row of a product, of the moments of all blocks, from word `first` of an exchange on. The lanes that share the row
 // each add up half of the blocks.
@@ -70,9 +73,13 @@ __device__ __forceinline__ Rows multiply_rows_of_warp(LyingVector& vector, const
 __device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange& exchange, int thread, int number, int first, Rows rows) {
   const int lane = thread % 32;
   if constexpr (IN_CLUSTER) {
-    Entries sum;
+    float x[ENTRIES * SHARERS];
+    exchange.receive(number, x, [&](int i) {
+      return i % SHARERS < exchange.blocks ? exchange.place(number, i % SHARERS, first + column_of_entry(lane, i / SHARERS)) : nullptr;
+    });
+    Entries sum = {};
 #pragma unroll
-    for (int e = 0; e < ENTRIES; e++) sum.of[e] = exchange.receive_sum(number, first + column_of_entry(lane, e));
+    for (int i = 0; i < ENTRIES * SHARERS; i++) sum.of[i / SHARERS] += x[i];
     return sum;
   } else {
     if constexpr (TOGETHER) rows.of[0] = receive_row(exchange, thread, number, first);
@@ -104,6 +111,9 @@ __device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchan
   }
 }
 
+// Whether a step looks for what is likely: not where an exchange is as fast as that, in a cluster.
+constexpr bool FORESEES = TOGETHER && !IN_CLUSTER;
+
 // From a slope of 0 until it is near enough: whether it was after MOST_STEPS. complete(y, x): what blocks that share a row make of
 // the lane's row of a product with x. number: of the first exchange, then of the next.
 template <class Complete>
@@ -115,22 +125,42 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
   x = {};
   Entries p = {}, s = {};
   progress = Progress(ridge);
-  bool small;
+  bool small = false, likely = false;  // likely: that this residual is small
   Rows product;
 #pragma unroll 1
   while (true) {
-    entries_of_lane(vector, lane) = r;
-    __syncwarp();
-    product = multiply_rows_of_warp<!TOGETHER>(vector, moments, thread);
-    if constexpr (TOGETHER) {
-      product.of[0] = complete(product.of[0], r);
-      send_row(exchange, thread, number, 0, product.of[0]);
+    const auto multiply = [&] {
+      entries_of_lane(vector, lane) = r;
+      __syncwarp();
+      product = multiply_rows_of_warp<!TOGETHER>(vector, moments, thread);
+      if constexpr (TOGETHER) {
+        product.of[0] = complete(product.of[0], r);
+        send_row(exchange, thread, number, 0, product.of[0]);
+      }
+    };
+    const auto look = [&] {
+      progress.look(inner_product(r, r), ridge);
+      // The same in all lanes, as the compiler sees by this.
+      small = __any_sync(~0u, progress.is_small(progress.gamma, ridge, TOLERANCE));
+    };
+    if constexpr (FORESEES) {
+      // While the product is on its way or, where it is likely to be in vain, before. Each in one place: what is run for the first time
+      // is slow.
+#pragma unroll 1
+      for (int part = 0; part < 2 && !small; part++) {
+        if (part == likely)
+          multiply();
+        else
+          look();
+      }
+    } else {
+      multiply();
+      // Beside the product, whose latency hides it.
+      look();
     }
-    // Beside the product, whose latency hides it.
-    progress.look(inner_product(r, r), ridge);
-    // The same in all lanes, as the compiler sees by this.
-    small = __any_sync(~0u, progress.is_small(progress.gamma, ridge, TOLERANCE));
     if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
+    // As the residual fell last.
+    likely = FORESEES && __any_sync(~0u, number > 1 && progress.is_small(progress.beta * progress.gamma, ridge, TOLERANCE));
     float curvature;
     Entries w = exchange_product(shared, exchange, thread, number, product, r, curvature);
     progress.advance(__fmaf_rn(ridge, progress.gamma, curvature));

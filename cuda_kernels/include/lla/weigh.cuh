@@ -100,7 +100,7 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
         const float2 x = widen_pair<false>(words[e]);
         sums[2 * e] += weight * x.x, sums[2 * e + 1] += weight * x.y;
       }
-      largest_pairs[e] = larger_magnitudes<BFLOAT>(largest_pairs[e], words[e]);
+      largest_pairs[e] = larger_pairs<BFLOAT>(largest_pairs[e], words[e] & 0x7fff7fffu);
     }
   });
   if constexpr (BFLOAT) {
@@ -117,9 +117,9 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
   d1 = of_all_keys(d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1;
   if (choose) {
-    const unsigned of_halves[2] = {larger_magnitudes<BFLOAT>(largest_pairs[0], largest_pairs[1]), larger_magnitudes<BFLOAT>(largest_pairs[2], largest_pairs[3])};
-    const float2 larger = widen_pair<BFLOAT>(larger_magnitudes<BFLOAT>(of_halves[0], of_halves[1]));
-    const float largest = fmaxf(fabsf(larger.x), fabsf(larger.y));
+    const float2 larger = widen_pair<BFLOAT>(larger_pairs<BFLOAT>(larger_pairs<BFLOAT>(largest_pairs[0], largest_pairs[1]),
+                                                                  larger_pairs<BFLOAT>(largest_pairs[2], largest_pairs[3])));
+    const float largest = fmaxf(larger.x, larger.y);
     // An infinity, which no scale saves, hides a lane's other numbers.
     note_largest(shared, at, largest < -minus_infinity() ? largest : 0.0f);
   }

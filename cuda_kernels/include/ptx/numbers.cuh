@@ -63,14 +63,14 @@ __device__ __forceinline__ unsigned multiply_add_pairs(unsigned a, unsigned b, u
   return y;
 }
 
-// The larger magnitudes, with signs that say nothing; NaN only of two.
+// NaN only of two.
 template <bool BFLOAT>
-__device__ __forceinline__ unsigned larger_magnitudes(unsigned a, unsigned b) {
+__device__ __forceinline__ unsigned larger_pairs(unsigned a, unsigned b) {
   unsigned y;
   if constexpr (BFLOAT)
-    asm("max.xorsign.abs.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   else
-    asm("max.xorsign.abs.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+    asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
   return y;
 }
 

@@ -40,10 +40,9 @@ inline unsigned multiply_add_pairs(unsigned a, unsigned b, unsigned c) {
   return narrow_pair<true>(std::fma(x.x, y.x, z.x), std::fma(x.y, y.y, z.y));
 }
 template <bool BFLOAT>
-unsigned larger_magnitudes(unsigned a, unsigned b) {
-  constexpr unsigned signs = 0x80008000u;
-  const float2 x = widen_pair<BFLOAT>(a & ~signs), y = widen_pair<BFLOAT>(b & ~signs);
-  return narrow_pair<BFLOAT>(std::fmax(x.x, y.x), std::fmax(x.y, y.y)) | (a ^ b) & signs;
+unsigned larger_pairs(unsigned a, unsigned b) {
+  const float2 x = widen_pair<BFLOAT>(a), y = widen_pair<BFLOAT>(b);
+  return narrow_pair<BFLOAT>(std::fmax(x.x, y.x), std::fmax(x.y, y.y));
 }
 
 inline float exp2_fast(float x) { return exp2f(x); }

@@ -61,12 +61,12 @@ __device__ __forceinline__ void choose_origin(Shared& shared, const Lane& at, in
     for (int e = 0; e < 4; e++) {
       const float2 k = widen_pair<BFLOAT>(words[e]);
       sums[2 * e] += weight * k.x, sums[2 * e + 1] += weight * k.y;
-      largest_pair = larger_magnitudes<BFLOAT>(largest_pair, words[e]);
+      largest_pair = larger_pairs<BFLOAT>(largest_pair, words[e] & 0x7fff7fffu);
     }
     d1 += weight;
   }
   const float2 larger = widen_pair<BFLOAT>(largest_pair);
-  const float largest = fmaxf(fabsf(larger.x), fabsf(larger.y));
+  const float largest = fmaxf(larger.x, larger.y);
   if (thread == 0) shared.m = m;
   stage(shared, at, thread, sums);
   d1 = of_all_keys(d1);

@@ -7,6 +7,7 @@
 #include "lla/steps.cuh"
 
 __device__ __forceinline__ float mean_of(const Shared& shared, int column) { return shared.mean[column]; }
+__device__ __forceinline__ Entries right_side(Shared& shared, int lane) { return right_side_alone(shared, lane); }
 
 // As conjugate gradients take them, or back.
 __device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2], bool back) {
