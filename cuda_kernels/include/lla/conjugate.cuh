@@ -45,7 +45,7 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
   if (half == 1 && column == 0) d1_of_half = d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   if (half == 0) {
-    const float inverse_d1 = 1.0f / (d1 + d1_of_half);
+    const float inverse_d1 = reciprocal_fast(d1 + d1_of_half);
     entry_of_row(shared.right, column) = query_at(shared, column) - inverse_d1 * (sum + of_half[column]);
     entry_of_row(shared.apart, column) = inverse_d1 * (distance + of_half[D + column]);
     entry_of_row(shared.shift, column) = shift;
@@ -102,10 +102,9 @@ struct Completion {
       apart = entries_of_lane(shared.apart, thread % 32);
     }
   }
-  // x: the lane's entries of the vector.
-  __device__ __forceinline__ float operator()(float y, const Entries& x) const {
-    return TOGETHER ? share * y + apart_of_row * inner_product(x, apart) : y;
-  }
+  // of_apart: the vector's inner product with `apart`.
+  __device__ __forceinline__ float operator()(float y, float of_apart) const { return TOGETHER ? share * y + apart_of_row * of_apart : y; }
+  __device__ __forceinline__ float operator()(float y, const Entries& x) const { return (*this)(y, TOGETHER ? inner_product(x, apart) : 0.0f); }
 };
 
 // Adds to HALF of the lane's sums those of the lane BIT away, which has the other half; returns where they began.
@@ -181,15 +180,6 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   int number = 1;  // of the exchange
   if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, x, progress, number)) return false;
 
-  __syncwarp();
-  entries_of_lane(vector, lane) = x;
-  __syncwarp();
-  Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
-  rows.of[0] = complete(rows.of[0], x);
-  // Beside what was sent in this step and is not received.
-  if constexpr (TOGETHER) send_row(exchange, thread, number, D, rows.of[0]);
-  multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
-  // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
   const Centring centre(shared);
   Entries shift;
   if constexpr (TOGETHER) {
@@ -198,7 +188,13 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) shift.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
   }
-  const float of_shift = inner_product(x, shift);
+  __syncwarp();
+  entries_of_lane(vector, lane) = x;
+  __syncwarp();
+  // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
+  const float of_shift = inner_product(x, shift), of_apart = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
+  const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
+  multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
   const auto sum_of_values = [&] {
     float sum = 0.0f;
 #pragma unroll
@@ -215,11 +211,12 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     if (thread < D) write(mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values());
   } else {
     static_assert(MATRIX_THREADS == 2 * D);
-    const float of_distance = inner_product(x, complete.apart);
+    // In the exchange of this step, whose product is not received.
+    send_row(exchange, thread, number, D, complete(rows.of[0], of_apart));
     meet_matrix_warps();
     // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
     if (thread < D) {
-      const float sum = sum_of_values() + centre.d1 * (1.0f + of_distance) * shared.own.mean[D + column];
+      const float sum = sum_of_values() + centre.d1 * (1.0f + of_apart) * shared.own.mean[D + column];
       exchange.send<false>(number, 2 * D + column, shared.inverse_weight * sum);
     }
     // What the residual is without the product, by rows.

@@ -58,8 +58,9 @@ __device__ __forceinline__ constexpr int column_of_place(int place) { return (pl
 
 // A weight may grow to 2^8 before the moments are rescaled.
 constexpr float LAZY_LOG2 = 8.0f;
-// Scores run ahead of X, so that no group waits for them. Those of the last tile with X may still be read.
-constexpr int SCORES_AHEAD = 3;
+// Scores run ahead of X, so that no group waits for them: with heads of 128 by two tiles where conjugate gradients have a row to
+// themselves, which memory and power bound, else by three (measured on an H200). Those of the last tile with X may still be read.
+constexpr int SCORES_AHEAD = D == 128 && CONJUGATE_GRADIENTS && !TOGETHER ? 2 : 3;
 constexpr int SCORE_STAGES = 8;
 static_assert(SCORE_STAGES > SCORES_AHEAD + 1);
 static_assert(SLOTS > SCORES_AHEAD + 1, "a tile is brought when the one in its slot is done with");

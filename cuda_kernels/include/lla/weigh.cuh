@@ -15,8 +15,8 @@
 #include "lla/shape.cuh"
 #include "ptx/mbarrier.cuh"
 
-// What a lane takes of a tile at a time, for want of registers.
-constexpr int KEYS_AT_ONCE = 4;
+// What a lane takes of a tile at a time, for want of registers; with heads of 64 and few rows more is faster, and slower with many.
+constexpr int KEYS_AT_ONCE = D == 64 && TOGETHER ? 8 : 4;
 static_assert((key_of(KEYS_AT_ONCE - 1) & key_of(KEYS_AT_ONCE)) == 0, "places are found by exclusive or");
 
 // Adds what the lanes of a chunk have of their keys.
