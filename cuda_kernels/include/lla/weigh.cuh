@@ -238,7 +238,7 @@ __device__ __forceinline__ void transform(unsigned x, unsigned roots, int key, f
   for (int keys = 0; keys < LANE_KEYS; keys += KEYS_AT_ONCE) {
     unsigned of_keys[KEYS_AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < KEYS_AT_ONCE; i++) of_keys[i] = __shfl_sync(~0u, roots, key + i);
+    for (int i = 0; i < KEYS_AT_ONCE; i++) of_keys[i] = __shfl_sync(~0u, roots, key + key_of(i));
     key += key_of(KEYS_AT_ONCE);
     // Or the addresses of all keys would be kept over the loop.
     make_opaque(x);
