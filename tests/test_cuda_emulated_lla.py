@@ -143,11 +143,10 @@ def test_keys_about_an_outlying_one_keep_their_digits():
     assert error_of_rows(o, call(plx.reference, "lla", case, ridge=0.1)).max() <= 3e-2
 
 
-@pytest.mark.parametrize("head_dim, larger", [(64, 30), (128, 12)])
-def test_a_block_with_nearly_all_of_the_weight_keeps_its_distance_from_the_mean(head_dim, larger):
+def test_a_block_with_nearly_all_of_the_weight_keeps_its_distance_from_the_mean():
     """The slope is long where one key has it, e^20 times the others', and makes that distance count."""
-    case = make(batch=1, kv_heads=4, group=1, head_dim=head_dim, capacity=2048, dtype=FLOAT32)
-    k = np.where(np.arange(2048)[:, None, None] == 99, larger * case.k_cache, case.k_cache)
+    case = make(batch=1, kv_heads=4, group=1, head_dim=64, capacity=2048, dtype=FLOAT32)
+    k = np.where(np.arange(2048)[:, None, None] == 99, 30 * case.k_cache, case.k_cache)
     row = np.s_[:, :, 1:2]
     case = type(case)(*(x[row].astype(BFLOAT16) for x in (case.q, case.r, k, case.v_cache)), case.options)
     (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), ridge=0.1, solver="cg")
