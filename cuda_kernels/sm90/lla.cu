@@ -115,7 +115,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
     bring_first(shared, call, maps, Source(shared), tiles);
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
-  const float mean = shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
+  const float mean = mean_of(shared, column);
   if constexpr (CONJUGATE_GRADIENTS && D == 128) give_registers<256 - SOLVING_REGISTERS>();
   let_next_launch_begin();
 #if MAIL_IN_SHARED

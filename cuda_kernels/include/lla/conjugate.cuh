@@ -9,8 +9,6 @@
 #include "lla/shape.cuh"
 #include "lla/steps.cuh"
 
-constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;  // of the blocks
-
 // What the steps of all blocks begin with, from the means and weights of their keys; by the transform warps, which have the time: two
 // threads for every column, each with half of the blocks. A block's distance from the mean is a sum of differences, not a difference
 // of sums: where one block has all but a millionth of the weight, its own is far smaller than what rounds the mean, and what all
@@ -138,6 +136,7 @@ __device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)
     shared.output[thread / 32][(first + e) / 2 * 8 + lane % 4 * 2 + e % 2] = sums[e];
 }
 
+// Of the block's keys or values.
 __device__ __forceinline__ float mean_of(const Shared& shared, int column) {
   return shared.origin[column] + shared.sums[column] * inverse_weight(shared.own.d1);
 }

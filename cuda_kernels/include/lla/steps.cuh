@@ -15,10 +15,10 @@ __device__ __forceinline__ float query_at(const Shared& shared, int column) {
   return widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[column / 64])[column % 64]);
 }
 
-// Of keys, in a block that has its row to itself; the kernel's own.
+// Of the block's keys; the kernel's own.
 __device__ __forceinline__ float mean_of(const Shared& shared, int column);
 
-// The lane's entries of the right-hand side there.
+// The lane's entries of the right-hand side in a block that has its row to itself.
 __device__ __forceinline__ Entries right_side_alone(const Shared& shared, int lane) {
   Entries x;
 #pragma unroll
@@ -29,6 +29,9 @@ __device__ __forceinline__ Entries right_side_alone(const Shared& shared, int la
 // And of all blocks; the kernel's own.
 __device__ __forceinline__ Entries right_side(Shared& shared, int lane);
 
+// Of the blocks: those that a lane or a thread adds up, another has the rest.
+constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;
+
 // A lane's row of a product, of the moments of all blocks, from word `first` of an exchange on. The lanes that share the row
 // each add up half of the blocks.
 __device__ __forceinline__ void send_row(const Exchange& exchange, int thread, int number, int first, float y) {
@@ -36,7 +39,7 @@ __device__ __forceinline__ void send_row(const Exchange& exchange, int thread, i
 }
 
 __device__ __forceinline__ float receive_row(const Exchange& exchange, int thread, int number, int first) {
-  constexpr int HALF = TOGETHER ? SHARERS / 2 : 1, AT_ONCE = HALF > 4 && D == 64 ? 4 : HALF;  // for want of registers
+  constexpr int AT_ONCE = HALF > 4 && D == 64 ? 4 : HALF;  // for want of registers
   float y = 0.0f;
 #pragma unroll
   for (int from = 0; from < HALF; from += AT_ONCE) {
