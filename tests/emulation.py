@@ -56,6 +56,12 @@ extern "C" const char* launch(void** a, int x, int y, int z, int threads, int sh
 }
 """
 
+_OPTIONS = (
+    "-std=c++20", "-O2", "-fPIC", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE", "-fno-threadsafe-statics"
+)  # fmt: skip
+_WATCHED = *_OPTIONS, "-fsanitize=thread"
+"""Of a kernel: its accesses are told to races.cpp."""
+
 
 class EmulationError(RuntimeError):
     """A launch did not come to its end: a deadlock, a barrier that is misused, a race in shared memory."""
@@ -140,22 +146,15 @@ def _kernel(source: str, defines: compiler.Defines) -> Kernel:
 @functools.cache
 def compiled(text: str, call: str, defines: compiler.Defines) -> Kernel:
     """A kernel of any source. call: the expression that calls it, with arguments from ``a``, a ``void**``."""
-    options = [
-        "-std=c++20", "-O2", "-fPIC", "-w", "-ffp-contract=off", "-U_FORTIFY_SOURCE",
-        "-fno-threadsafe-statics",
-    ]  # fmt: skip
     sources = _sources()
     name = hashlib.sha256(repr((text, defines)).encode()).hexdigest()[:16]
     file, library = sources / f"{name}.cpp", sources / f"{name}.so"
     launch = _LAUNCH.replace("CALL", call)
     file.write_text(f'#include "cuda.h"\n{_for_host(text)}\n{launch}', encoding="utf-8")
     macros = [f"-D{name}={value}" for name, value in defines]
-    # The accesses of the kernel are told to races.cpp, which is compiled apart.
-    races = sources / "races.o"
-    if not races.exists():
-        _run(*options, str(sources / "races.cpp"), "-c", "-o", str(races))
-    _run(*options, *macros, f"-I{sources}", "-fsanitize=thread", str(file), "-c", "-o", f"{library}.o")
-    _run(f"{library}.o", str(races), "-shared", "-o", str(library))
+    _run(*_WATCHED, *macros, f"-I{sources}", str(file), "-c", "-o", str(library.with_suffix(".o")))
+    objects = library.with_suffix(".o"), sources / "races.o", sources / "launch.o"
+    _run(*map(str, objects), "-shared", "-o", str(library))
     return Kernel(library)
 
 
@@ -167,7 +166,7 @@ def _run(*arguments: str) -> None:
 
 @functools.cache
 def _sources() -> Path:
-    """The kernels' headers, those of instructions replaced; one folder a process."""
+    """The kernels' headers, those of instructions replaced, and what they share; one folder a process."""
     folder = Path(tempfile.mkdtemp(prefix="parallax-emulator-"))
     include = compiler.FOLDER / "include"
     for header in include.rglob("*.cuh"):
@@ -179,6 +178,9 @@ def _sources() -> Path:
     shutil.copytree(HERE, folder, dirs_exist_ok=True)
     owner = os.getpid()  # of a fork the folder is not
     atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
+    for name, *more in ("races", "-O3", "-march=native", "-fvisibility=hidden"), ("launch",):
+        _run(*_OPTIONS, *more, str(folder / f"{name}.cpp"), "-c", "-o", str(folder / f"{name}.o"))
+    _run(*_WATCHED, "-x", "c++-header", str(folder / "cuda.h"), "-o", str(folder / "cuda.h.gch"))
     return folder
 
 

@@ -6,7 +6,6 @@
 // deadlock, which ends the launch with a message. Headers of the same names stand in for those of include/ptx.
 
 #include <setjmp.h>
-#include <ucontext.h>
 
 #include <algorithm>
 #include <cmath>
@@ -25,6 +24,7 @@
 
 #include "races.h"
 
+#define NOT_WATCHED __attribute__((noinline, no_sanitize_thread))
 #define __device__
 #define __host__
 #define __global__
@@ -76,6 +76,7 @@ namespace emulator {
 constexpr int LANES = 32;
 constexpr size_t STACK = 256 << 10;
 constexpr int BLOCK_BARRIER = 0;
+constexpr size_t VARIABLES = 64 << 10;  // no fewer bytes than a block's variables take
 
 // Goes on when all have come; `phase` counts how often that was.
 struct Barrier {
@@ -106,9 +107,8 @@ struct Warp {
 };
 
 struct Block {
-  std::vector<unsigned char> memory;
   unsigned char* shared = nullptr;
-  std::map<int, std::unique_ptr<unsigned char[]>> variables;
+  std::map<int, unsigned char*> variables;
   std::map<int, Barrier> barriers;
   std::map<unsigned, MemoryBarrier> memory_barriers;
   std::deque<Warp> warps;
@@ -126,15 +126,8 @@ class Deferred {
     else
       action();
   }
-  void commit() {
-    groups_.push_back(std::move(open_));
-    open_.clear();
-  }
-  // Until all groups but the last `pending` are done.
-  void wait(int pending) {
-    for (; int(groups_.size()) > pending; groups_.pop_front())
-      for (auto& action : groups_.front()) action();
-  }
+  void commit();
+  void wait(int pending);  // until all groups but the last `pending` are done
 
  private:
   std::vector<std::function<void()>> open_;
@@ -142,13 +135,11 @@ class Deferred {
 };
 
 struct Thread {
-  ucontext_t first;
-  jmp_buf context;
-  bool started = false, done = false;
-  std::unique_ptr<char[]> stack;
-  int block = 0, index = 0;
-  unsigned collectives = 0;
   Wait wait;
+  bool started = false, done = false;
+  int block = 0, index = 0;
+  unsigned collectives = 0, cluster_phase = 0;
+  jmp_buf context;
   Deferred copies, products;
 };
 
@@ -158,6 +149,7 @@ struct Dimensions {
 
 // Never destroyed: at the process's end nothing is left that could watch it.
 inline auto& threads = *new std::deque<Thread>;
+inline auto& stacks = *new std::vector<std::unique_ptr<char[]>>;  // of the threads
 inline auto& blocks = *new std::deque<Block>;
 inline auto& boxes = *new std::vector<std::function<void()>>;  // copies of the copy engine under way
 inline Thread* running;
@@ -168,44 +160,17 @@ inline std::mt19937 random;
 inline auto& failure = *new std::string;
 inline auto& kernel = *new std::function<void()>;
 
-inline Block& block() { return blocks[running->block]; }
-inline Warp& warp() { return block().warps[running->index / LANES]; }
+Block& block();
+Warp& warp();
 inline int lane() { return running->index % LANES; }
 
-inline void fail(const std::string& what) {
-  if (failure.empty()) failure = what;
-  longjmp(scheduler, 1);
-}
-
-inline void wait_for(Wait wait) {
-  if (wait.over()) return;
-  running->wait = wait;
-  if (!_setjmp(running->context)) longjmp(scheduler, 1);
-}
-
+[[noreturn]] void fail(const std::string& what);
+void wait_for(Wait wait);
 // Gives way to all others, as one who looks whether something has come. That is no progress of its warp, up to where a lane
 // next arrives at a barrier.
-inline void look_again() {
-  warp().looks = true;
-  if (!_setjmp(running->context)) longjmp(scheduler, 1);
-}
-
-inline void count_in(Barrier& barrier, int count) {
-  if (++barrier.count == count) barrier.count = 0, barrier.phase++;
-}
-inline void arrive(Barrier& barrier, int count) {
-  const unsigned phase = barrier.phase;
-  warp().looks = false;
-  races::arrive(&barrier);
-  if (barrier.count + 1 == count) races::complete(&barrier, phase);
-  count_in(barrier, count);
-}
-inline void meet(Barrier& barrier, int count) {
-  const unsigned phase = barrier.phase;
-  arrive(barrier, count);
-  wait_for({&barrier.phase, phase});
-  races::pass(&barrier, phase);
-}
+void look_again();
+void arrive(Barrier& barrier, int count);
+void meet(Barrier& barrier, int count);
 
 // What every lane of the warp gives, once all have given it; memory is not ordered by that.
 template <class T>
@@ -217,34 +182,19 @@ struct Given {
     return x;
   }
 };
+const unsigned char (*give(const void* x, size_t bytes))[64];
 template <class T>
 Given<T> give(const T& x) {
   static_assert(sizeof(T) <= 64);
-  auto& words = warp().words[running->collectives++ % 2];
-  memcpy(words[lane()], &x, sizeof x);
-  Barrier& barrier = warp().collective;
-  const unsigned phase = barrier.phase;
-  count_in(barrier, LANES);
-  wait_for({&barrier.phase, phase});
-  return {words};
+  return {give(&x, sizeof x)};
 }
 
-inline MemoryBarrier& memory_barrier(Block& of, unsigned address) {
-  MemoryBarrier& barrier = of.memory_barriers[address];
-  if (!barrier.valid) fail("a memory barrier is used that is not initialised");
-  return barrier;
-}
-inline void settle(MemoryBarrier& barrier) {
-  if (barrier.missing != 0 || barrier.bytes != 0) return;
-  races::complete(&barrier, barrier.phase);
-  barrier.missing = barrier.expected, barrier.phase++;
-}
+MemoryBarrier& memory_barrier(Block& of, unsigned address);
+void settle(MemoryBarrier& barrier);
 
 // Addresses of shared memory: an offset in the block's own, or beyond WINDOW in that of a block of the cluster.
 constexpr unsigned WINDOW = 1u << 24;
-inline unsigned char* at(unsigned address) {
-  return address < WINDOW ? block().shared + address : blocks[address / WINDOW - 1].shared + address % WINDOW;
-}
+unsigned char* at(unsigned address);
 
 // What an instruction takes at once lies at a multiple of its size.
 template <class T>
@@ -255,14 +205,13 @@ T& whole(T* p) {
 template <class T>
 T& whole_at(unsigned address) { return whole(reinterpret_cast<T*>(at(address))); }
 
+unsigned char* shared_memory(size_t bytes, const char* name);
+
 template <class T>
 T& variable(int number) {
   auto& memory = block().variables[number];
-  if (!memory) {
-    memory.reset(new unsigned char[sizeof(T)]);
-    if (number >= 0) races::watch(memory.get(), sizeof(T), "a variable");
-  }
-  return *reinterpret_cast<T*>(memory.get());
+  if (!memory) memory = shared_memory(sizeof(T), "a variable");
+  return *reinterpret_cast<T*>(memory);
 }
 
 // The driver copies arguments, wherever they lie.
@@ -273,91 +222,8 @@ T argument(const void* from) {
   return x;
 }
 
-inline void enter() {
-  kernel();
-  running->done = true;
-  longjmp(scheduler, 1);
-}
-
-// Runs the blocks of one cluster to their end. order: 0 forward, 1 backward, else random.
-inline void run_cluster(int count, int shared_bytes, int order) {
-  blocks.clear(), threads.clear(), boxes.clear();
-  races::begin(count * threads_of_a_block);
-  for (int b = 0; b < count; b++) {
-    Block& block = blocks.emplace_back();
-    block.memory.resize(shared_bytes + 1024);
-    for (auto& byte : block.memory) byte = random();
-    block.shared = block.memory.data() + (-reinterpret_cast<uintptr_t>(block.memory.data()) & 1023);
-    races::watch(block.shared, shared_bytes, "dynamic shared memory");
-    block.warps.resize((threads_of_a_block + LANES - 1) / LANES);
-    for (int i = 0; i < threads_of_a_block; i++) {
-      Thread& thread = threads.emplace_back();
-      thread.block = b, thread.index = i;
-      thread.stack.reset(new char[STACK]);
-      getcontext(&thread.first);
-      thread.first.uc_stack.ss_sp = thread.stack.get();
-      thread.first.uc_stack.ss_size = STACK;
-      thread.first.uc_link = nullptr;
-      makecontext(&thread.first, enter, 0);
-    }
-  }
-  static auto& turn = *new std::vector<Thread*>;
-  static bool any, waits, looked;
-  static size_t next;
-  static int rounds;
-  rounds = 0;
-  turn.clear();
-  for (Thread& thread : threads) turn.push_back(&thread);
-  if (order == 1) std::reverse(turn.begin(), turn.end());
-  while (failure.empty()) {
-    if (order > 1) std::shuffle(turn.begin(), turn.end(), random);
-    any = waits = looked = false;
-    for (next = 0; next < turn.size() && failure.empty(); next++) {
-      Thread& thread = *turn[next];
-      if (thread.done) continue;
-      waits = true;
-      if (!thread.wait.over()) continue;
-      thread.wait = {};
-      running = &thread;
-      races::run(thread.block * threads_of_a_block + thread.index);
-      if (!_setjmp(scheduler)) {
-        if (thread.started) longjmp(thread.context, 1);
-        thread.started = true;
-        setcontext(&thread.first);
-      }
-      (blocks[thread.block].warps[thread.index / LANES].looks ? looked : any) = true;
-    }
-    if (failure.empty()) failure = races::conflict();
-    if (!waits) break;
-    if (!boxes.empty() && (!any || !late)) {
-      auto arrived = std::move(boxes);
-      boxes.clear();
-      if (order > 1) std::shuffle(arrived.begin(), arrived.end(), random);
-      for (auto& copy : arrived) copy();
-      any = true;
-    }
-    rounds = any ? 0 : rounds + 1;
-    if (!any && failure.empty() && (!looked || rounds > 10000)) failure = "deadlock: every thread waits";
-  }
-}
-
-inline std::string launch(Dimensions size, int block_size, int cluster, int shared_bytes, int order) {
-  grid = size, threads_of_a_block = block_size, late = order % 2 == 0, failure.clear(), random.seed(order);
-  std::vector<Dimensions> first;
-  for (int z = 0; z < size.z; z++)
-    for (int y = 0; y < size.y; y++)
-      for (int x = 0; x < size.x; x += cluster) first.push_back({x, y, z});
-  if (order == 1) std::reverse(first.begin(), first.end());
-  if (order > 1) std::shuffle(first.begin(), first.end(), random);
-  for (const Dimensions& block : first) {
-    first_block = block;
-    run_cluster(cluster, shared_bytes, order);
-    if (!failure.empty()) break;
-  }
-  blocks.clear(), threads.clear();
-  races::end();
-  return failure;
-}
+// Runs a grid of blocks, `cluster` of them at once. Gives what is wrong, or nothing.
+std::string launch(Dimensions size, int block_size, int cluster, int shared_bytes, int order);
 
 template <int (*GET)(int)>
 struct Index {
@@ -401,7 +267,6 @@ T __reduce_max_sync(unsigned, T x) {
   return x;
 }
 // Atomic operations race with none; whether plain accesses to the same word are ordered with them is not looked at.
-#define NOT_WATCHED __attribute__((noinline, no_sanitize_thread))
 NOT_WATCHED inline unsigned atomicAdd(unsigned* p, unsigned x) {
   const unsigned before = *p;
   *p += x;

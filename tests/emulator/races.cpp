@@ -1,6 +1,7 @@
 #include "races.h"
 
 #include <algorithm>
+#include <cassert>
 #include <cstdint>
 #include <cstdio>
 #include <malloc.h>
@@ -10,16 +11,17 @@
 namespace races {
 namespace {
 
-struct Cell {
-  int writer = -1, reader = -1;
-  unsigned written = 0, read = 0;
-  std::unique_ptr<Clock> readers;  // where there are several
+// Of a thread, at a time of its own; times begin at 1, so that what is zero is before all.
+struct Access {
+  int thread;
+  unsigned time;
+  bool operator==(const Access&) const = default;
 };
 
-struct Region {
-  uintptr_t first, end;
-  std::string name;
-  std::vector<Cell> cells;  // of two bytes
+// Reads since the last write: the latest, and of those before it all that may be unordered with it.
+struct Cell {
+  Access written, read;
+  std::vector<Access> reads;
 };
 
 struct Barrier {
@@ -27,7 +29,9 @@ struct Barrier {
 };
 
 struct State {
-  std::vector<Region> regions;
+  std::unique_ptr<unsigned char[]> memory;
+  std::vector<Cell> cells;  // of two bytes
+  std::map<size_t, std::string> names;  // of what begins there
   std::vector<Clock> clocks;
   std::map<const void*, Barrier> barriers;
   std::string found;
@@ -35,94 +39,125 @@ struct State {
 
 // Accesses are told before any of this is there, and until the process is gone: it is made once and never destroyed.
 State* state = nullptr;
-int current = 0;
+uintptr_t first;
+size_t size = 0;
+Access current;
 const Clock* clock_of_current;
 
-void join(Clock& to, const Clock& from) {
-  if (to.size() < from.size()) to.resize(from.size());
-  for (size_t i = 0; i < from.size(); i++) to[i] = std::max(to[i], from[i]);
-}
-
-void tell(const Region& region, uintptr_t at, const char* what, int other) {
+void tell(size_t at, const char* what, int other) {
   if (!state->found.empty()) return;
+  const auto& [start, name] = *--state->names.upper_bound(at);
   char text[200];
-  snprintf(text, sizeof text, "race: %s, byte %zu: %s by threads %d and %d", region.name.c_str(), size_t(at - region.first), what, other, current);
+  snprintf(text, sizeof text, "race: %s, byte %zu: %s by threads %d and %d", name.c_str(), at - start, what, other, current.thread);
   state->found = text;
 }
 
-void access(uintptr_t address, size_t bytes, bool writes) {
-  if (!state) return;
-  for (Region& region : state->regions) {
-    if (address < region.first || address >= region.end) continue;
-    const Clock& clock = *clock_of_current;
-    for (uintptr_t at = address; at < address + bytes; at += 2) {
-      Cell& cell = region.cells[(at - region.first) / 2];
-      if (cell.writer >= 0 && clock[cell.writer] < cell.written) tell(region, at, writes ? "two writes" : "a write and a read", cell.writer);
-      if (!writes) {
-        if (cell.readers)
-          (*cell.readers)[current] = clock[current];
-        else if (cell.reader < 0 || cell.reader == current)
-          cell.reader = current, cell.read = clock[current];
-        else {
-          cell.readers = std::make_unique<Clock>(clock.size());
-          (*cell.readers)[cell.reader] = cell.read, (*cell.readers)[current] = clock[current];
-        }
-        continue;
-      }
-      if (cell.readers) {
-        for (size_t i = 0; i < clock.size(); i++)
-          if (clock[i] < (*cell.readers)[i]) tell(region, at, "a read and a write", i);
-      } else if (cell.reader >= 0 && clock[cell.reader] < cell.read)
-        tell(region, at, "a read and a write", cell.reader);
-      cell.readers.reset(), cell.reader = -1;
-      cell.writer = current, cell.written = clock[current];
+size_t rounded(size_t x) { return (x + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
+
+// The current thread's next accesses are of another time.
+void advance() {
+  Clock& clock = state->clocks[current.thread];
+  current.time = ++clock.times[current.thread - clock.first];
+}
+
+bool ordered(const Access& before) { return clock_of_current->of(before.thread) >= before.time; }
+
+void read(Cell& cell, size_t at) {
+  if (cell.read == current) return;
+  if (!ordered(cell.written)) tell(at, "a write and a read", cell.written.thread);
+  // Whoever comes after this read comes after what it comes after.
+  if (!ordered(cell.read)) {
+    if (cell.reads.size() == cell.reads.capacity()) {
+      std::erase_if(cell.reads, ordered);
+      if (2 * cell.reads.size() > cell.reads.capacity()) cell.reads.reserve(2 * cell.reads.capacity());
     }
-    return;
+    cell.reads.push_back(cell.read);
   }
+  cell.read = current;
+}
+
+void write(Cell& cell, size_t at) {
+  if (!ordered(cell.written)) tell(at, "two writes", cell.written.thread);
+  if (!ordered(cell.read)) tell(at, "a read and a write", cell.read.thread);
+  for (const Access& read : cell.reads)
+    if (!ordered(read)) tell(at, "a read and a write", read.thread);
+  cell.written = current, cell.read = {}, cell.reads.clear();
+}
+
+template <bool WRITES>
+inline void access(const void* p, size_t bytes) {
+  const size_t at = reinterpret_cast<uintptr_t>(p) - first;
+  if (at >= size) return;
+  for (size_t i = at / 2; 2 * i < std::min(at + bytes, size); i++)
+    WRITES ? write(state->cells[i], 2 * i) : read(state->cells[i], 2 * i);
 }
 
 }  // namespace
 
-void begin(int threads) {
+void Clock::join(const Clock& other) {
+  if (times.empty()) first = other.first;
+  if (other.first < first) times.insert(times.begin(), first - other.first, 0), first = other.first;
+  const size_t from = other.first - first, count = other.times.size();
+  if (times.size() < from + count) times.resize(from + count);
+  for (size_t i = 0; i < count; i++) times[from + i] = std::max(times[from + i], other.times[i]);
+}
+
+void begin(int blocks, int threads, size_t bytes) {
   if (!state) state = new State;
-  state->regions.clear(), state->barriers.clear(), state->found.clear();
-  state->clocks.assign(threads, Clock(threads));
-  for (int i = 0; i < threads; i++) state->clocks[i][i] = 1;
+  state->barriers.clear(), state->names.clear(), state->found.clear(), state->cells.clear(), state->clocks.clear();
+  state->memory.reset(new unsigned char[bytes + ALIGNMENT]);
+  state->cells.reserve(bytes / 2);
+  first = rounded(reinterpret_cast<uintptr_t>(state->memory.get())), size = 0;
+  for (int i = 0; i < blocks * threads; i++) {
+    Clock& clock = state->clocks.emplace_back();
+    clock.first = i / threads * threads, clock.times.resize(threads);
+    clock.times[i % threads] = 1;
+  }
   run(0);
 }
 
-// Readers' clocks are gigabytes where many blocks run at once, and every kernel is a library with a state of its own.
+unsigned char* watched(size_t bytes, const std::string& name) {
+  unsigned char* memory = reinterpret_cast<unsigned char*>(first + size);
+  state->names[size] = name;
+  size += rounded(bytes);
+  assert(size / 2 <= state->cells.capacity());
+  state->cells.resize(size / 2);
+  return memory;
+}
+
+// Readers are many where many blocks run at once, and every kernel is a library with a state of its own.
 void end() {
-  state->regions.clear(), state->barriers.clear(), state->clocks.clear();
+  size = 0;
+  *state = {.found = state->found};
   malloc_trim(0);
 }
 
-void watch(const void* memory, size_t bytes, const std::string& name) {
-  Region& region = state->regions.emplace_back();
-  region.first = reinterpret_cast<uintptr_t>(memory), region.end = region.first + bytes, region.name = name;
-  region.cells.resize(bytes / 2 + 1);
+void run(int thread) {
+  clock_of_current = &state->clocks[thread];
+  current = {thread, clock_of_current->of(thread)};
 }
 
-void run(int thread) { current = thread, clock_of_current = &state->clocks[thread]; }
-
 void arrive(const void* barrier) {
-  join(state->barriers[barrier].open, state->clocks[current]);
-  state->clocks[current][current]++;
+  state->barriers[barrier].open.join(*clock_of_current);
+  advance();
 }
 void complete(const void* barrier, unsigned phase) {
   Barrier& b = state->barriers[barrier];
-  b.done[phase % 2] = std::move(b.open);
-  b.open.clear();
+  std::swap(b.done[phase % 2], b.open);
+  b.open.times.clear();
 }
-void pass(const void* barrier, unsigned phase) { join(state->clocks[current], state->barriers[barrier].done[phase % 2]); }
+void pass(const void* barrier, unsigned phase) { state->clocks[current.thread].join(state->barriers[barrier].done[phase % 2]); }
 
 Moment now() {
-  const Moment moment{current, state->clocks[current]};
-  state->clocks[current][current]++;
+  const Moment moment{current.thread, state->clocks[current.thread]};
+  advance();
   return moment;
 }
-void act(const Moment& moment) { current = moment.thread, clock_of_current = &moment.clock; }
-void arrive_as(const Moment& moment, const void* barrier) { join(state->barriers[barrier].open, moment.clock); }
+void act(const Moment& moment) {
+  clock_of_current = &moment.clock;
+  current = {moment.thread, moment.clock.of(moment.thread)};
+}
+void arrive_as(const Moment& moment, const void* barrier) { state->barriers[barrier].open.join(moment.clock); }
 
 std::string conflict() { return state->found; }
 
@@ -135,15 +170,15 @@ void __tsan_func_exit() {}
 void __tsan_vptr_update(void**, void*) {}
 void __tsan_vptr_read(void**) {}
 #define ACCESSES(bytes)                                                                              \
-  void __tsan_read##bytes(void* p) { races::access(reinterpret_cast<uintptr_t>(p), bytes, false); }  \
-  void __tsan_write##bytes(void* p) { races::access(reinterpret_cast<uintptr_t>(p), bytes, true); }
+  void __tsan_read##bytes(void* p) { races::access<false>(p, bytes); }  \
+  void __tsan_write##bytes(void* p) { races::access<true>(p, bytes); }
 ACCESSES(1) ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
 #undef ACCESSES
 #define ACCESSES(bytes)                                                                                        \
-  void __tsan_unaligned_read##bytes(void* p) { races::access(reinterpret_cast<uintptr_t>(p), bytes, false); }  \
-  void __tsan_unaligned_write##bytes(void* p) { races::access(reinterpret_cast<uintptr_t>(p), bytes, true); }
+  void __tsan_unaligned_read##bytes(void* p) { races::access<false>(p, bytes); }  \
+  void __tsan_unaligned_write##bytes(void* p) { races::access<true>(p, bytes); }
 ACCESSES(2) ACCESSES(4) ACCESSES(8) ACCESSES(16)
 #undef ACCESSES
-void __tsan_read_range(void* p, unsigned long bytes) { races::access(reinterpret_cast<uintptr_t>(p), bytes, false); }
-void __tsan_write_range(void* p, unsigned long bytes) { races::access(reinterpret_cast<uintptr_t>(p), bytes, true); }
+void __tsan_read_range(void* p, unsigned long bytes) { races::access<false>(p, bytes); }
+void __tsan_write_range(void* p, unsigned long bytes) { races::access<true>(p, bytes); }
 }

@@ -9,12 +9,23 @@
 
 namespace races {
 
-typedef std::vector<unsigned> Clock;
+// Up to which time of each thread all is known to have happened; of those before `first` and beyond the last, nothing.
+struct Clock {
+  int first = 0;
+  std::vector<unsigned> times;
+  unsigned of(int thread) const {
+    const size_t i = thread - first;
+    return i < times.size() ? times[i] : 0;
+  }
+  void join(const Clock& other);
+};
 
-// Nothing is watched until `watch`; threads: of a cluster.
-void begin(int threads);
+constexpr size_t ALIGNMENT = 1024;
+
+// Blocks that run at once, of so many threads each; bytes: at most what is watched, every piece of it rounded up.
+void begin(int blocks, int threads, size_t bytes);
 void end();  // gives back all but what was found
-void watch(const void* memory, size_t bytes, const std::string& name);
+unsigned char* watched(size_t bytes, const std::string& name);  // at a multiple of ALIGNMENT
 void run(int thread);
 
 // Barriers by their address. All who arrived in a phase happen before all who pass it.

@@ -3,7 +3,7 @@ inline unsigned cluster_rank() { return emulator::running->block; }
 // One barrier for the cluster, kept by its first block under a number that no hardware barrier has.
 inline emulator::Barrier& cluster_barrier() { return emulator::blocks[0].barriers[-1]; }
 inline int cluster_threads() { return emulator::threads_of_a_block * emulator::blocks.size(); }
-inline unsigned& cluster_phase() { return emulator::variable<unsigned>(-1 - emulator::running->index); }
+inline unsigned& cluster_phase() { return emulator::running->cluster_phase; }
 inline void cluster_arrive() {
   cluster_phase() = cluster_barrier().phase;
   emulator::arrive(cluster_barrier(), cluster_threads());

@@ -37,18 +37,23 @@ inline half_bits along_row(const unsigned char* shared, unsigned long long descr
 }
 inline unsigned long long channels_innermost(unsigned address) { return (address & 0x3ffff) >> 4; }
 
-// term(row, column, k): of the sum over 16 k.
-template <class Term>
-void wgmma(const std::vector<float*>& c, bool add, Term term) {
+// left(row, k) times right(column, k), summed over 16 k.
+template <class Left, class Right>
+void wgmma(const std::vector<float*>& c, bool add, Left left, Right right) {
   const int thread = emulator::running->index % 128, lane = thread % 32, first = thread / 32 * 16 + lane / 4;
   emulator::running->products.add([=] {
-    for (int i = 0; i < int(c.size()); i++) {
-      const int row = first + i % 4 / 2 * 8, column = i / 4 * 8 + 2 * (lane % 4) + i % 2;
-      double terms[17];
-      terms[16] = add ? *c[i] : 0;
-      for (int k = 0; k < 16; k++) terms[k] = term(row, column, k);
-      *c[i] = truncated_sum(terms);
-    }
+    double a[2][16], b[16], terms[17];
+    for (int k = 0; k < 16; k++) a[0][k] = left(first, k), a[1][k] = left(first + 8, k);
+    for (int i = 0; i < int(c.size()); i += 4)
+      for (int e = 0; e < 2; e++) {
+        for (int k = 0; k < 16; k++) b[k] = right(i / 4 * 8 + 2 * (lane % 4) + e, k);
+        for (int below = 0; below < 2; below++) {
+          float& sum = *c[i + 2 * below + e];
+          terms[16] = add ? sum : 0;
+          for (int k = 0; k < 16; k++) terms[k] = a[below][k] * b[k];
+          sum = truncated_sum(terms);
+        }
+      }
   });
 }
 inline std::vector<float*> each(float* c, int count) {
@@ -58,24 +63,26 @@ inline std::vector<float*> each(float* c, int count) {
 }
 inline void wgmma_of_keys(float* c, unsigned long long a, unsigned long long b, int columns) {
   const unsigned char* shared = emulator::block().shared;
-  wgmma(each(c, columns / 2), true, [=](int row, int column, int k) {
-    return double(operand_at(shared, a, k, row)) * operand_at(shared, b, k, column);
-  });
+  const auto of = [shared](unsigned long long operand) {
+    return [=](int channel, int k) { return operand_at(shared, operand, k, channel); };
+  };
+  wgmma(each(c, columns / 2), true, of(a), of(b));
 }
 inline void wgmma_m64n128(float* c, unsigned long long a, unsigned long long b) { wgmma_of_keys(c, a, b, 128); }
 inline void wgmma_m64n192(float* c, unsigned long long a, unsigned long long b) { wgmma_of_keys(c, a, b, 192); }
 template <bool BFLOAT>
 void wgmma_scores(float (&c)[4], unsigned long long a, unsigned long long b, bool add) {
   const unsigned char* shared = emulator::block().shared;
-  wgmma(each(c, 4), add, [=](int row, int column, int k) {
-    return double(widen<BFLOAT>(along_row(shared, a, row, k))) * widen<BFLOAT>(along_row(shared, b, column, k));
-  });
+  const auto of = [shared](unsigned long long operand) {
+    return [=](int row, int k) { return widen<BFLOAT>(along_row(shared, operand, row, k)); };
+  };
+  wgmma(each(c, 4), add, of(a), of(b));
 }
 template <int COLUMNS, bool BFLOAT, bool OVER_KEYS>
 void wgmma_small(float* const (&c)[COLUMNS / 2], unsigned long long a, unsigned long long b, bool add) {
   const unsigned char* shared = emulator::block().shared;
-  wgmma({c, c + COLUMNS / 2}, add, [=](int row, int column, int k) {
-    const half_bits left = OVER_KEYS ? bits_at(shared, a, k, row) : along_row(shared, a, row, k);
-    return double(widen<BFLOAT>(left)) * widen<BFLOAT>(along_row(shared, b, column, k));
-  });
+  const auto left = [=](int row, int k) {
+    return widen<BFLOAT>(OVER_KEYS ? bits_at(shared, a, k, row) : along_row(shared, a, row, k));
+  };
+  wgmma({c, c + COLUMNS / 2}, add, left, [=](int column, int k) { return widen<BFLOAT>(along_row(shared, b, column, k)); });
 }
