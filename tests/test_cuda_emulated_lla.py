@@ -101,6 +101,30 @@ def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim, sol
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
+# Seeds of keys for which errors would be more than that.
+FORESEEN = {
+    "alone": (dict(head_dim=64, batch=6, capacity=200), 12, 8),
+    "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 14),
+    "shared through the cache": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0),
+}
+
+
+@pytest.mark.parametrize("name", FORESEEN)
+def test_steps_of_another_length_than_was_foreseen_are_found_out(name):
+    """Keys along four directions and little besides: after steps of one length comes another."""
+    sizes, multiprocessors, seed = FORESEEN[name]
+    case = make(kv_heads=1, dtype=FLOAT32, **sizes)
+    outer, capacity, heads, D = case.k_cache.shape
+    random = np.random.default_rng(seed)
+    along = random.standard_normal((outer, heads, 4, D)) / 2
+    k = np.einsum("blhr,bhrd->blhd", random.standard_normal((outer, capacity, heads, 4)), along)
+    arrays = case.q, case.r, k + 0.1 * case.k_cache, case.v_cache
+    case = DecodeCase(*(x.astype(BFLOAT16) for x in arrays), {})
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    (o,) = run("lla", case, (9, 0), (RANDOM_LATE,), multiprocessors, ridge=0.1, solver="cg")
+    assert error_of_rows(o, expected).max() <= 1e-2
+
+
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
 @pytest.mark.parametrize("keys, values", [(-10, 12), (8, -9)])
 def test_solved_rows_of_numbers_far_from_1_are_as_near(keys, values, dtype):

@@ -154,15 +154,18 @@ struct Received {
   float row = 0.0f, output = 0.0f;
 
   __device__ __forceinline__ Received(const Exchange& exchange, int thread, int number) {
-    float x[2 * HALF];
-    exchange.receive(number, x, [&](int i) {
-      const bool is_row = i < HALF;
-      const int block = (is_row ? thread % 4 / 2 : thread / D) * HALF + i % HALF;
-      const bool is_sent = block < exchange.blocks && (is_row || exchange.split == 0);
-      return is_sent ? exchange.place(number, block, is_row ? D + row_of_product(thread) : 2 * D + thread % D) : nullptr;
-    });
 #pragma unroll
-    for (int b = 0; b < HALF; b++) row += x[b], output += x[HALF + b];
+    for (int from = 0; from < HALF; from += AT_ONCE) {
+      float x[2 * AT_ONCE];
+      exchange.receive(number, x, [&](int i) {
+        const bool is_row = i < AT_ONCE;
+        const int block = (is_row ? thread % 4 / 2 : thread / D) * HALF + from + i % AT_ONCE;
+        const bool is_sent = block < exchange.blocks && (is_row || exchange.split == 0);
+        return is_sent ? exchange.place(number, block, is_row ? D + row_of_product(thread) : 2 * D + thread % D) : nullptr;
+      });
+#pragma unroll
+      for (int b = 0; b < AT_ONCE; b++) row += x[b], output += x[AT_ONCE + b];
+    }
     row += __shfl_xor_sync(~0u, row, 2);
   }
 };
@@ -172,72 +175,62 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
                                                float (&c)[D]) {
   const int thread = thread_index(), lane = thread % 32, column = thread % D;
   LyingVector& vector = shared.vectors[thread / 32];
-  const Completion complete(shared, thread);
+  Iterate at(right_side(shared, lane), ridge);
+#pragma unroll 1
+  for (int number = 1;; number++) {  // of the exchange
+    const Completion complete(shared, thread);
+    if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, at, number) || number > MOST_STEPS) return false;
+    const Entries x = at.x, last = at.r;
 
-  Entries x;
-  Progress progress;
-  int number = 1;  // of the exchange
-  if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, x, progress, number)) return false;
-
-  const Centring centre(shared);
-  Entries shift;
-  if constexpr (TOGETHER) {
-    shift = entries_of_lane(shared.shift, lane);
-  } else {
+    const Centring centre(shared);
+    Entries shift;
+    if constexpr (TOGETHER) {
+      shift = entries_of_lane(shared.shift, lane);
+    } else {
 #pragma unroll
-    for (int e = 0; e < ENTRIES; e++) shift.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
-  }
-  __syncwarp();
-  entries_of_lane(vector, lane) = x;
-  __syncwarp();
-  // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
-  const float of_shift = inner_product(x, shift), of_apart = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
-  const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
-  multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
-  const auto sum_of_values = [&] {
-    float sum = 0.0f;
-#pragma unroll
-    for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][column];
-    return centre.factor * sum - of_shift * shared.sums[D + column];
-  };
-  const auto write = [&](float sum) { output_of(call, row)[column] = narrow<BFLOAT>(sum); };
-  if constexpr (!TOGETHER) {
-    const Entries product = exchange_rows(shared, exchange, thread, number, D, rows), right = right_side(shared, lane);
-    Entries residual;
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
-    if (!__any_sync(~0u, progress.is_small(inner_product(residual, residual), ridge, 2.0f * TOLERANCE))) return false;
-    if (thread < D) write(mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values());
-  } else {
-    static_assert(MATRIX_THREADS == 2 * D);
-    // In the exchange of this step, whose product is not received.
-    send_row(exchange, thread, number, D, complete(rows.of[0], of_apart));
-    meet_matrix_warps();
-    // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
-    if (thread < D) {
-      const float sum = sum_of_values() + centre.d1 * (1.0f + of_apart) * shared.own.mean[D + column];
-      exchange.send<false>(number, 2 * D + column, shared.inverse_weight * sum);
+      for (int e = 0; e < ENTRIES; e++) shift.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
     }
-    // What the residual is without the product, by rows.
-    const Entries right = right_side(shared, lane);
-    Entries rest;
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) rest.of[e] = __fmaf_rn(-ridge, x.of[e], right.of[e]);
-    entries_of_lane(vector, lane) = rest;
     __syncwarp();
-    const Received received(exchange, thread, number);
-    const float residual = entry_of_row(vector, row_of_product(thread)) - received.row;
-    const float of_warp = sum_of_lanes(thread % 4 < 2 ? residual * residual : 0.0f);
-    if (lane == 0) shared.curvatures[0][thread / 32] = of_warp;
-    if (thread >= D) shared.output[MATRIX_WARPS][column] = received.output;
-    meet_matrix_warps();
-    float square = 0.0f;
+    entries_of_lane(vector, lane) = x;
+    __syncwarp();
+    // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
+    const float of_shift = inner_product(x, shift), of_apart = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
+    const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
+    multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
+    const auto sum_of_values = [&] {
+      float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < MATRIX_WARPS; w++) square += shared.curvatures[0][w];
-    if (!__any_sync(~0u, progress.is_small(square, ridge, 2.0f * TOLERANCE))) return false;
-    if (exchange.split == 0 && thread < D) write(received.output + shared.output[MATRIX_WARPS][column]);
+      for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][column];
+      return centre.factor * sum - of_shift * shared.sums[D + column];
+    };
+    Entries product;
+    if constexpr (!TOGETHER) {
+      product = exchange_rows(shared, exchange, thread, number, D, rows);
+    } else {
+      static_assert(MATRIX_THREADS == 2 * D);
+      // In the exchange of this step, whose product is not received.
+      send_row(exchange, thread, number, D, complete(rows.of[0], of_apart));
+      meet_matrix_warps();
+      // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
+      if (thread < D) {
+        const float sum = sum_of_values() + centre.d1 * (1.0f + of_apart) * shared.own.mean[D + column];
+        exchange.send<false>(number, 2 * D + column, shared.inverse_weight * sum);
+      }
+      const Received received(exchange, thread, number);
+      shared.output[MATRIX_WARPS + thread / D][column] = received.output;
+      product = gather_rows(shared, thread, number, {received.row});
+    }
+    const Entries residual = residual_of(right_side(shared, lane), ridge, x, product);
+    if (is_near(at.progress, residual, last, ridge)) {
+      const bool writes = TOGETHER ? exchange.split == 0 && thread < D : thread < D;
+      if (!writes) return true;
+      const float o = TOGETHER ? shared.output[MATRIX_WARPS][column] + shared.output[MATRIX_WARPS + 1][column] : mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values();
+      output_of(call, row)[column] = narrow<BFLOAT>(o);
+      return true;
+    }
+    // Of a step that was foreseen the length may have been wrong; else rounding leaves no more.
+    at.begin_anew(residual, ridge);
   }
-  return true;
 }
 
 // The moments as they are for the factorisation, of a whole row with the ridge, or to be merged with those of other blocks; by

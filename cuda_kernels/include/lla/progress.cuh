@@ -5,49 +5,89 @@
 // the error is known to be small: the Gauss-Radau quadrature of Meurant and Tichy (Numer. Algorithms 62, 2013), with the
 // ridge below all eigenvalues, bounds the error's energy norm. By the inequality of Cauchy and Schwarz that bounds
 // the error of every channel of the output, in standard deviations of the values.
+//
+// A step's direction is known before the product that gives its length. Where steps before it were of nearly one length, the last
+// is taken with theirs: a relative error t of the length leaves, of the squared energy norm, t^2 of what the step is worth. The product
+// with the slope that this gives, which is wanted anyway to see the true residual, says what t was and bounds the error that is left.
 
 #include "lla/inputs.cuh"
 #include "ptx/numbers.cuh"
 
-// Of what the slope adds to an output: a quarter of its last bit in bfloat16, and that bit in float16.
+// Of what the slope adds to an output, in standard deviations of the values: the output itself may be several times smaller.
 constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
+// And of the slope that steps end with.
+constexpr float NEAR = 1.5f * TOLERANCE;
+// What the lengths of the last steps may differ by, and residuals fall by at least, for the next to be foreseen.
+constexpr float MOST_CHANGE = 0.3f, MOST_LEFT = 0.5f;
+// Of a squared error, what at least is thought to be left by a step that is foreseen.
+constexpr float LEAST_LEFT = 1.0f / 64;
 
 // The numbers of a step that are the same in all threads.
 struct Progress {
   float gamma = 0.0f, inverse_gamma = 0.0f;  // the residual's square
   float curvature = 0.0f, alpha = 0.0f, beta = 0.0f;
-  float radau;  // the bound of the squared error over the residual's square
-  // Of the slope u and the direction p: u (C_kk + ridge I) u, u u, u p and p p.
-  float energy = 0.0f, slope_square = 0.0f, slope_direction = 0.0f, direction_square = 0.0f;
+  float radau;          // the bound of the squared error over the residual's square
+  float change = 0.0f;  // of the step's length, relative to the last one; of each before that a quarter
+  // What the slope u adds to the output, squared, u C_kk u; and with the direction p: u p and p p.
+  float added = 0.0f, slope_direction = 0.0f, direction_square = 0.0f;
 
-  Progress() = default;
   __device__ __forceinline__ explicit Progress(float ridge) : radau(reciprocal_fast(ridge)) {}
+
+  // Anew, from a slope that steps led to.
+  __device__ __forceinline__ void begin_anew(float ridge) {
+    const float by_slope = added;
+    *this = Progress(ridge);
+    added = by_slope;
+  }
 
   __device__ __forceinline__ void look(float square, float ridge) {
     gamma = square;
     beta = __fmul_rn(gamma, inverse_gamma);
-    const float left = __fsub_rn(radau, alpha);
-    // Rounding may leave nothing of it: the residual's own bound then.
-    const bool is_left = left > 0.0f;
-    radau = __fmul_rn(is_left ? left : 1.0f, reciprocal_fast(is_left ? __fmaf_rn(ridge, left, beta) : ridge));
+    radau = next_radau(alpha, beta, ridge);
   }
+
+  // After a step of length `alpha`, which leaves `beta` of the residual's square.
+  __device__ __forceinline__ float next_radau(float alpha, float beta, float ridge) const {
+    const float rest = __fsub_rn(radau, alpha);
+    // Rounding may leave nothing of it: the residual's own bound then.
+    const bool is_left = rest > 0.0f;
+    return __fmul_rn(is_left ? rest : 1.0f, reciprocal_fast(is_left ? __fmaf_rn(ridge, rest, beta) : ridge));
+  }
+
+  // Whether the next step can be taken without its product, as long as the last; and how much of the squared error that leaves.
+  __device__ __forceinline__ bool is_foreseen() const { return change <= MOST_CHANGE && beta <= MOST_LEFT; }
+  __device__ __forceinline__ float left() const { return is_foreseen() ? fmaxf(__fmaf_rn(change, change, beta), LEAST_LEFT) : 1.0f; }
+  __device__ __forceinline__ float foreseen_length() const { return is_foreseen() ? alpha : 0.0f; }
 
   // Whether a squared residual makes no error of more than `tolerance` times what the slope adds to the output.
-  __device__ __forceinline__ bool is_small(float square, float ridge, float tolerance) const {
-    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, __fmaf_rn(-ridge, slope_square, energy));
+  __device__ __forceinline__ bool is_small(float square, float tolerance) const {
+    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, added);
   }
 
-  __device__ __forceinline__ void advance(float delta) {
-    const float beta_square = __fmul_rn(beta, beta);
+  // Whether the slope is near enough after the step that was foreseen: by the square of its true residual, and the inner product with
+  // the residual before that step. These say how long it should have been, and what residual that would have left.
+  __device__ __forceinline__ bool is_near(float square, float with_last, float ridge) const {
+    const float length = foreseen_length();
+    if (!(length > 0.0f)) return is_small(square, NEAR);
+    const float inverse = reciprocal_fast(gamma), short_by = __fmul_rn(with_last, inverse);
+    const float ratio = reciprocal_fast(__fsub_rn(1.0f, short_by)), beyond = __fsub_rn(ratio, 1.0f);
+    const float next = fmaxf(__fmul_rn(ratio * ratio, square) - __fmul_rn(beyond * beyond, gamma), 0.0f);
+    const float error = __fmaf_rn(next_radau(length * ratio, next * inverse, ridge), next, length * ratio * short_by * with_last);
+    return short_by < 1.0f && error <= __fmul_rn(NEAR * NEAR, added);
+  }
+
+  __device__ __forceinline__ void advance(float delta, float ridge) {
+    const float beta_square = __fmul_rn(beta, beta), last_alpha = alpha;
     curvature = __fmaf_rn(-beta_square, curvature, delta);
     alpha = __fmul_rn(gamma, reciprocal_fast(curvature));
     inverse_gamma = reciprocal_fast(gamma);
-    energy = __fmaf_rn(alpha, gamma, energy);
+    change = fmaxf(fabsf(__fmaf_rn(last_alpha * curvature, inverse_gamma, -1.0f)), 0.25f * change);
     // Residuals are orthogonal to the slope and to the directions before.
     direction_square = __fmaf_rn(beta_square, direction_square, gamma);
     slope_direction = __fmul_rn(beta, slope_direction);
     const float moved = __fmul_rn(alpha, direction_square);
-    slope_square = __fmaf_rn(alpha, __fmaf_rn(2.0f, slope_direction, moved), slope_square);
+    // Never less than nothing, as rounding would have it where all keys are alike.
+    added = fmaxf(__fmaf_rn(alpha, __fmaf_rn(-ridge, __fmaf_rn(2.0f, slope_direction, moved), gamma), added), 0.0f);
     slope_direction = __fadd_rn(slope_direction, moved);
   }
 };

@@ -31,6 +31,7 @@ __device__ __forceinline__ Entries right_side(Shared& shared, int lane);
 
 // Of the blocks: those that a lane or a thread adds up, another has the rest.
 constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;
+constexpr int AT_ONCE = HALF > 4 && D == 64 ? 4 : HALF;  // for want of registers
 
 // A lane's row of a product, of the moments of all blocks, from word `first` of an exchange on. The lanes that share the row
 // each add up half of the blocks.
@@ -39,7 +40,6 @@ __device__ __forceinline__ void send_row(const Exchange& exchange, int thread, i
 }
 
 __device__ __forceinline__ float receive_row(const Exchange& exchange, int thread, int number, int first) {
-  constexpr int AT_ONCE = HALF > 4 && D == 64 ? 4 : HALF;  // for want of registers
   float y = 0.0f;
 #pragma unroll
   for (int from = 0; from < HALF; from += AT_ONCE) {
@@ -71,8 +71,19 @@ __device__ __forceinline__ Rows multiply_rows_of_warp(LyingVector& vector, const
   return rows;
 }
 
-// The lane's entries of a product whose rows all warps have, and all blocks sent. What is in shared memory is read until
-// the exchange after next. Waits for all warps: of a cluster's mail each has all by itself.
+// The lane's entries of a product whose rows all warps have, through shared memory, where they are read until the exchange after next.
+// Waits for all warps.
+__device__ __forceinline__ Entries gather_rows(Shared& shared, int thread, int number, const float (&rows)[ROW_BLOCKS]) {
+  LyingVector& product = shared.product[number % 2];
+  if (thread % 4 < 2) {
+#pragma unroll
+    for (int b = 0; b < ROW_BLOCKS; b++) entry_of_row(product, b * 64 + row_of_product(thread)) = rows[b];
+  }
+  meet_matrix_warps();
+  return entries_of_lane(product, thread % 32);
+}
+
+// The same of a product whose rows all blocks sent: of a cluster's mail each warp has all by itself.
 __device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange& exchange, int thread, int number, int first, Rows rows) {
   const int lane = thread % 32;
   if constexpr (IN_CLUSTER) {
@@ -86,13 +97,7 @@ __device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange&
     return sum;
   } else {
     if constexpr (TOGETHER) rows.of[0] = receive_row(exchange, thread, number, first);
-    LyingVector& product = shared.product[number % 2];
-    if (thread % 4 < 2) {
-#pragma unroll
-      for (int b = 0; b < ROW_BLOCKS; b++) entry_of_row(product, b * 64 + row_of_product(thread)) = rows.of[b];
-    }
-    meet_matrix_warps();
-    return entries_of_lane(product, lane);
+    return gather_rows(shared, thread, number, rows.of);
   }
 }
 
@@ -114,20 +119,33 @@ __device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchan
   }
 }
 
-// Whether a step looks for what is likely: not where an exchange is as fast as that, in a cluster.
-constexpr bool FORESEES = TOGETHER && !IN_CLUSTER;
+// Where conjugate gradients are: the slope, its residual, the direction that led there, and the product with that.
+struct Iterate {
+  Entries x = {}, r, p = {}, s = {};
+  Progress progress;
 
-// From a slope of 0 until it is near enough: whether it was after MOST_STEPS. complete(y, x): what blocks that share a row make of
-// the lane's row of a product with x. number: of the first exchange, then of the next.
+  __device__ __forceinline__ Iterate(const Entries& right, float ridge) : r(right), progress(ridge) {}
+
+  // With the slope's true residual, if that is for a step's length that was foreseen and wrong. Else rounding leaves it, and NaN ends
+  // the steps.
+  __device__ __forceinline__ void begin_anew(const Entries& residual, float ridge) {
+    const bool was_foreseen = progress.is_foreseen();
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) r.of[e] = was_foreseen ? residual.of[e] : quiet_nan();
+    p = s = {}, progress.begin_anew(ridge);
+  }
+};
+
+// Until the slope is thought to be near enough: whether it was after MOST_STEPS. Then it is beyond what has that residual by a step that
+// was foreseen, if one was. complete(y, x): what blocks that share a row make of the lane's row of a product
+// with x. number: of the first exchange, then of the next.
 template <class Complete>
 __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& exchange, const float* moments, const Complete& complete, float ridge,
-                                           int thread, Entries& x, Progress& progress, int& number) {
+                                           int thread, Iterate& at, int& number) {
   const int lane = thread % 32;
   LyingVector& vector = shared.vectors[thread / 32];
-  Entries r = right_side(shared, lane);
-  x = {};
-  Entries p = {}, s = {};
-  progress = Progress(ridge);
+  Entries &x = at.x, &r = at.r, &p = at.p, &s = at.s;
+  Progress& progress = at.progress;
   bool small = false, likely = false;  // likely: that this residual is small
   Rows product;
 #pragma unroll 1
@@ -144,9 +162,10 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     const auto look = [&] {
       progress.look(inner_product(r, r), ridge);
       // The same in all lanes, as the compiler sees by this.
-      small = __any_sync(~0u, progress.is_small(progress.gamma, ridge, TOLERANCE));
+      small = __any_sync(~0u, progress.is_small(progress.left() * progress.gamma, TOLERANCE));
     };
-    if constexpr (FORESEES) {
+    // Where an exchange takes longer than to look, not in a cluster.
+    if constexpr (THROUGH_CACHE) {
       // While the product is on its way or, where it is likely to be in vain, before. Each in one place: what is run for the first time
       // is slow.
 #pragma unroll 1
@@ -163,10 +182,10 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     }
     if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
     // As the residual fell last.
-    likely = FORESEES && __any_sync(~0u, number > 1 && progress.is_small(progress.beta * progress.gamma, ridge, TOLERANCE));
+    likely = THROUGH_CACHE && __any_sync(~0u, progress.beta > 0.0f && progress.is_small(progress.beta * progress.left() * progress.gamma, TOLERANCE));
     float curvature;
     Entries w = exchange_product(shared, exchange, thread, number, product, r, curvature);
-    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature));
+    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature), ridge);
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) {
       w.of[e] = __fmaf_rn(ridge, r.of[e], w.of[e]);
@@ -179,7 +198,23 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     if constexpr (IN_CLUSTER) __syncwarp();
     number++;
   }
+  const float length = small ? progress.foreseen_length() : 0.0f;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) x.of[e] = __fmaf_rn(length, __fmaf_rn(progress.beta, p.of[e], r.of[e]), x.of[e]);
   // No block may leave before all that is sent to it has come.
   if constexpr (IN_CLUSTER) exchange_rows(shared, exchange, thread, number, 0, product);
   return small;
+}
+
+__device__ __forceinline__ Entries residual_of(const Entries& right, float ridge, const Entries& x, const Entries& product) {
+  Entries residual;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
+  return residual;
+}
+
+// Whether the slope that take_steps led to is near enough, of which this is the residual; `last` is what take_steps left in r.
+__device__ __forceinline__ bool is_near(const Progress& progress, const Entries& residual, const Entries& last, float ridge) {
+  const float square = inner_product(residual, residual), with_last = inner_product(residual, last);
+  return __any_sync(~0u, progress.is_near(square, with_last, ridge));
 }
