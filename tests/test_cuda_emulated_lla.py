@@ -103,7 +103,6 @@ def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim, sol
 
 # Seeds of keys for which errors would be more than that.
 FORESEEN = {
-    "alone": (dict(head_dim=64, batch=6, capacity=200), 12, 8),
     "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 14),
     "shared through the cache": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0),
 }

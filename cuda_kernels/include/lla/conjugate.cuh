@@ -229,6 +229,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
       return true;
     }
     // Of a step that was foreseen the length may have been wrong; else rounding leaves no more.
+    if (!FORESEES) return false;
     at.begin_anew(residual, ridge);
   }
 }

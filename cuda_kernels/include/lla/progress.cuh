@@ -15,8 +15,10 @@
 
 // Of what the slope adds to an output, in standard deviations of the values: the output itself may be several times smaller.
 constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
-// And of the slope that steps end with.
-constexpr float NEAR = 1.5f * TOLERANCE;
+// And of the slope that steps end with: after a step that was foreseen, or where rounding alone can have led astray.
+constexpr float NEAR = 1.5f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
+// Whether a step is foreseen: where blocks share a row, and exchange its product. That a block has by itself takes as long.
+constexpr bool FORESEES = TOGETHER;
 // What the lengths of the last steps may differ by, and residuals fall by at least, for the next to be foreseen.
 constexpr float MOST_CHANGE = 0.3f, MOST_LEFT = 0.5f;
 // Of a squared error, what at least is thought to be left by a step that is foreseen.
@@ -55,7 +57,7 @@ struct Progress {
   }
 
   // Whether the next step can be taken without its product, as long as the last; and how much of the squared error that leaves.
-  __device__ __forceinline__ bool is_foreseen() const { return change <= MOST_CHANGE && beta <= MOST_LEFT; }
+  __device__ __forceinline__ bool is_foreseen() const { return FORESEES && change <= MOST_CHANGE && beta <= MOST_LEFT; }
   __device__ __forceinline__ float left() const { return is_foreseen() ? fmaxf(__fmaf_rn(change, change, beta), LEAST_LEFT) : 1.0f; }
   __device__ __forceinline__ float foreseen_length() const { return is_foreseen() ? alpha : 0.0f; }
 
@@ -68,7 +70,7 @@ struct Progress {
   // the residual before that step. These say how long it should have been, and what residual that would have left.
   __device__ __forceinline__ bool is_near(float square, float with_last, float ridge) const {
     const float length = foreseen_length();
-    if (!(length > 0.0f)) return is_small(square, NEAR);
+    if (!(length > 0.0f)) return is_small(square, NEARLY_ROUNDED);
     const float inverse = reciprocal_fast(gamma), short_by = __fmul_rn(with_last, inverse);
     const float ratio = reciprocal_fast(__fsub_rn(1.0f, short_by)), beyond = __fsub_rn(ratio, 1.0f);
     const float next = fmaxf(__fmul_rn(ratio * ratio, square) - __fmul_rn(beyond * beyond, gamma), 0.0f);

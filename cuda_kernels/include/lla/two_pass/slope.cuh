@@ -16,24 +16,20 @@ __device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2], bool b
 }
 
 // By steps, whether they came near enough to the slope; every warp has all of it then. What they found is put into the system once: in
-// float32 the residual of the recurrences may drift from the true one, and the last step may be of another length than was foreseen.
+// float32 the residual of the recurrences may drift from the true one.
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
   const int thread = thread_index(), lane = thread % 32;
   const Exchange exchange(shared, call);
   LyingVector& vector = shared.vectors[thread / 32];
   Iterate at(right_side(shared, lane), ridge);
-#pragma unroll 1
-  for (int number = 1;; number++) {
-    if (!take_steps(shared, exchange, c[0], nullptr, ridge, thread, at, number) || number > MOST_STEPS) return false;
-    x = at.x;
-    __syncwarp();
-    entries_of_lane(vector, lane) = x;
-    __syncwarp();
-    const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply_rows_of_warp<false>(vector, c[0], thread));
-    const Entries residual = residual_of(right_side(shared, lane), ridge, x, product);
-    if (is_near(at.progress, residual, at.r, ridge)) return true;
-    at.begin_anew(residual, ridge);
-  }
+  int number = 1;
+  if (!take_steps(shared, exchange, c[0], nullptr, ridge, thread, at, number)) return false;
+  x = at.x;
+  __syncwarp();
+  entries_of_lane(vector, lane) = x;
+  __syncwarp();
+  const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply_rows_of_warp<false>(vector, c[0], thread));
+  return is_near(at.progress, residual_of(right_side(shared, lane), ridge, x, product), at.r, ridge);
 }
 
 __device__ __forceinline__ float* block_at(Shared& shared, int i, int j) { return &shared.moments[i * BLOCK][j * BLOCK]; }
