@@ -179,7 +179,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
 #pragma unroll 1
   for (int number = 1;; number++) {  // of the exchange
     const Completion complete(shared, thread);
-    if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, at, number) || number > MOST_STEPS) return false;
+    if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, at, number) || number > MOST_STEPS + 1) return false;
     const Entries x = at.x, last = at.r;
 
     const Centring centre(shared);

@@ -15,7 +15,7 @@
 
 // Of what the slope adds to an output, in standard deviations of the values: the output itself may be several times smaller.
 constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
-// And of the slope that steps end with: after a step that was foreseen, or where rounding alone can have led astray.
+// What is accepted of the slope that steps end with: after one that was foreseen, whose error is known closely, and else.
 constexpr float NEAR = 1.5f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
 // Whether a step is foreseen: where blocks share a row, and exchange its product. That a block has by itself takes as long.
 constexpr bool FORESEES = TOGETHER;

@@ -7,7 +7,7 @@
 #include "lla/progress.cuh"
 #include "lla/vectors.cuh"
 
-static_assert(MOST_STEPS + 1 < MOST_EXCHANGES, "each has an exchange, after that of the sums");
+static_assert(MOST_STEPS + 2 < MOST_EXCHANGES, "each has an exchange, after that of the sums; and the slope has one");
 
 __device__ __forceinline__ void meet_matrix_warps() { barrier_sync(MATRIX, MATRIX_THREADS); }
 
