@@ -222,9 +222,9 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     }
     const Entries residual = residual_of(right_side(shared, lane), ridge, x, product);
     if (is_near(at.progress, residual, last, ridge)) {
-      const bool writes = TOGETHER ? exchange.split == 0 && thread < D : thread < D;
-      if (!writes) return true;
-      const float o = TOGETHER ? shared.output[MATRIX_WARPS][column] + shared.output[MATRIX_WARPS + 1][column] : mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values();
+      if (thread >= D || (TOGETHER && exchange.split != 0)) return true;
+      const float o = TOGETHER ? shared.output[MATRIX_WARPS][column] + shared.output[MATRIX_WARPS + 1][column]
+                               : mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values();
       output_of(call, row)[column] = narrow<BFLOAT>(o);
       return true;
     }

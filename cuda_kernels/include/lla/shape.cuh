@@ -29,7 +29,7 @@ constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
 constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
 // And whether they send each other what they need through distributed shared memory, rather than the second-level cache.
 #define MAIL_IN_SHARED (SOLVERS > 1 && CLUSTER > 1)
-constexpr bool IN_CLUSTER = MAIL_IN_SHARED, THROUGH_CACHE = TOGETHER && !IN_CLUSTER;
+constexpr bool IN_CLUSTER = MAIL_IN_SHARED;
 constexpr int MOST_IN_CLUSTER = 4;
 static_assert(!IN_CLUSTER || (CLUSTER == SOLVERS && CLUSTER <= MOST_IN_CLUSTER), "a cluster has all blocks of a row");
 // Below this many keys a block, merging costs more than it saves.

@@ -119,6 +119,9 @@ __device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchan
   }
 }
 
+// Whether blocks share a row through the second-level cache.
+constexpr bool THROUGH_CACHE = TOGETHER && !IN_CLUSTER;
+
 // Where conjugate gradients are: the slope, its residual, the direction that led there, and the product with that.
 struct Iterate {
   Entries x = {}, r, p = {}, s = {};
@@ -198,9 +201,11 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     if constexpr (IN_CLUSTER) __syncwarp();
     number++;
   }
-  const float length = small ? progress.foreseen_length() : 0.0f;
+  if constexpr (FORESEES) {
+    const float length = small ? progress.foreseen_length() : 0.0f;
 #pragma unroll
-  for (int e = 0; e < ENTRIES; e++) x.of[e] = __fmaf_rn(length, __fmaf_rn(progress.beta, p.of[e], r.of[e]), x.of[e]);
+    for (int e = 0; e < ENTRIES; e++) x.of[e] = __fmaf_rn(length, __fmaf_rn(progress.beta, p.of[e], r.of[e]), x.of[e]);
+  }
   // No block may leave before all that is sent to it has come.
   if constexpr (IN_CLUSTER) exchange_rows(shared, exchange, thread, number, 0, product);
   return small;
@@ -215,6 +220,6 @@ __device__ __forceinline__ Entries residual_of(const Entries& right, float ridge
 
 // Whether the slope that take_steps led to is near enough, of which this is the residual; `last` is what take_steps left in r.
 __device__ __forceinline__ bool is_near(const Progress& progress, const Entries& residual, const Entries& last, float ridge) {
-  const float square = inner_product(residual, residual), with_last = inner_product(residual, last);
+  const float square = inner_product(residual, residual), with_last = FORESEES ? inner_product(residual, last) : 0.0f;
   return __any_sync(~0u, progress.is_near(square, with_last, ridge));
 }
