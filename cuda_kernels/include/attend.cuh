@@ -63,11 +63,19 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
+  if constexpr (BOXES) {
+    if (threadIdx.x == 0) prefetch_map(maps->k), prefetch_map(maps->v);
+  }
   BlockMeeting meet_block(synced, THREADS);
   Ring ring;
-  ring.prepare(maps, shared);
-  // Nothing before has touched global memory.
-  wait_for_launch_ahead();
+  const auto prepare = [&] {
+    ring.prepare(maps, shared);
+    // Nothing before has touched global memory.
+    wait_for_launch_ahead();
+  };
+  // Where the arguments alone say which keys a block has, what they say is read meanwhile.
+  constexpr bool BY_ARGUMENTS = GRID == 1 && !INDEXED;
+  if constexpr (!BY_ARGUMENTS) prepare();
   Item item;
   Schedule schedule;
   if constexpr (GRID == 0) {
@@ -91,13 +99,15 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     item = item_of(p, batch, unit, block, 0, keys);
     schedule.begin = 0, schedule.end = item.steps;
   }
+  if constexpr (BY_ARGUMENTS) prepare();
+  ring.start(p, item, schedule.begin, schedule.end);
   // Before the streams of keys, behind which it would wait. Of few rows few warps have a part in it.
   Queries queries;
   queries.fetch(p, Rows(p, item));
   const auto number_of = [&](const Item& item) { return (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block; };
   Word16* const uses = reinterpret_cast<Word16*>(shared + TOTALS_AT);  // until the block's totals go there
   if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), uses);
-  ring.start(p, item, schedule.begin, schedule.end);
+  ring.fill_up(p);
   if constexpr (GRID == 0) finish_empty_batches(p);
   Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
   // Rows and columns that no query is written to are read all the same, unless rests stand there.
@@ -127,12 +137,20 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     }
     a.clear();
     if constexpr (PINNED) step = begin + warp;
+    // Whose parts make up the item, and which of them this block's is: found out here, where keys are waited for, if it can be.
+    constexpr bool CUT_ALIKE = GRID == 1 && !TOGETHER;
+    int parts = 1, own = 0, owner = 0;
+    unsigned* counter = p.counters;
+    if constexpr (GRID == 1) {
+      parts = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER;
+      counter += (blockIdx.z * gridDim.y + blockIdx.y) * CLUSTER + rank;
+      make_opaque(counter);
+    }
+    PartsOfGrid parts_of_grid;
+    if constexpr (CUT_ALIKE) parts_of_grid = PartsOfGrid(p, rank);
     take_steps(p, item, rows, ring, tile, a, step, end, shared, lane);
 
     if (SINGLE || end >= schedule.end) let_next_launch_begin();
-    // Whose parts make up the item, and which of them this block's is.
-    int parts = 1, own = 0, owner = 0;
-    unsigned* counter = p.counters;
     if constexpr (GRID == 0) {
       counter += number_of(item);
       if (PINNED)
@@ -141,23 +159,18 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         owner = schedule.owner_of(item.begin);
         parts = schedule.owner_of(item.begin + item.steps - 1) - owner + 1, own = int(blockIdx.x) - owner;
       }
-    } else if constexpr (GRID == 1) {
-      parts = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER;
-      counter += (blockIdx.z * gridDim.y + blockIdx.y) * CLUSTER + rank;
     }
     // A block shares its first item and its last one with others, the rest are its own.
     const int first_place = 2 * owner + (GRID == 0 && !PINNED && schedule.begin_of(owner) != item.begin);
     const auto part_at = [&](int number) {
       long long place;
-      if (GRID == 1)
-        place = (1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts + number) * CLUSTER + rank;
-      else if (PINNED)
+      if (PINNED)
         place = item.begin / p.split_steps + number;
       else
         place = number == 0 ? first_place : 2 * (owner + number);
       return Part{p.partials + place * Part::FLOATS};
     };
-    const Part part = part_at(own);
+    const Part part = CUT_ALIKE ? parts_of_grid.own : part_at(own);
     const Parcels parcels = SINGLE ? Parcels::of_grid(p) : Parcels(p, number_of(item), parts, own, first_place, 2 * owner, 2);
     if (TOGETHER && threadIdx.x == 0) tag = parcels.first_tag(uses);
     // The block's, or the cluster's, state of a row in a channel of its slice.
@@ -217,7 +230,10 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       if (threadIdx.x == 0) arrived = count_one(counter);
       meet_block();
       if (arrived == parts - 1) {
-        merge_parts(p, item, rows, shared, meet_block, rank * SLICE, parts, part_at);
+        if constexpr (CUT_ALIKE)
+          merge_parts(p, item, shared, meet_block, rank * SLICE, parts, parts_of_grid);
+        else
+          merge_parts(p, item, shared, meet_block, rank * SLICE, parts, part_at);
         if (threadIdx.x == 0) *counter = 0;
       }
     }

@@ -4,6 +4,7 @@
 #include "block_meeting.cuh"
 #include "ptx/atomics.cuh"
 #include "ptx/cluster.cuh"
+#include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
 #include "row_state.cuh"
 #include "rows.cuh"
@@ -15,9 +16,9 @@ __device__ __forceinline__ void store(Element* to, float x) {
     *to = narrow<BFLOAT>(x);
 }
 
-// What a row of an item saw; where blocks share items, none is shared whose rows see nothing.
+// What a row of an item sees.
 __device__ __forceinline__ Range seen_by(const Problem& p, const Item& item, const Rows& rows, int row) {
-  return VARIED || SINGLE ? keys_of_row(p, item.batch, rows.query(row)) : item.keys;
+  return VARIED ? keys_of_row(p, item.batch, rows.query(row)) : item.keys;
 }
 
 // Where a row's output goes: found before there is anything to write, which then need not wait for it.
@@ -89,45 +90,119 @@ struct Part {
   __device__ float2* sums(int record) const { return reinterpret_cast<float2*>(base + RECORDS * 4 + record * ROW); }
 };
 
+// What a thread of the last block merges at a time: WIDTH channels of a row over every TEAMS-th part. The latency of the second-level
+// cache is all there is to wait for, and should be waited for once.
+struct Merged {
+  static constexpr int WIDTH = SLICE % 2 ? 1 : SLICE % 4 == 0 && RECORDS * SLICE >= 4 * THREADS ? 4 : 2, UNITS = RECORDS * SLICE / WIDTH;
+  static constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4), UNROLL = TEAMS == 1 && WIDTH < 4 ? 8 : 4;
+  static constexpr bool AT_ONCE = UNITS * TEAMS <= THREADS;  // whether that is all
+  int team, number, channel;
+
+  __device__ explicit Merged(int place)
+      : team(TEAMS == 1 ? 0 : place / UNITS), number(place % UNITS * WIDTH / SLICE), channel(place % UNITS * WIDTH % SLICE) {}
+};
+
+// A thread's row and channels of a part.
+struct Found {
+  const float4* statistics;
+  const float2* sums;
+
+  Found() = default;
+  __device__ Found(const Part& part, const Merged& at) : statistics(part.statistics(at.number)), sums(part.sums(at.number) + at.channel) {}
+};
+
+// The parts of an item of a grid whose blocks along x share it. Where they lie is found before any key is there: at the end of a block
+// each instruction is waited for.
+struct PartsOfGrid {
+  static constexpr int APART = CLUSTER * Part::FLOATS;
+  Part own;
+  float* first;
+  Found found;  // of the first part that the thread merges
+
+  PartsOfGrid() = default;
+  __device__ PartsOfGrid(const Problem& p, int rank) {
+    const int parts = gridDim.x / CLUSTER;
+    first = p.partials + (1ll * (blockIdx.z * gridDim.y + blockIdx.y) * parts * CLUSTER + rank) * Part::FLOATS;
+    own = (*this)(blockIdx.x / CLUSTER);
+    const Merged at(threadIdx.x);
+    found = Found((*this)(at.team), at);
+    make_opaque(first), make_opaque(own.base), make_opaque(found.statistics), make_opaque(found.sums);
+  }
+  __device__ Part operator()(int number) const { return {first + number * APART}; }
+};
+
+// A thread's way from part to part.
+template <class PartAt>
+struct Walk {
+  const PartAt& part_at;
+  Merged at;
+  int number;
+
+  __device__ Walk(const PartAt& part_at, const Merged& at) : part_at(part_at), at(at), number(at.team) {}
+  __device__ Found ahead(int turns) const { return Found(part_at(number + turns * Merged::TEAMS), at); }
+  __device__ void go_on(int turns) { number += turns * Merged::TEAMS; }
+};
+template <>
+struct Walk<PartsOfGrid> {
+  static constexpr int TURN = Merged::TEAMS * PartsOfGrid::APART;  // in floats
+  Found found;
+
+  __device__ Walk(const PartsOfGrid& parts, const Merged& at) : found(Merged::AT_ONCE ? parts.found : Found(parts(at.team), at)) {}
+  __device__ Found ahead(int turns) const {
+    Found x = found;
+    x.statistics += turns * TURN / 4, x.sums += turns * TURN / 2;
+    return x;
+  }
+  __device__ void go_on(int turns) { found = ahead(turns); }
+};
+
+// Nothing that is derived from it is found earlier.
+__device__ __forceinline__ Item copy_opaque(Item item) {
+  unsigned numbers[3] = {unsigned(item.batch), unsigned(item.unit), unsigned(item.block)};
+#pragma unroll
+  for (int i = 0; i < 3; i++) make_opaque(numbers[i]);
+  item.batch = numbers[0], item.unit = numbers[1], item.block = numbers[2];
+  return item;
+}
+
 // Merges the parts of an item in their order and writes its rows, from channel `from` on.
 template <class PartAt>
-__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, const Rows& rows, char* shared, BlockMeeting& meet_block, int from,
-                                            int parts, PartAt part_at) {
-  // A thread merges WIDTH channels of a row over every TEAMS-th part: the latency of the second-level cache is all
-  // there is to wait for, and should be waited for once.
-  constexpr int WIDTH = SLICE % 2 ? 1 : SLICE % 4 == 0 && RECORDS * SLICE >= 4 * THREADS ? 4 : 2, UNITS = RECORDS * SLICE / WIDTH;
-  constexpr int TEAMS = UNITS >= THREADS ? 1 : (THREADS / UNITS < 4 ? THREADS / UNITS : 4), UNROLL = TEAMS == 1 && WIDTH < 4 ? 8 : 4;
-  const int team = TEAMS == 1 ? 0 : threadIdx.x / UNITS;
+__device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, char* shared, BlockMeeting& meet_block, int from,
+                                            int parts, const PartAt& part_at) {
+  constexpr int WIDTH = Merged::WIDTH, UNITS = Merged::UNITS, TEAMS = Merged::TEAMS, UNROLL = Merged::UNROLL;
 #pragma unroll 1
   for (int first = 0; first < UNITS * TEAMS; first += THREADS) {
-    const int place = first + threadIdx.x, unit = place % UNITS;
-    const int number = unit * WIDTH / SLICE, channel = unit * WIDTH % SLICE;
+    const int place = first + threadIdx.x;
+    const Merged at(place);
+    Walk<PartAt> walk(part_at, at);
     Destination destination;
     RowState<WIDTH> state;
     state.clear();
     if (place < UNITS * TEAMS) {
 #pragma unroll 1
-      for (int begin = team; begin < parts; begin += TEAMS * UNROLL) {
+      for (int begin = at.team; begin < parts; begin += TEAMS * UNROLL, walk.go_on(UNROLL)) {
         Statistics x[UNROLL];
         float2 sums[UNROLL][WIDTH];
 #pragma unroll
         for (int u = 0; u < UNROLL; u++) {
-          const int i = begin + u * TEAMS;
           x[u] = Statistics::none();
-          if (i >= parts) continue;
-          const Part part = part_at(i);
-          x[u] = Statistics::of(__ldcg(part.statistics(number)));
+          if (begin + u * TEAMS >= parts) continue;
+          const Found part = walk.ahead(u);
+          x[u] = Statistics::of(__ldcg(part.statistics));
           if constexpr (WIDTH == 1)
-            sums[u][0] = __ldcg(part.sums(number) + channel);
+            sums[u][0] = __ldcg(part.sums);
           else
 #pragma unroll
             for (int e = 0; e < WIDTH; e += 2) {
-              const float4 y = __ldcg(reinterpret_cast<const float4*>(part.sums(number) + channel + e));
+              const float4 y = __ldcg(reinterpret_cast<const float4*>(part.sums + e));
               sums[u][e] = make_float2(y.x, y.y), sums[u][e + 1] = make_float2(y.z, y.w);
             }
         }
-        // While they are on their way.
-        if (begin == team) destination = Destination(p, item, rows, Record(number));
+        // While they are on their way, and not before.
+        if (begin == at.team) {
+          const Item here = copy_opaque(item);
+          destination = Destination(p, here, Rows(p, here), Record(at.number));
+        }
         state.add(x, sums);
       }
     }
@@ -151,7 +226,7 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
         state.add(x, y);
       }
     }
-    if (place < UNITS) finish(p, destination, from + channel, state);
+    if (place < UNITS) finish(p, destination, from + at.channel, state);
   }
   if constexpr (!SINGLE) meet_block();  // before the shared memory is used again
 }

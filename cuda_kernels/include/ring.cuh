@@ -32,6 +32,8 @@ struct Ring {
   int place;
   // Where a step comes from several pages, or few steps from one, the lanes look up 32 pages together: a look would be waited
   // for as long as the copies ahead of it take.
+  // Slots that are asked for ahead of all else that a block begins with: the sooner the first, the sooner memory has something to do.
+  static constexpr int FIRST = BOXES ? 1 : 0;
   static constexpr bool LOOKS_AHEAD = BOXES && PAGED && (WARPGROUPS || PAGE < 4 * STEP);
   int page, first_page, batch_of_pages;
 
@@ -47,21 +49,17 @@ struct Ring {
     slot = 0, read = 0, parity = 0, written = false;
     fills = warp % STEP_WARPS == 0;
     if constexpr (BOXES) {
-      if (fills && lane == 0) {
-#pragma unroll
-        for (int s = 0; s < SLOTS; s++) mbarrier_init(barriers + s * 8, 1);
-        fence_mbarrier_init();
-      }
+      begin_barriers<0, FIRST>();
     } else {
       // Padding columns are read as well, and never written again.
 #pragma unroll 1
       for (int i = lane; i < SLOTS * SLOT_BYTES / 16; i += 32)
         reinterpret_cast<uint4*>(slots)[i] = make_uint4(0, 0, 0, 0);
+      __syncwarp();
     }
-    __syncwarp();
   }
 
-  // Fills the ring.
+  // Fills the first slots.
   __device__ void start(const Problem& p, const Item& first, int begin, int end_of_range) {
     item = first, step = begin + __shfl_sync(~0u, threadIdx.x / 32, 0) / STEP_WARPS, end = end_of_range, values_next = false;
     split_end = PINNED ? begin + p.split_steps : 0;
@@ -69,7 +67,14 @@ struct Ring {
     deal(p);
     find_place(p);
 #pragma unroll 1
-    for (int s = 0; s < SLOTS && fills; s++) fill(p, s);
+    for (int s = 0; s < FIRST && fills; s++) fill(p, s);
+  }
+
+  // Fills the others.
+  __device__ void fill_up(const Problem& p) {
+    if constexpr (BOXES) begin_barriers<FIRST, SLOTS>();
+#pragma unroll 1
+    for (int s = FIRST; s < SLOTS && fills; s++) fill(p, s);
   }
 
   __device__ char* wait() {
@@ -99,6 +104,17 @@ struct Ring {
   }
 
  private:
+  // Those of some slots; by a warp.
+  template <int BEGIN, int END>
+  __device__ void begin_barriers() const {
+    if (fills && lane == 0) {
+#pragma unroll
+      for (int s = BEGIN; s < END; s++) mbarrier_init(barriers + s * 8, 1);
+      fence_mbarrier_init();
+    }
+    __syncwarp();
+  }
+
   // Every split deals its steps to the warps anew, so that they do not depend on where it lies.
   __device__ void deal(const Problem& p) {
     while (PINNED && step >= split_end && split_end < end) step = split_end + threadIdx.x / 32, split_end += p.split_steps;

@@ -19,6 +19,11 @@ __device__ __forceinline__ int block_index() {
 
 __device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
 
+template <class T>
+__device__ __forceinline__ void make_opaque(T*& x) {
+  asm volatile("" : "+l"(x));
+}
+
 __device__ __forceinline__ float copy_opaque(float x) {
   float y;
   asm volatile("mov.b32 %0, %1;" : "=f"(y) : "f"(x));
