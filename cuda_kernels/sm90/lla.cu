@@ -141,6 +141,8 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   extern __shared__ __align__(1024) unsigned char bytes[];
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
   if (threadIdx.x == 0) prefetch_map(maps.k), prefetch_map(maps.v);
+  // No more than the first tiles need, which are asked for as soon as is known where they lie.
+  if (threadIdx.x == MATRIX_THREADS) begin_barriers(shared, 0, AT_FIRST, 1), begin_pass(shared);
 #if MAIL_IN_SHARED
   clear_first_mail(shared);
   // Waited for before a block sends the others anything. Here, since the fence in it waits for loads.
@@ -179,11 +181,10 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
     query.load(query_of(call, row), threadIdx.x);
   } else {
-    if (threadIdx.x % 32 == 0) begin_barriers(shared, warp - MATRIX_WARPS, SLOTS, TRANSFORM_WARPS);
-    if (threadIdx.x == MATRIX_THREADS) begin_pass(shared);
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
     // Of all that a block does, the keys take longest to come.
     bring_first(shared, call, maps, Source(begin, end, row.batch, row.kv_head), tiles);
+    if (threadIdx.x % 32 == 0) begin_barriers(shared, AT_FIRST + warp - MATRIX_WARPS, SLOTS, TRANSFORM_WARPS);
   }
   if (threadIdx.x == 0) {
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;

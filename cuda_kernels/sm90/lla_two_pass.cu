@@ -36,11 +36,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   const Source source = {begin, row.first, row.end, row.batch, row.kv_head, (row.end - begin + TILE - 1) / TILE, 0};
 
   if (brings()) {
-    if (lane < SLOTS) mbarrier_init(shared_address(&shared.full[lane]), LOAD_LANES);
+    // First what the first tile needs: one after the other, barriers take 80 clocks each.
+    begin_barriers<0, AT_FIRST>(shared, lane);
     if (lane == 0) shared.largest = shared.out_of_range = shared.bad_page = 0, shared.source = source;
-    fence_mbarrier_init();
     __syncwarp();
     bring_tiles<0, AT_FIRST>(shared, call, maps, source, Position(), lane);
+    begin_barriers<AT_FIRST, SLOTS>(shared, lane);
   }
   static_assert(D == THREADS);
   const half_bits q = query_of(call, row)[thread];
@@ -66,7 +67,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     meet();
     if (brings()) bring_tiles<0, AT_FIRST>(shared, call, maps, shared.source, at, thread_index() % 32);
   }
-  // X of the last tiles stays in the ring until the slope is known. Where there are fewer tiles than slots, values come meanwhile.
+  // X of the last tiles stays in the ring until the slope is known. Where there are fewer tiles than slots, values come meanwhile; others
+  // come near, as the memory has nothing to do.
   const int tiles = shared.source.tiles;
   int kept = min(SLOTS, tiles);
   if (brings()) {
@@ -74,6 +76,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     const Source source = shared.source;
     Loads loads(source, kept, at);
     loads.bring_next(shared, call, maps, source, SLOTS - kept, lane);
+    loads.prefetch(shared, call, maps, source, lane);
   }
   let_next_launch_begin();
 

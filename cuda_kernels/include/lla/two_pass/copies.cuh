@@ -19,6 +19,15 @@ struct Position {
 
 __device__ __forceinline__ unsigned slot_address(const Shared& shared, unsigned slot) { return shared_address(shared.ring) + slot * SLOT; }
 
+// Those of some slots; by a lane of a warp.
+template <int BEGIN, int END>
+__device__ __forceinline__ void begin_barriers(Shared& shared, int lane) {
+  if (lane > 0) return;
+#pragma unroll
+  for (int slot = BEGIN; slot < END; slot++) mbarrier_init(shared_address(&shared.full[slot]), LOAD_LANES);
+  fence_mbarrier_init();
+}
+
 __device__ __forceinline__ void wait_for_load(const Shared& shared, const Position& at) {
   delay();
   mbarrier_wait(shared_address(&shared.full[at.slot]), at.parity);
@@ -36,6 +45,15 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
       const unsigned to = slot_address(shared, slot) + run * RUN + box * BOX * 128;
       box_copy<false>(to, values ? maps.v : maps.k, 0, found.place, run, from.kv_head, found.outer, barrier);
     }
+  }
+  __syncwarp();
+}
+
+// Brings a tile of values as far as the second-level cache; by a warp.
+__device__ __forceinline__ void prefetch_values(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tile, int lane) {
+  if (lane < LOAD_LANES) {
+    const Box found(call, from.batch, from.position(tile) + lane % BOXES * BOX, from.end, shared.bad_page);
+    if (found.present) box_prefetch(maps.v, 0, found.place, lane / BOXES, from.kv_head, found.outer);
   }
   __syncwarp();
 }
@@ -79,6 +97,12 @@ struct Loads {
       next_chunk();
     else
       values = true;
+  }
+
+  // What is left of a chunk's values, to where they are near; by a warp.
+  __device__ __forceinline__ void prefetch(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int lane) const {
+#pragma unroll 1
+    for (int i = done; i < count; i++) prefetch_values(shared, call, maps, from, first + i, lane);
   }
 
   // The next `number`, or all that are left; by a warp.

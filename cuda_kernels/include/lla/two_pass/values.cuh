@@ -111,15 +111,15 @@ __device__ __forceinline__ void take_values(Shared& shared, const lla::Call& cal
       }
       __syncwarp();
     }
-#pragma unroll 3
+#pragma unroll 1
     for (int j = 0; j < chunk.count; j++) {
       const unsigned slot = first_slot + j < SLOTS ? first_slot + j : first_slot + j - SLOTS;
       all += weigh_tile(shared, chunk.first + j, slot_address(shared, slot), thread, rows, reference.half_m, slope, parts);
+      __syncwarp();
+      fence_async_proxy();
+      meet();
+      if (brings) loads.bring_next(shared, call, maps, from, 1, thread % 32);
     }
-    __syncwarp();
-    fence_async_proxy();
-    meet();
-    if (brings) loads.bring_next(shared, call, maps, from, chunk.count, thread % 32);
 #pragma unroll 1
     for (int j = 0; j < chunk.count; j++, at.advance()) {
       const int tile = chunk.first + j, position = from.position(tile);
