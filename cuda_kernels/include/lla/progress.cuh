@@ -13,10 +13,11 @@
 #include "lla/inputs.cuh"
 #include "ptx/numbers.cuh"
 
-// Of what the slope adds to an output, in standard deviations of the values: the output itself may be several times smaller.
-constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
+// Of what the slope adds to an output, in standard deviations of the values: the output itself may be several times smaller. Half of what
+// rounds an output of that size.
+constexpr float TOLERANCE = BFLOAT ? 1.0f / 1024 : 1.0f / 4096;
 // What is accepted of the slope that steps end with: after one that was foreseen, whose error is known closely, and else.
-constexpr float NEAR = 1.5f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
+constexpr float NEAR = 1.25f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
 // Whether a step is foreseen: where blocks share a row, and exchange its product. That a block has by itself takes as long.
 constexpr bool FORESEES = TOGETHER;
 // What the lengths of the last steps may differ by, and residuals fall by at least, for the next to be foreseen.
@@ -35,11 +36,11 @@ struct Progress {
 
   __device__ __forceinline__ explicit Progress(float ridge) : radau(reciprocal_fast(ridge)) {}
 
-  // Anew, from a slope that steps led to.
+  // Anew, from a slope that steps led to; no step is foreseen before there were some.
   __device__ __forceinline__ void begin_anew(float ridge) {
     const float by_slope = added;
     *this = Progress(ridge);
-    added = by_slope;
+    added = by_slope, change = 1.0f;
   }
 
   __device__ __forceinline__ void look(float square, float ridge) {
