@@ -72,6 +72,23 @@ def test_a_state_has_the_largest_score_and_changes_no_bit_of_the_output(operatio
         assert (np.abs(found.m.data - state.m) <= budget(case, operation).lse).all()
 
 
+MANY_PARTS = {
+    "two heads of 64": (dict(batch=1, kv_heads=2, head_dim=64, capacity=3000), (9, 0), 40),
+    "three rows of two sequences": (dict(kv_heads=1, group=3, capacity=2600), (9, 0), 40),
+    "heads of 48": (dict(batch=1, kv_heads=1, group=3, head_dim=48, capacity=3000), (8, 0), 40),
+    "more than two rounds": (dict(batch=1, kv_heads=1, value_dim=64, capacity=5200), (9, 0), 40),
+}
+
+
+@pytest.mark.parametrize("name", MANY_PARTS)
+def test_an_item_may_have_more_parts_than_are_merged_at_a_time(name):
+    sizes, capability, multiprocessors = MANY_PARTS[name]
+    case = make(**sizes)
+    results = run("parallax", case, capability, (RANDOM_LATE, RANDOM_EARLY), multiprocessors)
+    np.testing.assert_array_equal(results[1], results[0])
+    hold(results[0], call(plx.reference, "parallax", case), budget(case, "parallax").output)
+
+
 WARPGROUPS = {
     "a block a sequence": dict(group=16, capacity=200),
     "a cluster of blocks": dict(batch=1, group=16, capacity=700, multiprocessors=8),
