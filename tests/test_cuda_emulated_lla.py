@@ -102,6 +102,17 @@ def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim, sol
 
 
 # Seeds of keys for which errors would be more than that.
+def along_few_directions(sizes, directions, noise, seed):
+    """Keys along so many directions and little besides: after steps of one length comes another."""
+    case = make(kv_heads=1, dtype=FLOAT32, **sizes)
+    outer, capacity, heads, D = case.k_cache.shape
+    random = np.random.default_rng(seed)
+    along = random.standard_normal((outer, heads, directions, D)) / 2
+    k = np.einsum("blhr,bhrd->blhd", random.standard_normal((outer, capacity, heads, directions)), along)
+    arrays = case.q, case.r, k + noise * case.k_cache, case.v_cache
+    return DecodeCase(*(x.astype(BFLOAT16) for x in arrays), {})
+
+
 FORESEEN = {
     "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 14),
     "shared through the cache": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0),
@@ -110,18 +121,26 @@ FORESEEN = {
 
 @pytest.mark.parametrize("name", FORESEEN)
 def test_steps_of_another_length_than_was_foreseen_are_found_out(name):
-    """Keys along four directions and little besides: after steps of one length comes another."""
     sizes, multiprocessors, seed = FORESEEN[name]
-    case = make(kv_heads=1, dtype=FLOAT32, **sizes)
-    outer, capacity, heads, D = case.k_cache.shape
-    random = np.random.default_rng(seed)
-    along = random.standard_normal((outer, heads, 4, D)) / 2
-    k = np.einsum("blhr,bhrd->blhd", random.standard_normal((outer, capacity, heads, 4)), along)
-    arrays = case.q, case.r, k + 0.1 * case.k_cache, case.v_cache
-    case = DecodeCase(*(x.astype(BFLOAT16) for x in arrays), {})
+    case = along_few_directions(sizes, 4, 0.1, seed)
     expected = call(plx.reference, "lla", case, ridge=0.1)
     (o,) = run("lla", case, (9, 0), (RANDOM_LATE,), multiprocessors, ridge=0.1, solver="cg")
     assert error_of_rows(o, expected).max() <= 1e-2
+
+
+@pytest.mark.parametrize("directions, noise, seed", [(6, 0.1, 24), (5, 0.2, 1)])
+def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed):
+    """Of one row the true residual looks small for a step that is foreseen, and is not.
+
+    No moments are left to be factored.
+    """
+    case = along_few_directions(dict(head_dim=64, batch=1, group=3, capacity=4100), directions, noise, seed)
+    with emulated((9, 0), multiprocessors=24) as workspace:
+        Prepared.order = RANDOM_LATE
+        o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg")
+        assert workspace.partials.size > 64 * 64
+        assert np.isnan(workspace.partials).all()
+    assert error_of_rows(o.data.astype(np.float64), call(plx.reference, "lla", case, ridge=0.1)).max() <= 1e-2
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)
