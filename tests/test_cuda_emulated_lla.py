@@ -101,7 +101,6 @@ def test_solved_rows_are_within_a_hundredth_of_the_reference(keys, head_dim, sol
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
-# Seeds of keys for which errors would be more than that.
 def along_few_directions(sizes, directions, noise, seed):
     """Keys along so many directions and little besides: after steps of one length comes another."""
     case = make(kv_heads=1, dtype=FLOAT32, **sizes)
@@ -113,6 +112,7 @@ def along_few_directions(sizes, directions, noise, seed):
     return DecodeCase(*(x.astype(BFLOAT16) for x in arrays), {})
 
 
+# With seeds of keys for which errors would be more than that.
 FORESEEN = {
     "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 14),
     "shared through the cache": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0),

@@ -142,7 +142,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     int parts = 1, own = 0, owner = 0;
     unsigned* counter = p.counters;
     if constexpr (GRID == 1) {
-      parts = gridDim.x / CLUSTER, own = blockIdx.x / CLUSTER;
+      parts = gridDim.x / CLUSTER;
       counter += (blockIdx.z * gridDim.y + blockIdx.y) * CLUSTER + rank;
       make_opaque(counter);
     }

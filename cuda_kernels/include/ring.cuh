@@ -6,6 +6,7 @@
 // A row is HEADS adjacent heads of one position. BOXES are brought by the copy engine; other rows by the lanes
 // together, 16 bytes at a time where ALIGNED, element by element otherwise.
 
+#include "begin_barriers.cuh"
 #include "delay.cuh"
 #include "maps.cuh"
 #include "ptx/copy.cuh"
@@ -24,6 +25,9 @@ struct Ring {
   bool written;  // whether a slot was written by ordinary stores since the copy engine was last told
   bool fills;    // whether this warp fills the ring
 
+  // Slots that are asked for ahead of all else that a block begins with: the sooner the first, the sooner memory has something to do.
+  static constexpr int FIRST = BOXES ? 1 : 0;
+
   Item item;  // of the step that is copied next
   int step, end;
   int split_end;  // of the steps that stay together, where ranges are pinned
@@ -32,8 +36,6 @@ struct Ring {
   int place;
   // Where a step comes from several pages, or few steps from one, the lanes look up 32 pages together: a look would be waited
   // for as long as the copies ahead of it take.
-  // Slots that are asked for ahead of all else that a block begins with: the sooner the first, the sooner memory has something to do.
-  static constexpr int FIRST = BOXES ? 1 : 0;
   static constexpr bool LOOKS_AHEAD = BOXES && PAGED && (WARPGROUPS || PAGE < 4 * STEP);
   int page, first_page, batch_of_pages;
 
@@ -49,7 +51,7 @@ struct Ring {
     slot = 0, read = 0, parity = 0, written = false;
     fills = warp % STEP_WARPS == 0;
     if constexpr (BOXES) {
-      begin_barriers<0, FIRST>();
+      begin_barriers_of<0, FIRST>();
     } else {
       // Padding columns are read as well, and never written again.
 #pragma unroll 1
@@ -72,7 +74,7 @@ struct Ring {
 
   // Fills the others.
   __device__ void fill_up(const Problem& p) {
-    if constexpr (BOXES) begin_barriers<FIRST, SLOTS>();
+    if constexpr (BOXES) begin_barriers_of<FIRST, SLOTS>();
 #pragma unroll 1
     for (int s = FIRST; s < SLOTS && fills; s++) fill(p, s);
   }
@@ -104,14 +106,10 @@ struct Ring {
   }
 
  private:
-  // Those of some slots; by a warp.
+  // Slots BEGIN to END; by a warp.
   template <int BEGIN, int END>
-  __device__ void begin_barriers() const {
-    if (fills && lane == 0) {
-#pragma unroll
-      for (int s = BEGIN; s < END; s++) mbarrier_init(barriers + s * 8, 1);
-      fence_mbarrier_init();
-    }
+  __device__ void begin_barriers_of() const {
+    if (fills) begin_barriers<BEGIN, END>(barriers, 1, lane);
     __syncwarp();
   }
 

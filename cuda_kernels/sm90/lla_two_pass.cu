@@ -37,11 +37,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
 
   if (brings()) {
     // First what the first tile needs: one after the other, barriers take 80 clocks each.
-    begin_barriers<0, AT_FIRST>(shared, lane);
+    const unsigned barriers = shared_address(&shared.full[0]);
+    begin_barriers<0, AT_FIRST>(barriers, LOAD_LANES, lane);
     if (lane == 0) shared.largest = shared.out_of_range = shared.bad_page = 0, shared.source = source;
     __syncwarp();
     bring_tiles<0, AT_FIRST>(shared, call, maps, source, Position(), lane);
-    begin_barriers<AT_FIRST, SLOTS>(shared, lane);
+    begin_barriers<AT_FIRST, SLOTS>(barriers, LOAD_LANES, lane);
   }
   static_assert(D == THREADS);
   const half_bits q = query_of(call, row)[thread];

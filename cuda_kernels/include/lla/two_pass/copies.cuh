@@ -1,6 +1,7 @@
 #pragma once
 // How keys and values come to the ring by the copy engine, a box of one run by a lane of the last warp.
 
+#include "begin_barriers.cuh"
 #include "lla/boxes.cuh"
 #include "lla/two_pass/shape.cuh"
 #include "maps.cuh"
@@ -19,27 +20,22 @@ struct Position {
 
 __device__ __forceinline__ unsigned slot_address(const Shared& shared, unsigned slot) { return shared_address(shared.ring) + slot * SLOT; }
 
-// Those of some slots; by a lane of a warp.
-template <int BEGIN, int END>
-__device__ __forceinline__ void begin_barriers(Shared& shared, int lane) {
-  if (lane > 0) return;
-#pragma unroll
-  for (int slot = BEGIN; slot < END; slot++) mbarrier_init(shared_address(&shared.full[slot]), LOAD_LANES);
-  fence_mbarrier_init();
-}
-
 __device__ __forceinline__ void wait_for_load(const Shared& shared, const Position& at) {
   delay();
   mbarrier_wait(shared_address(&shared.full[at.slot]), at.parity);
+}
+
+// What a lane brings of a tile.
+__device__ __forceinline__ Box box_of_lane(Shared& shared, const lla::Call& call, const Source& from, int tile, int lane) {
+  return Box(call, from.batch, from.position(tile) + lane % BOXES * BOX, from.end, shared.bad_page);
 }
 
 // Brings a tile of keys, or of values, to a slot; by a warp.
 __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tile, bool values, unsigned slot, int lane) {
   if (lane < LOAD_LANES) {
     const int run = lane / BOXES, box = lane % BOXES;
-    const int position = from.position(tile) + box * BOX;
     const unsigned barrier = shared_address(&shared.full[slot]);
-    const Box found(call, from.batch, position, from.end, shared.bad_page);
+    const Box found = box_of_lane(shared, call, from, tile, lane);
     mbarrier_arrive_expect(barrier, found.present ? BOX * 128 : 0);
     if (found.present) {
       const unsigned to = slot_address(shared, slot) + run * RUN + box * BOX * 128;
@@ -52,7 +48,7 @@ __device__ __forceinline__ void bring(Shared& shared, const lla::Call& call, con
 // Brings a tile of values as far as the second-level cache; by a warp.
 __device__ __forceinline__ void prefetch_values(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tile, int lane) {
   if (lane < LOAD_LANES) {
-    const Box found(call, from.batch, from.position(tile) + lane % BOXES * BOX, from.end, shared.bad_page);
+    const Box found = box_of_lane(shared, call, from, tile, lane);
     if (found.present) box_prefetch(maps.v, 0, found.place, lane / BOXES, from.kv_head, found.outer);
   }
   __syncwarp();
