@@ -173,7 +173,7 @@ struct Received {
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const lla::RowIndex& row, float ridge, const Exchange& exchange,
                                                float (&c)[D]) {
-  const int thread = thread_index(), lane = thread % 32, column = thread % D;
+  const int thread = thread_index(), lane = thread % 32;
   LyingVector& vector = shared.vectors[thread / 32];
   Iterate at(right_side(shared, lane), ridge);
 #pragma unroll 1
@@ -181,6 +181,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     const Completion complete(shared, thread);
     if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, at, number) || number > MOST_STEPS + 1) return false;
     const Entries x = at.x, last = at.r;
+    const int column = thread_index() % D;  // anew: kept over the steps it would cost a register
 
     const Centring centre(shared);
     Entries shift;

@@ -1,5 +1,5 @@
 #pragma once
-// How the keys of a tile lie over the lanes of a warp: 8 channels of K or V, 16 bytes, of 16 keys a lane.
+// How the keys of a tile lie over the lanes of a warp where an origin is found: 8 channels of K or V, 16 bytes, of 16 keys a lane.
 
 #include "lla/shape.cuh"
 

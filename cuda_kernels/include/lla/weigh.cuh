@@ -2,6 +2,7 @@
 // The transform warps: X = sqrt(p) (k - k0 | v - v0) of every tile, in float16, in place of the tile, and the sums of
 // weighted keys and values. Those are taken of the same rounded roots and X, so that rounding cancels in the covariances.
 // Pairs of float16 are subtracted and multiplied at once: k and k0 are exact in it, their difference and X are rounded.
+// Each warp has a run of channels (runs.cuh); but where the origin moves, warps of both groups have keys of all channels (lanes.cuh).
 //
 // The origin is the weighted mean of what was seen when the maximum last grew. It must be near the final mean: the
 // tensor cores truncate when they accumulate, and far from the mean that bias is larger than the covariances.
@@ -11,13 +12,10 @@
 // infinite, and the block takes its keys again with the largest of all.
 
 #include "lla/lanes.cuh"
+#include "lla/runs.cuh"
 #include "lla/scale.cuh"
 #include "lla/shape.cuh"
 #include "ptx/mbarrier.cuh"
-
-// What a lane takes of a tile at a time, for want of registers; with heads of 64 and few rows more is faster, and slower with many.
-constexpr int KEYS_AT_ONCE = D == 64 && TOGETHER ? 8 : 4;
-static_assert((key_of(KEYS_AT_ONCE - 1) & key_of(KEYS_AT_ONCE)) == 0, "places are found by exclusive or");
 
 // Adds what the lanes of a chunk have of their keys.
 __device__ __forceinline__ float of_all_keys(float x) {
@@ -66,26 +64,34 @@ __device__ __forceinline__ void take_shared_keys(unsigned from, const float* sco
   }
 }
 
-// What all warps have of d1, and of a thread's column, as they staged it.
+// What COUNT warps, or groups, have of d1, and of a thread's column, as they staged it.
+template <int COUNT>
 __device__ __forceinline__ float staged_d1(const Shared& shared, int which) {
   float d1 = 0.0f;
 #pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) d1 += shared.warp_d1[which][w];
+  for (int i = 0; i < COUNT; i++) d1 += shared.warp_d1[which][i];
   return d1;
 }
 
+template <int COUNT>
 __device__ __forceinline__ float staged_sum(const Shared& shared, int which, int column) {
   float sum = 0.0f;
 #pragma unroll
-  for (int w = 0; w < TRANSFORM_WARPS; w++) sum += shared.staged[which][w][column];
+  for (int i = 0; i < COUNT; i++) sum += shared.staged[which][i][column];
   return sum;
+}
+
+// What a group has, by its warps.
+__device__ __forceinline__ void stage_group(Shared& shared, int group, const RunSums& sums, float d1_of_group, int thread) {
+  sums.store(shared.staged[0][group], thread);
+  if (thread / 32 % GROUP_WARPS == 0 && thread % 32 == 0) shared.warp_d1[0][group] = d1_of_group;
 }
 
 // The first origin of a pass and, unless it is there, the scale, when a maximum was first found in a tile: the weighted mean of
 // that tile, by all transform warps, whosever it is. from, scores: of the tile, of this warp's keys. An origin need only be near
 // the mean: a lane's few numbers are added up in pairs, in half precision; those of float16 in float, as sums may leave its range.
 __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, const float* scores, float m, bool choose,
-                                              float& scale, unsigned (&origin)[4]) {
+                                              float& scale, RunOrigin& origin) {
   unsigned pairs[4] = {}, largest_pairs[4] = {};
   float sums[8] = {}, d1 = 0.0f;
   const auto weight_of = [&](float score) { return exp2_fast(score - m); };
@@ -124,33 +130,30 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
     note_largest(shared, at, largest < -minus_infinity() ? largest : 0.0f);
   }
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  d1 = staged_d1(shared, 0);
+  d1 = staged_d1<TRANSFORM_WARPS>(shared, 0);
   // Zeros alone say nothing of the scale, and make what follows NaN.
   float column_scale = scale_of(shared.largest[kind], ROOMY, 0.0f);
   if (choose) {
-    scale = scale_of(shared.largest[at.is_value()], ROOMY, 0.0f);
+    scale = scale_of(shared.largest[is_value_run(thread)], ROOMY, 0.0f);
     if (thread == kind * D) shared.inverse_scale[kind] = inverse_of_scale(column_scale);
   } else {
     column_scale = inverse_of_scale(shared.inverse_scale[kind]);
   }
   // As a float16, which is subtracted from others without another rounding.
-  const float now = widen<false>(narrow<false>(column_scale * staged_sum(shared, 0, thread) * reciprocal_fast(d1)));
+  const float now = widen<false>(narrow<false>(column_scale * staged_sum<TRANSFORM_WARPS>(shared, 0, thread) * reciprocal_fast(d1)));
   shared.origin[thread] = now * inverse_of_scale(column_scale);
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  read_origin(shared.origin, at.column(), scale, origin);
+  origin.read(shared.origin, scale, thread);
 }
 
 // Moves the origin to the weighted mean of the keys before this tile and in it, by all transform warps, whosever the tile
 // is; the sums, relative to the old origin and maximum, follow. Rare: the maximum grew by a factor of 2^LAZY_LOG2.
 __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const float* scores, float half_shift,
-                                         float rescale, int move, float scale, float (&sums)[8], unsigned (&origin)[4], float& d1) {
+                                         float rescale, int move, float scale, RunSums& sums, RunOrigin& origin, float& d1) {
   float tile_sums[8] = {}, tile_d1 = 0.0f;
-  float2 origins[4];
+  float origins[8];
 #pragma unroll
-  for (int e = 0; e < 4; e++) {
-    origins[e] = widen_pair<false>(origin[e]);
-    origins[e].x *= inverse_of_scale(scale), origins[e].y *= inverse_of_scale(scale);
-  }
+  for (int e = 0; e < 8; e++) origins[e] = shared.origin[Lane(thread_index() % 32).column() + e];
   const auto weight_of = [&](float score) {
     const float root = root_of(score, half_shift);
     return root * root;
@@ -159,8 +162,8 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
 #pragma unroll
     for (int e = 0; e < 4; e++) {
       const float2 x = widen_pair<BFLOAT>(words[e]);
-      tile_sums[2 * e] += weight * (x.x - origins[e].x);
-      tile_sums[2 * e + 1] += weight * (x.y - origins[e].y);
+      tile_sums[2 * e] += weight * (x.x - origins[2 * e]);
+      tile_sums[2 * e + 1] += weight * (x.y - origins[2 * e + 1]);
     }
     tile_d1 += weight;
   });
@@ -168,14 +171,14 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32, kind = thread / D;
   const Lane at(lane);
   // The sums before this tile, and those of the tile, in units of keys and values.
-  stage(shared.staged[0][warp], at, sums);
+  const float d1_of_group = sum_of_lanes(d1);
+  stage_group(shared, warp / GROUP_WARPS, sums, d1_of_group, thread);
   stage(shared.staged[1][warp], at, tile_sums);
-  const float d1_of_warp = sum_of_lanes(d1);
   tile_d1 = of_all_keys(tile_d1);
-  if (lane == 0) shared.warp_d1[0][warp] = d1_of_warp, shared.warp_d1[1][warp] = tile_d1;
+  if (lane == 0) shared.warp_d1[1][warp] = tile_d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  const float before = staged_sum(shared, 0, thread), sum = staged_sum(shared, 1, thread);
-  const float d1_before = staged_d1(shared, 0), d1_now = staged_d1(shared, 1);
+  const float before = staged_sum<GROUPS>(shared, 0, thread), sum = staged_sum<TRANSFORM_WARPS>(shared, 1, thread);
+  const float d1_before = staged_d1<GROUPS>(shared, 0), d1_now = staged_d1<TRANSFORM_WARPS>(shared, 1);
   const float column_scale = inverse_of_scale(shared.inverse_scale[kind]);
   const float shift = (rescale * before + column_scale * sum) * reciprocal_fast(rescale * d1_before + d1_now);
   const float old = column_scale * shared.origin[thread];
@@ -190,11 +193,8 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   come(shared.moved_by_all[move % 2]);
 #endif
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  read_origin(shared.origin, at.column(), scale, origin);
-  // Lanes of a chunk have sums of other keys; the first one's move by all.
-  const float moving = at.sub_key == 0 ? d1_of_warp : 0.0f;
-#pragma unroll
-  for (int e = 0; e < 8; e++) sums[e] = rescale * (sums[e] - moving * moved.shift[at.column() + e]);
+  origin.read(shared.origin, scale, thread);
+  sums.move(moved.shift, d1_of_group, rescale, thread);
   d1 *= rescale;
 }
 
@@ -213,60 +213,17 @@ __device__ __forceinline__ float largest_of_all(const Shared& shared, const lla:
   return largest;
 }
 
-// The sums of all warps, at the end.
-__device__ __forceinline__ void leave_sums(Shared& shared, const float (&sums)[8], float d1, float m) {
-  const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32;
-  stage(shared.staged[0][warp], Lane(lane), sums);
-  d1 = sum_of_lanes(d1);
-  if (lane == 0) shared.warp_d1[0][warp] = d1;
+// The sums of both groups, at the end.
+__device__ __forceinline__ void leave_sums(Shared& shared, const RunSums& sums, float d1, float m) {
+  const int thread = thread_index() - MATRIX_THREADS;
+  stage_group(shared, thread / 32 / GROUP_WARPS, sums, sum_of_lanes(d1), thread);
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  const float sum = staged_sum(shared, 0, thread) * shared.inverse_scale[thread / D];
+  const float sum = staged_sum<GROUPS>(shared, 0, thread) * shared.inverse_scale[thread / D];
   shared.sums[thread] = sum;
   if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
   if (thread == 0) {
-    shared.own.d1 = shared.bad_page ? quiet_nan() : staged_d1(shared, 0);
+    shared.own.d1 = shared.bad_page ? quiet_nan() : staged_d1<GROUPS>(shared, 0);
     shared.own.m = m;
-  }
-}
-
-// A lane's keys of a tile become X, and add to the sums. x: of its first key, whose number in the warp is `key`; roots: of the key that
-// has the lane's number there, twice. SCALED: whether the scale is not 1.
-template <bool SCALED>
-__device__ __forceinline__ void transform(unsigned x, unsigned roots, int key, float scale, const unsigned (&origin)[4], float (&sums)[8]) {
-  const unsigned scales = narrow_pair<BFLOAT>(scale, scale);
-#pragma unroll 1
-  for (int keys = 0; keys < LANE_KEYS; keys += KEYS_AT_ONCE) {
-    unsigned of_keys[KEYS_AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < KEYS_AT_ONCE; i++) of_keys[i] = __shfl_sync(~0u, roots, key + key_of(i));
-    key += key_of(KEYS_AT_ONCE);
-    // Or the addresses of all keys would be kept over the loop.
-    make_opaque(x);
-    // All loads before the stores: the compiler may not move a load across a store.
-    uint4 raws[KEYS_AT_ONCE];
-#pragma unroll
-    for (int i = 0; i < KEYS_AT_ONCE; i++) raws[i] = shared_load4(at_key(x, i));
-    // Or each would be loaded where it is used, and waited for there.
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < KEYS_AT_ONCE; i++) {
-      const float root = widen<false>(of_keys[i] & 0xffff);
-      const unsigned words[4] = {raws[i].x, raws[i].y, raws[i].z, raws[i].w};
-      unsigned rounded[4];
-#pragma unroll
-      for (int e = 0; e < 4; e++) {
-        unsigned raw = SCALED ? multiply_pairs<BFLOAT>(words[e], scales) : words[e];
-        if constexpr (BFLOAT) {
-          const float2 wide = widen_pair<true>(raw);
-          raw = narrow_pair<false>(wide.x, wide.y);
-        }
-        rounded[e] = multiply_pairs<false>(subtract_pairs(raw, origin[e]), of_keys[i]);
-        const float2 weighted = widen_pair<false>(rounded[e]);
-        sums[2 * e] += root * weighted.x, sums[2 * e + 1] += root * weighted.y;
-      }
-      shared_store4(at_key(x, i), {rounded[0], rounded[1], rounded[2], rounded[3]});
-    }
-    x = at_key(x, KEYS_AT_ONCE);
   }
 }
 
@@ -274,22 +231,21 @@ __device__ __forceinline__ void transform(unsigned x, unsigned roots, int key, f
 __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int tiles) {
   const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32;
   const int group = thread / 32 / GROUP_WARPS, warp = thread / 32 % GROUP_WARPS;
-  const Lane at(lane);
-  const unsigned ring = shared_address(shared.ring) + at.place(warp);
-  const int first_key = warp * WARP_KEYS + 4 * at.sub_key;  // of the lane, in a tile
+  const unsigned ring = shared_address(shared.ring);
 
   float scale = 1.0f;
   const bool exact = shared.exact;
   if (exact) {
+    const Lane at(lane);
     note_largest(shared, at, largest_of_all(shared, call, at, thread / 32));
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-    scale = scale_of(shared.largest[at.is_value()], TIGHT, 1.0f);
-    if (thread < 32 && at.channel() == 0 && at.sub_key == 0) shared.inverse_scale[at.is_value()] = inverse_of_scale(scale);
+    scale = scale_of(shared.largest[is_value_run(thread)], TIGHT, 1.0f);
+    if (thread < 2) shared.inverse_scale[thread] = inverse_of_scale(scale_of(shared.largest[thread], TIGHT, 1.0f));
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   }
 
-  unsigned origin[4] = {};  // of this lane's columns, scaled, in pairs
-  float sums[8] = {};
+  RunOrigin origin;
+  RunSums sums;
   float m = minus_infinity(), d1 = 0.0f;
   int move = 0;
   // The largest score of a tile grew the maximum: with that and the origin moves what the group has summed up. Returns
@@ -298,8 +254,9 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     const float rescale = exp2_fast(m - largest);
     const bool is_first = m == minus_infinity();
     m = largest;
-    const float* scores = &shared.scores[tile % SCORE_STAGES][first_key];
-    const unsigned from = ring + tile % SLOTS * SLOT;
+    const Lane at(lane);
+    const float* scores = &shared.scores[tile % SCORE_STAGES][warp * WARP_KEYS + 4 * at.sub_key];
+    const unsigned from = ring + tile % SLOTS * SLOT + at.place(warp);
     if (is_first) {
       choose_origin(shared, from, scores, m, !exact, scale, origin);
       return 1.0f;
@@ -329,7 +286,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     // To the end, the tile before is the other group's.
     const bool own = tile >= 0 && tile < tiles;
     if (!own && (tile > tiles || tiles == 0)) break;
-    unsigned x = ring + slot * SLOT;
+    const unsigned run = ring + slot * SLOT + warp * RUN;
     const int last = own ? tile : max(tile - 1, 0);
     mbarrier_wait(shared_address(&shared.scores_full[last % SCORE_STAGES]), last / SCORE_STAGES & 1);
     const float2* pairs = reinterpret_cast<const float2*>(shared.scores[0]) + lane;
@@ -346,26 +303,21 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
         rescale = has_grown(largest) ? grow(next, largest) : 1.0f;
       }
       if (own && partial) {
-        // Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN.
         const int first_of_tile = shared.begin + tile * TILE;
-#pragma unroll 1
-        for (int i = 0; i < LANE_KEYS; i++) {
-          const int key = first_of_tile + first_key + key_of(i);
-          if (key < shared.first || key >= shared.end) shared_store4(at_key(x, i), {0, 0, 0, 0});
-        }
+        hide_keys(run, shared.first - first_of_tile, shared.end - first_of_tile, lane);
       }
     }
     if (tile < 0) continue;
     if (!own) break;
     const float half_shift = m == minus_infinity() ? 0.0f : 0.5f * m;
-    // Of one key a lane.
-    const unsigned roots = roots_of(shared.scores[tile % SCORE_STAGES][warp * WARP_KEYS + lane % WARP_KEYS], half_shift);
-    const float root = widen<false>(roots & 0xffff);
-    if (lane < WARP_KEYS) d1 += root * root;
+    // Of two keys a lane, which all warps of the group have.
+    const unsigned roots = narrow_pair<false>(root_of(pair.x, half_shift), root_of(pair.y, half_shift));
+    const float2 rounded = widen_pair<false>(roots);
+    d1 += rounded.x * rounded.x + rounded.y * rounded.y;
     if (__any_sync(~0u, scale != 1.0f))
-      transform<true>(x, roots, 4 * at.sub_key, scale, origin, sums);
+      transform_run<true>(run, roots, scale, origin, sums, lane);
     else
-      transform<false>(x, roots, 4 * at.sub_key, scale, origin, sums);
+      transform_run<false>(run, roots, scale, origin, sums, lane);
     if (lane == 0 && warp == 0) shared.rescale[slot] = rescale;
     fence_async_proxy();
     arrive_as_warp(shared.x_full[slot], lane);

@@ -1,0 +1,131 @@
+#pragma once
+// A warp's run of 64 channels of a tile, which becomes X in registers: as the tensor cores take its transpose, 16 channels by 16 keys
+// at a time. Of each a lane has channels g and g + 8 (g = lane / 4), and of both keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
+// (t = lane % 4), two keys in a register. So a lane needs the origins of 8 channels, and the roots of a quarter of the keys.
+
+#include "lla/shape.cuh"
+#include "ptx/mma.cuh"
+
+constexpr int CHANNEL_BLOCKS = 64 / 16, KEY_BLOCKS = TILE / 16;
+constexpr int KEY_BLOCK = 16 * 128;  // in bytes
+static_assert(GROUP_WARPS == 2 * RUNS, "each warp of a group has a run");
+
+// Which run a warp has, by the number of a transform thread.
+__device__ __forceinline__ int place_of_warp(int thread) { return thread / 32 % GROUP_WARPS; }
+__device__ __forceinline__ bool is_value_run(int thread) { return place_of_warp(thread) < RUNS; }
+// The first of a lane's channels, each 8 after the one before, as a column of X.
+constexpr int LANE_CHANNELS = 2 * CHANNEL_BLOCKS;
+__device__ __forceinline__ int first_column(int thread) { return column_of_place(place_of_warp(thread)) + thread % 32 / 4; }
+
+// What is subtracted from a lane's channels, scaled as they are, each twice.
+struct RunOrigin {
+  unsigned of[LANE_CHANNELS] = {};
+
+  __device__ __forceinline__ void read(const float* origin_of_columns, float scale, int thread) {
+    const float* from = origin_of_columns + first_column(thread);
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+      const float x = scale * from[8 * i];
+      of[i] = narrow_pair<false>(x, x);
+    }
+  }
+};
+
+// Whether X is multiplied by the roots for its sums on the tensor cores, where all columns of the product are the same: with heads of
+// 128 these, and the power that they take, bound the loop.
+constexpr bool SUMS_ARE_PRODUCTS = D == 64;
+
+// And whether sums of even keys and odd ones are separate until the end, so that they wait less for one another: where blocks share a
+// row there are not the registers.
+constexpr bool SUMS_ARE_HALVES = !SUMS_ARE_PRODUCTS && !TOGETHER;
+
+// Sums over keys of X times the roots, of a lane's channels: of each the sum, twice, or, unless they are products, what the lane has
+// of it, in one number or two.
+class RunSums {
+  float of[CHANNEL_BLOCKS][4] = {};
+
+ public:
+  // x: a block of X. roots: of the lane's keys.
+  __device__ __forceinline__ void add(int block, const unsigned (&x)[4], const unsigned (&roots)[2]) {
+    float(&sums)[4] = of[block];
+    if constexpr (SUMS_ARE_PRODUCTS) {
+      multiply_add<false>(sums[0], sums[1], sums[2], sums[3], x, roots[0], roots[1]);
+    } else {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        const float2 root = widen_pair<false>(roots[e / 2]), weighted = widen_pair<false>(x[e]);
+        sums[e % 2 * 2] += root.x * weighted.x, sums[e % 2 * 2 + SUMS_ARE_HALVES] += root.y * weighted.y;
+      }
+    }
+  }
+
+  // To lie in shared memory.
+  __device__ __forceinline__ void store(float* to_columns, int thread) const {
+    float* to = to_columns + first_column(thread);
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+      float sum = of[i / 2][i % 2 * 2];
+      if constexpr (SUMS_ARE_HALVES) sum += of[i / 2][i % 2 * 2 + 1];
+      if constexpr (!SUMS_ARE_PRODUCTS) {
+        sum += __shfl_xor_sync(~0u, sum, 1);
+        sum += __shfl_xor_sync(~0u, sum, 2);
+      }
+      if (thread % 4 == 0) to[8 * i] = sum;
+    }
+  }
+
+  // To another origin and maximum. weight: of all keys.
+  __device__ __forceinline__ void move(const float* shift_of_columns, float weight, float rescale, int thread) {
+    const float* shift = shift_of_columns + first_column(thread);
+#pragma unroll
+    for (int i = 0; i < LANE_CHANNELS; i++) {
+      float *sum = &of[i / 2][i % 2 * 2], *other = sum + 1;
+      // Of parts the first lane's.
+      const float moved = SUMS_ARE_PRODUCTS || thread % 4 == 0 ? weight * shift[8 * i] : 0.0f;
+      *sum = rescale * (*sum - moved), *other = SUMS_ARE_HALVES ? rescale * *other : *sum;
+    }
+  }
+};
+
+// Rows that no one sees may hold anything, and a weight of 0 times NaN is NaN. first, end: of those that are seen, in the tile.
+__device__ __forceinline__ void hide_keys(unsigned run, int first, int end, int lane) {
+#pragma unroll 1
+  for (int key = lane / 8; key < TILE; key += 4)
+    if (key < first || key >= end) shared_store4(run + key * 128 + lane % 8 * 16, {0, 0, 0, 0});
+  __syncwarp();
+}
+
+// A run becomes X, and adds to the sums. roots: of the key of twice the lane's number, and of the next. SCALED: whether the scale is
+// not 1, which is rare.
+template <bool SCALED>
+__device__ __forceinline__ void transform_run(unsigned run, unsigned roots, float scale, const RunOrigin& origin, RunSums& sums, int lane) {
+  constexpr int UNROLLED = SCALED ? 1 : KEY_BLOCKS;
+  const unsigned scales = narrow_pair<BFLOAT>(scale, scale);
+  // Of the lane, in each 8 x 8 numbers that it reads or writes a row of: of keys 0 to 7 and 8 to 15, the first and the next 8 channels.
+  const unsigned row = run + (lane / 16 * 8 + lane % 8) * 128 + ((lane / 8 % 2 ^ lane % 8) << 4);
+#pragma unroll UNROLLED
+  for (int step = 0; step < KEY_BLOCKS; step++) {
+    const unsigned x = row + step * KEY_BLOCK;
+    unsigned of_keys[2], blocks[CHANNEL_BLOCKS][4];
+#pragma unroll
+    for (int h = 0; h < 2; h++) of_keys[h] = __shfl_sync(~0u, roots, 8 * step + 4 * h + lane % 4);
+    // All loads before the stores: the compiler may not move a load across a store.
+#pragma unroll
+    for (int c = 0; c < CHANNEL_BLOCKS; c++) load_matrices_transposed(blocks[c], x ^ c << 5);
+#pragma unroll
+    for (int c = 0; c < CHANNEL_BLOCKS; c++) {
+#pragma unroll
+      for (int e = 0; e < 4; e++) {
+        unsigned pair = blocks[c][e];
+        if constexpr (SCALED) pair = multiply_pairs<BFLOAT>(pair, scales);
+        if constexpr (BFLOAT) {
+          const float2 wide = widen_pair<true>(pair);
+          pair = narrow_pair<false>(wide.x, wide.y);
+        }
+        blocks[c][e] = multiply_pairs<false>(subtract_pairs(pair, origin.of[2 * c + e % 2]), of_keys[e / 2]);
+      }
+      store_matrices_transposed(x ^ c << 5, blocks[c]);
+      sums.add(c, blocks[c], of_keys);
+    }
+  }
+}
