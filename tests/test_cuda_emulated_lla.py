@@ -114,7 +114,7 @@ def along_few_directions(sizes, directions, noise, seed):
 
 # With seeds of keys for which errors would be more than that.
 FORESEEN = {
-    "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 14),
+    "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 26),
     "shared through the cache": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0),
 }
 
@@ -128,7 +128,7 @@ def test_steps_of_another_length_than_was_foreseen_are_found_out(name):
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
-@pytest.mark.parametrize("directions, noise, seed", [(6, 0.1, 24), (5, 0.2, 1)])
+@pytest.mark.parametrize("directions, noise, seed", [(3, 0.1, 28), (8, 0.3, 21)])
 def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed):
     """Of one row the true residual looks small for a step that is foreseen, and is not.
 
