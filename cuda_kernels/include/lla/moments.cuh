@@ -3,7 +3,6 @@
 
 #include "lla/accumulators.cuh"
 #include "lla/copies.cuh"
-#include "lla/lanes.cuh"
 #include "lla/shape.cuh"
 #include "ptx/mbarrier.cuh"
 #include "ptx/wgmma.cuh"
