@@ -3,6 +3,7 @@
 // at a time. Of each a lane has channels g and g + 8 (g = lane / 4), and of both keys 2 t, 2 t + 1, 2 t + 8 and 2 t + 9
 // (t = lane % 4), two keys in a register. So a lane needs the origins of 8 channels, and the roots of a quarter of the keys.
 
+#include "lla/scale.cuh"
 #include "lla/shape.cuh"
 #include "ptx/mma.cuh"
 
@@ -115,15 +116,7 @@ __device__ __forceinline__ void transform_run(unsigned run, unsigned roots, floa
 #pragma unroll
     for (int c = 0; c < CHANNEL_BLOCKS; c++) {
 #pragma unroll
-      for (int e = 0; e < 4; e++) {
-        unsigned pair = blocks[c][e];
-        if constexpr (SCALED) pair = multiply_pairs<BFLOAT>(pair, scales);
-        if constexpr (BFLOAT) {
-          const float2 wide = widen_pair<true>(pair);
-          pair = narrow_pair<false>(wide.x, wide.y);
-        }
-        blocks[c][e] = multiply_pairs<false>(subtract_pairs(pair, origin.of[2 * c + e % 2]), of_keys[e / 2]);
-      }
+      for (int e = 0; e < 4; e++) blocks[c][e] = x_of_pair<SCALED>(blocks[c][e], scales, origin.of[2 * c + e % 2], of_keys[e / 2]);
       store_matrices_transposed(x ^ c << 5, blocks[c]);
       sums.add(c, blocks[c], of_keys);
     }

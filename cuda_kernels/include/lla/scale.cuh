@@ -13,6 +13,18 @@ __device__ __forceinline__ unsigned roots_of(float score, float half_shift) {
   return narrow_pair<false>(root, root);
 }
 
+// X of two numbers as they came. scales: for each, as the numbers are; origin, roots: in float16, what is subtracted when they are
+// scaled, and the roots of their weights. SCALED: whether the scales are not 1.
+template <bool SCALED>
+__device__ __forceinline__ unsigned x_of_pair(unsigned raw, unsigned scales, unsigned origin, unsigned roots) {
+  if constexpr (SCALED) raw = multiply_pairs<BFLOAT>(raw, scales);
+  if constexpr (BFLOAT) {
+    const float2 wide = widen_pair<true>(raw);
+    raw = narrow_pair<false>(wide.x, wide.y);
+  }
+  return multiply_pairs<false>(subtract_pairs(raw, origin), roots);
+}
+
 // The largest that the lanes have, in every lane; NaN is none.
 __device__ __forceinline__ float largest_of_lanes(float2 a) {
   // Integers of the same order, of which the lanes find the largest in one instruction.

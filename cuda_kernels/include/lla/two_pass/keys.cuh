@@ -27,12 +27,7 @@ struct Reference {
   // X of two channels. SCALED: whether the scale is not 1.
   template <bool SCALED>
   __device__ __forceinline__ unsigned operator()(unsigned raw, int pair, unsigned roots) const {
-    if constexpr (SCALED) raw = multiply_pairs<BFLOAT>(raw, narrow_pair<BFLOAT>(scale, scale));
-    if constexpr (BFLOAT) {
-      const float2 wide = widen_pair<true>(raw);
-      raw = narrow_pair<false>(wide.x, wide.y);
-    }
-    return multiply_pairs<false>(subtract_pairs(raw, origin[pair]), roots);
+    return x_of_pair<SCALED>(raw, narrow_pair<BFLOAT>(scale, scale), origin[pair], roots);
   }
 };
 
