@@ -18,8 +18,10 @@ from .layout import Layout, Strides, has_tensor_maps, overflows_cache
 from .parameters import LLA_CALL, PACK_LLA_ARRAYS, PACK_LLA_SHARED, masks_of
 
 SM90_THREADS = {64: 256, 128: 512}
-SM90_SHARED_BYTES = {64: 110592, 128: 226304}
+SM90_SHARED_BYTES = {64: 109568, 128: 220160}
 """By head size, the size of the kernel's own structure, which a static assertion compares."""
+_IN_TURN_SHARED_BYTES = 231424
+"""Of blocks that take rows in turn."""
 _TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES = 128, 108544
 """Of the kernel that takes a row's keys and then its values."""
 _TWO_PASS_KEYS = 640
@@ -31,10 +33,12 @@ _MOST_SPLITS = 32
 _LARGE_CLUSTER = 8
 _MOST_TOGETHER = 16
 """Blocks that solve a row's system together."""
-_CLUSTER_SHARED_BYTES = 112640
+_CLUSTER_SHARED_BYTES = 111616
 """Of those that send each other mail through distributed shared memory."""
 _MAIL_WORDS = 384
 """What such a block sends at a time, at most, of 8 bytes each."""
+_MOST_TURNS, _IN_TURN_KEYS = 32, 2048
+"""Rows that a block takes one after the other, and up to how many keys that is faster (on an H200)."""
 _MOST_STEPS = 64
 """Of conjugate gradients, before the system is factored."""
 _SM90_SPLIT_KEYS, _PORTABLE_SPLIT_KEYS = 512, 256
@@ -51,7 +55,7 @@ class Shape(NamedTuple):
     of them unless their partial moments take too much memory; partial_floats: of all rows of a launch. box:
     keys that the copy engine brings at a time, 0 where it is not used. mail_bytes, mail_offset: of all that
     blocks send each other while they run, all of them at once, and where in it those of this cut begin; 0
-    where they send nothing.
+    where they send nothing. turns: rows that a block takes one after the other.
     """
 
     source: str
@@ -65,6 +69,7 @@ class Shape(NamedTuple):
     box: int = 0
     mail_bytes: int = 0
     mail_offset: int = 0
+    turns: int = 1
 
 
 def plan(problem: Problem, layout: Layout, ridge: float | Strides, solver: str) -> Plan:
@@ -95,7 +100,7 @@ class Plan:
         early = shape.box > 0 and early_launch.supported(layout.capability)
         self._launches = []
         for first in range(0, rows, shape.rows):
-            grid = min(shape.rows, rows - first) * shape.blocks, 1, 1
+            grid = -(-min(shape.rows, rows - first) // shape.turns) * shape.blocks, 1, 1
             launch = Launch(
                 self._kernel.function, grid, shape.threads, shape.shared_bytes, early=early,
                 together=shape.mail_bytes > 0,
@@ -187,21 +192,28 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         # on 132 multiprocessors, by which of them a device lacks.
         fits = splits == 2 or (splits == 4 and rows * splits <= 0.9 * at_once)
         cluster = splits if D == 64 and fits else 1
+    # Rows whose lengths the device alone knows go to the blocks that are free.
+    even = problem.cu_seqlens is None and problem.cache_seqlens is None and problem.cache_leftpad is None
+    few_keys = even and problem.kv_len <= _IN_TURN_KEYS and not layout.split_size
+    in_turn = by_steps and D == 128 and few_keys and rows > at_once
+    turns = min(-(-rows // at_once), _MOST_TURNS) if in_turn else 1
     in_cluster = by_steps and cluster > 1
     mailed = by_steps and splits > cluster
     shared_bytes = _CLUSTER_SHARED_BYTES if in_cluster else SM90_SHARED_BYTES[D]
+    if in_turn:
+        shared_bytes = _IN_TURN_SHARED_BYTES
     box = _box(problem)
     defines = _sm90_defines(problem, box) | dict(
         CLUSTER=cluster, SHARED_BYTES=shared_bytes,
         READ_ONCE=int(problem.group_size * problem.q_len == 1 and overflows_cache(problem, layout)),
         SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
-        MAIL_BYTES=_mail_bytes(splits) * mailed,
+        MAIL_BYTES=_mail_bytes(splits) * mailed, ROWS_IN_TURN=int(in_turn),
     )  # fmt: skip
     clusters = splits // cluster
     floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
     return Shape(
         "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], shared_bytes, floats,
-        rows, box, *(_mail(splits_log2, layout.multiprocessors) if mailed else (0, 0)),
+        rows, box, *(_mail(splits_log2, layout.multiprocessors) if mailed else (0, 0)), turns,
     )  # fmt: skip
 
 
@@ -296,6 +308,7 @@ def _record(problem: Problem, layout: Layout, shape: Shape, ridge: float | Strid
         q_stride=layout.q, k_stride=layout.k, v_stride=layout.v or 0, out_stride=layout.out,
         q_len=problem.q_len, kv_len=problem.kv_len, q_heads=problem.q_heads, group_size=problem.group_size,
         head_dim=problem.head_dim, value_dim=_value_dim(problem), page_size=problem.page_size or 0,
+        rows=problem.batch * problem.q_len * problem.q_heads,
         splits=shape.splits, splits_log2=shape.splits.bit_length() - 1,
         blocks_at_once=layout.multiprocessors * _SM90_BLOCKS.get(problem.head_dim, 1),
         scale=problem.scale, **masks_of(problem, layout),

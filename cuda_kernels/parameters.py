@@ -60,7 +60,7 @@ LLA_CALL = _structure(
         "q_len", "kv_len", "q_heads", "group_size", "head_dim", "value_dim",
         "sequences", "num_pages", "page_size", "window", "causal",
         "cu_seqlens_wide", "cache_seqlens_wide", "cache_leftpad_wide", "page_table_wide",
-        "splits", "splits_log2", "first_row", "blocks_at_once",
+        "rows", "splits", "splits_log2", "first_row", "blocks_at_once",
     ),
     ("ridge_value", "scale"),
 )  # fmt: skip

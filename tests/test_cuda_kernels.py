@@ -103,6 +103,8 @@ def test_the_kernels_of_local_linear_attention_do_not_spill(call):
     "call",
     [
         dict(batch=32),
+        dict(batch=32, kv_len=1024),
+        dict(batch=32, kv_len=1024, dtype=np.dtype(np.float16)),
         dict(batch=32, kv_len=4096),
         dict(kv_len=16384),
         dict(lengths=True, page_size=64, batch=32),

@@ -88,6 +88,30 @@ def test_many_rows_of_few_keys_are_taken_in_two_passes(call, two_passes):
         assert (shape.splits, shape.rows, shape.mail_bytes) == (1, 8 * problem.batch, 0)
 
 
+@pytest.mark.parametrize(
+    "call, turns",
+    [
+        (dict(batch=32, kv_len=1024), 2),
+        (dict(batch=32, kv_len=2048), 2),
+        (dict(batch=17, kv_len=1024), 2),
+        (dict(batch=1000, kv_len=1024), 32),
+        # Each row has a multiprocessor; the loop counts for more; two blocks hide each other's solving.
+        (dict(batch=16, kv_len=1024), 1),
+        (dict(batch=32, kv_len=2049), 1),
+        (dict(batch=128, kv_len=2048, head_dim=64), 1),
+        # Rows of any lengths go to the blocks that are free, and a row's bits do not depend on its batch.
+        (dict(batch=32, kv_len=1024, lengths=True), 1),
+        (dict(batch=32, kv_len=1024, split_size=1024), 1),
+    ],
+)
+def test_many_rows_are_taken_in_turn(call, turns):
+    problem, layout = call_of(**{"operation": "lla_decode", "probe_dtype": None, "lengths": False} | call)
+    shape = lla.choose(problem, layout, "cg")
+    assert shape.source == "sm90/lla.cu"
+    assert (shape.turns, dict(shape.defines)["ROWS_IN_TURN"]) == (turns, turns > 1)
+    assert lla.choose(problem, layout, "cholesky").turns == 1
+
+
 def test_rows_of_every_cut_have_mail_of_their_own():
     """Word by word: what a cut of rows reaches ends where the next one's begins."""
     offsets = [lla._mail(log2, 132)[1] for log2 in range(1, 6)]

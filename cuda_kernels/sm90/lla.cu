@@ -16,9 +16,8 @@
 
 #include "lla/conjugate.cuh"
 #include "lla/copies.cuh"
-#include "lla/factor.cuh"
-#include "lla/merge.cuh"
 #include "lla/moments.cuh"
+#include "lla/passes.cuh"
 #include "lla/query.cuh"
 #include "lla/shape.cuh"
 #include "lla/weigh.cuh"
@@ -26,34 +25,14 @@
 #include "ptx/opaque.cuh"
 #include "ptx/registers.cuh"
 
-// Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass. `id`, `threads`: a
-// hardware barrier of the role, for nothing but that the compiler knows that all lanes of a warp agree.
-__device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
-  // The first pass meets three times where it is not the last.
-  const unsigned parity = shared.exact;
-  meet(shared.met, parity);
-  if (shared.exact || !shared.out_of_range) return false;
-  meet(shared.met, parity ^ 1);
-  const int thread = thread_index();
-  if (thread < 2 * D) shared.origin[thread] = 0.0f;
-  if (thread < 32) {
-    end_pass(shared, thread);
-    if (thread == 0) begin_barriers(shared, 0, BARRIERS, 1), begin_pass(shared), shared.exact = 1;
-  }
-  meet(shared.met, parity);
-  barrier_sync(id, threads);
-  return true;
-}
+#if ROWS_IN_TURN
+#include "lla/turns.cuh"
+#else
+#include "lla/factor.cuh"
+#include "lla/merge.cuh"
+#endif
 
-// KEY_COLUMNS: how many columns of the keys' moments a warpgroup has, those up to its own.
-template <int KEY_COLUMNS>
-__device__ __forceinline__ void accumulate_all(Shared& shared, const lla::Call& call, const Maps& maps, float (&c)[D], int tiles) {
-  Moments<KEY_COLUMNS> moments{c};
-  do {
-    accumulate<KEY_COLUMNS>(shared, call, maps, moments, tiles);
-  } while (again(shared, KEY_COLUMNS > 64 ? LAST_MATRIX : FIRST_MATRIX, 128));
-}
-
+#if !ROWS_IN_TURN
 // Leaves the moments to the factorisation.
 template <int KEY_COLUMNS>
 __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& call, const Maps& maps, bool whole, int tiles) {
@@ -90,13 +69,12 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
     accumulate_to_solve<64>(shared, call, maps, tiles, c);
   else
     accumulate_to_solve<D>(shared, call, maps, tiles, c);
-  const lla::RowIndex row(call, block_index() >> call.splits_log2);
-  const float ridge = row.ridge(call);
+  const float ridge = row_of_block(shared, call).ridge(call);
   const Exchange exchange(shared, call);
   if constexpr (IN_CLUSTER) cluster_wait();
   // The sums of all blocks are there.
   if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
-  const bool solved = solve_by_steps(shared, call, row, ridge, exchange, c);
+  const bool solved = solve_by_steps(shared, call, ridge, exchange, c);
   if (thread_index() == 0) {
     shared.solved_by_steps = solved;
     if constexpr (TOGETHER) {
@@ -111,7 +89,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
 }
 
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
-  while (weigh(shared, call, tiles), again(shared, TRANSFORM, TRANSFORM_THREADS))
+  while (weigh(shared, call, maps, tiles, 0, 0), again(shared, TRANSFORM, TRANSFORM_THREADS))
     bring_first(shared, call, maps, Source(shared), tiles);
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
@@ -131,6 +109,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   if constexpr (!TOGETHER) prefetch_next(call, maps);
   meet(shared.met, shared.exact ^ !TOGETHER);
 }
+#endif
 
 extern "C" __global__ void
 #if CLUSTER > 1
@@ -152,7 +131,14 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   wait_for_launch_ahead();
 
   const int split = blockIdx.x & (call.splits - 1);
-  const lla::Row row(call, blockIdx.x >> call.splits_log2);
+#if ROWS_IN_TURN
+  int number = 0;
+  const int item = next_item(call, number, threadIdx.x);
+  if (item < 0) return;
+#else
+  const int item = blockIdx.x >> call.splits_log2;
+#endif
+  const lla::Row row(call, item);
   // The clusters that take part: a short row is left to fewer.
   const int keys_of_row = row.keys();
   constexpr int CLUSTER_KEYS = MIN_SPLIT_KEYS * CLUSTER;
@@ -191,6 +177,11 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
     if constexpr (TOGETHER) shared.blocks = clusters * CLUSTER;
+#if ROWS_IN_TURN
+    shared.item = item, shared.number = number, shared.turn = 0, shared.unsolved = shared.by_factor = 0;
+    mbarrier_init(shared_address(&shared.begun), TRANSFORM_WARPS * OF_WARP);
+    mbarrier_init(shared_address(&shared.ended), MATRIX_WARPS * OF_WARP);
+#endif
     mbarrier_init(shared_address(&shared.met), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
@@ -203,12 +194,19 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) shared.tag = first_tag(uses);
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
-  const bool whole = clusters * CLUSTER == 1;
+  [[maybe_unused]] const bool whole = clusters * CLUSTER == 1;
   if (warpgroup < MATRIX_WARPGROUPS) {
     if (threadIdx.x < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[threadIdx.x] = query.packed();
     fence_async_proxy();
     barrier_sync(MATRIX, MATRIX_THREADS);
     if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();
+#if ROWS_IN_TURN
+    matrix_rows(shared, call, maps, warpgroup);
+  } else {
+    if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
+    transform_rows(shared, call, maps);
+  }
+#else
     if constexpr (CONJUGATE_GRADIENTS) {
       solving_matrix_role(shared, call, maps, tiles, warpgroup);
     } else if (D == 64 || warpgroup == 0)
@@ -224,12 +222,13 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   }
 
   // Read anew: kept over the tiles, the row's indices would cost registers.
-  const int item = block_index() >> call.splits_log2;
-  const lla::RowIndex index(call, item);
+  const int of_block = block_index() >> call.splits_log2;
+  const lla::RowIndex index(call, of_block);
   if (!whole) {
     meet_block();
-    if (!merge(shared, meet_block, call, index, item, clusters)) return;
+    if (!merge(shared, meet_block, call, index, of_block, clusters)) return;
   }
   solve_slope(shared, call, index);
   write_output(shared, meet_block, call, index);
+#endif
 }

@@ -15,6 +15,7 @@
 #include "lla/two_pass/keys.cuh"
 #include "lla/two_pass/slope.cuh"
 #include "lla/two_pass/values.cuh"
+#include "lla/factor_alone.cuh"
 #include "ptx/dependents.cuh"
 
 extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
@@ -83,14 +84,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
 
   const float ridge = lla::RowIndex(call, block_index()).ridge(call);
   centre_moments<D>({c[0], c[1]}, shared.sums, inverse_weight(shared.d1), shared.inverse_scale, thread_index());
-  pair_lanes(c, false);
+  pair_lanes(c);
   Entries slope;
   if (!solve_by_steps(shared, call, c, ridge, slope)) {
     // What comes to the ring has to have come before something else may lie there, and takes X's place.
 #pragma unroll 1
     for (int number = 0; number < min(SLOTS - kept, 2 * tiles - kept); number++, at.advance()) wait_for_load(shared, at);
     meet();
-    solve_by_factor(shared, c, ridge, slope);
+    solve_by_factor(shared, c[0], ridge, slope);
     fence_async_proxy();
     meet();
     kept = 0;

@@ -92,6 +92,26 @@ def test_conjugate_gradients_over_lengths_short_and_long(cuda_torch, head_dim, c
         assert cuda_torch.module.equal(check_steps(cuda_torch, case), first)
 
 
+@most_steps
+@pytest.mark.parametrize(
+    "capacity, sizes",
+    [
+        (641, dict(batch=70)),
+        (900, dict(batch=500)),
+        (2048, dict(batch=67)),
+        (700, dict(batch=40, length=3)),
+        (1500, dict(batch=70, window_size=100)),
+        (1000, dict(batch=70, dtype=np.dtype(np.float16))),
+    ],
+)
+def test_rows_in_turn(cuda_torch, capacity, sizes, most, steps):
+    steps(most)
+    case = make(kv_heads=1, group=2, capacity=capacity, **sizes)
+    first = check_steps(cuda_torch, case)
+    for _ in range(3):
+        assert cuda_torch.module.equal(check_steps(cuda_torch, case), first)
+
+
 def test_conjugate_gradients_take_pages_paddings_and_ridges_of_rows(cuda_torch):
     random = np.random.default_rng(0)
     for head_dim in (64, 128):
@@ -227,7 +247,9 @@ CACHES = {
 
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
 @pytest.mark.parametrize(
-    "batch, capacity", [(1, 2048), (40, 2048), (40, 520)], ids=["split rows", "whole rows", "few keys"]
+    "batch, capacity",
+    [(1, 2048), (40, 2100), (40, 2048), (40, 520)],
+    ids=["split rows", "whole rows", "rows in turn", "few keys"],
 )
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("cache", CACHES)

@@ -29,6 +29,7 @@ CASES = {
         page_size=16,
         cache_seqlens=np.array([1990, 5, 600], np.int32),
     ),
+    "rows in turn": dict(batch=60, capacity=900, kv_heads=1, group=3),
     "lanes copy": dict(batch=3, capacity=2000, head_dim=80),
     "float32": dict(batch=2, capacity=1000, dtype=np.dtype(np.float32)),
 }

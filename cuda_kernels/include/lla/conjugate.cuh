@@ -44,10 +44,10 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   if (half == 0) {
     const float inverse_d1 = reciprocal_fast(d1 + d1_of_half);
-    entry_of_row(shared.right, column) = query_at(shared, column) - inverse_d1 * (sum + of_half[column]);
-    entry_of_row(shared.apart, column) = inverse_d1 * (distance + of_half[D + column]);
-    entry_of_row(shared.shift, column) = shift;
-    if (thread == exchange.split) shared.share = inverse_d1 * weight, shared.inverse_weight = inverse_d1 * rescaling(m_here, m);
+    entry_of_row(shared.solving.right, column) = query_at(shared, column) - inverse_d1 * (sum + of_half[column]);
+    entry_of_row(shared.solving.apart, column) = inverse_d1 * (distance + of_half[D + column]);
+    entry_of_row(shared.solving.shift, column) = shift;
+    if (thread == exchange.split) shared.solving.share = inverse_d1 * weight, shared.solving.inverse_weight = inverse_d1 * rescaling(m_here, m);
   }
 }
 
@@ -55,8 +55,13 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
 struct Centring {
   float d1, inverse_d1, factor;
 
-  __device__ __forceinline__ explicit Centring(const Shared& shared)
-      : d1(shared.own.d1), inverse_d1(inverse_weight(d1)), factor(shared.inverse_scale[0] * shared.inverse_scale[1]) {}
+  __device__ __forceinline__ explicit Centring(const Shared& shared) : d1(shared.own.d1), inverse_d1(inverse_weight(d1)) {
+#if ROWS_IN_TURN
+    factor = shared.solving.factor;
+#else
+    factor = shared.inverse_scale[0] * shared.inverse_scale[1];
+#endif
+  }
 };
 
 // The keys' moments about the mean of the block's keys, divided by their weight, in place; with heads of 128 the first warpgroup is
@@ -77,7 +82,11 @@ __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], 
       }
       come(shared.given);
     } else {
+#if ROWS_IN_TURN
+      mbarrier_wait(shared_address(&shared.given), shared.turn & 1);
+#else
       mbarrier_wait(shared_address(&shared.given), 0);
+#endif
 #pragma unroll
       for (int j = 0; j < 8; j++)
 #pragma unroll
@@ -96,8 +105,8 @@ struct Completion {
 
   __device__ __forceinline__ Completion(Shared& shared, int thread) {
     if constexpr (TOGETHER) {
-      share = shared.share, apart_of_row = share * entry_of_row(shared.apart, row_of_product(thread));
-      apart = entries_of_lane(shared.apart, thread % 32);
+      share = shared.solving.share, apart_of_row = share * entry_of_row(shared.solving.apart, row_of_product(thread));
+      apart = entries_of_lane(shared.solving.apart, thread % 32);
     }
   }
   // of_apart: the vector's inner product with `apart`.
@@ -117,23 +126,30 @@ __device__ __forceinline__ int halve(float (&sums)[D / 4], int lane) {
   return later ? HALF : 0;
 }
 
+// What a warp gives to the output. Where rows are taken in turn, transform warps have something else in shared.output: there it takes the
+// place of the warp's vector.
+__device__ __forceinline__ float* output_of_warp(Shared& shared, int warp) { return IN_TURN ? &shared.solving.vectors[warp][0][0] : shared.output[warp]; }
+static_assert(sizeof(LyingVector) >= 4 * D);
+
 // What this warp's rows of the values' moments, as they are, give to the output at a slope of which the lane's two rows are
-// given; to a row of shared.output.
+// given.
 __device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)[D], int thread, float of_upper, float of_lower) {
   const int lane = thread % 32;
   float sums[D / 4];
 #pragma unroll
   for (int j = 0; j < D / 8; j++) {
-    sums[2 * j] = of_upper * c[4 * j] + of_lower * c[4 * j + 2];
-    sums[2 * j + 1] = of_upper * c[4 * j + 1] + of_lower * c[4 * j + 3];
+    const float4 values = j < PARKED / 4 ? shared.parked[IN_TURN ? j : 0][thread] : float4{c[4 * j], c[4 * j + 1], c[4 * j + 2], c[4 * j + 3]};
+    sums[2 * j] = of_upper * values.x + of_lower * values.z;
+    sums[2 * j + 1] = of_upper * values.y + of_lower * values.w;
   }
   // Lanes of other rows: a half of the columns each time.
   int first = halve<D / 8, 16>(sums, lane);
   first += halve<D / 16, 8>(sums, lane);
   first += halve<D / 32, 4>(sums, lane);
+  if constexpr (IN_TURN) __syncwarp();
 #pragma unroll
   for (int e = 0; e < D / 32; e++)
-    shared.output[thread / 32][(first + e) / 2 * 8 + lane % 4 * 2 + e % 2] = sums[e];
+    output_of_warp(shared, thread / 32)[(first + e) / 2 * 8 + lane % 4 * 2 + e % 2] = sums[e];
 }
 
 // Of the block's keys or values.
@@ -142,10 +158,19 @@ __device__ __forceinline__ float mean_of(const Shared& shared, int column) {
 }
 
 __device__ __forceinline__ Entries right_side(Shared& shared, int lane) {
-  if constexpr (TOGETHER)
-    return entries_of_lane(shared.right, lane);
+  if constexpr (TOGETHER || IN_TURN)
+    return entries_of_lane(shared.solving.right, lane);
   else
     return right_side_alone(shared, lane);
+}
+
+// Which row the matrix warps solve.
+__device__ __forceinline__ lla::RowIndex row_of_block(const Shared& shared, const lla::Call& call) {
+#if ROWS_IN_TURN
+  return lla::RowIndex(call, shared.solving.item);
+#else
+  return lla::RowIndex(call, block_index() >> call.splits_log2);
+#endif
 }
 
 // What comes when a row ends: the lane's row of the slope's product and, in the first block, what half of the blocks have of a column
@@ -170,23 +195,36 @@ struct Received {
   }
 };
 
+// What the warps' rows of the values' moments gave to an output, in a column; of_shift: the slope's inner product with the shift.
+__device__ __forceinline__ float sum_of_values(Shared& shared, const Centring& centre, int column, float of_shift) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < MATRIX_WARPS; w++) sum += output_of_warp(shared, w)[column];
+  return centre.factor * sum - of_shift * shared.sums[D + column];
+}
+
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
-__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const lla::RowIndex& row, float ridge, const Exchange& exchange,
+__device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, float ridge, const Exchange& exchange,
                                                float (&c)[D]) {
   const int thread = thread_index(), lane = thread % 32;
-  LyingVector& vector = shared.vectors[thread / 32];
+  LyingVector& vector = shared.solving.vectors[thread / 32];
   Iterate at(right_side(shared, lane), ridge);
 #pragma unroll 1
   for (int number = 1;; number++) {  // of the exchange
     const Completion complete(shared, thread);
-    if (!take_steps(shared, exchange, c + D / 2, complete, ridge, thread, at, number) || number > MOST_STEPS + 1) return false;
+    bool near;
+    if constexpr (TOGETHER)
+      near = take_steps_together(shared, exchange, c + D / 2, complete, ridge, thread, at, number) && number <= MOST_STEPS + 1;
+    else
+      near = take_steps_alone(shared, exchange, c + D / 2, ridge, thread, at, number);
+    if (!near) return false;
     const Entries x = at.x, last = at.r;
     const int column = thread_index() % D;  // anew: kept over the steps it would cost a register
 
     const Centring centre(shared);
     Entries shift;
-    if constexpr (TOGETHER) {
-      shift = entries_of_lane(shared.shift, lane);
+    if constexpr (TOGETHER || IN_TURN) {
+      shift = entries_of_lane(shared.solving.shift, lane);
     } else {
 #pragma unroll
       for (int e = 0; e < ENTRIES; e++) shift.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
@@ -198,12 +236,6 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     const float of_shift = inner_product(x, shift), of_apart = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
     const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
     multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
-    const auto sum_of_values = [&] {
-      float sum = 0.0f;
-#pragma unroll
-      for (int w = 0; w < MATRIX_WARPS; w++) sum += shared.output[w][column];
-      return centre.factor * sum - of_shift * shared.sums[D + column];
-    };
     Entries product;
     if constexpr (!TOGETHER) {
       product = exchange_rows(shared, exchange, thread, number, D, rows);
@@ -214,23 +246,21 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
       meet_matrix_warps();
       // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
       if (thread < D) {
-        const float sum = sum_of_values() + centre.d1 * (1.0f + of_apart) * shared.own.mean[D + column];
-        exchange.send<false>(number, 2 * D + column, shared.inverse_weight * sum);
+        const float sum = sum_of_values(shared, centre, column, of_shift) + centre.d1 * (1.0f + of_apart) * shared.own.mean[D + column];
+        exchange.send<false>(number, 2 * D + column, shared.solving.inverse_weight * sum);
       }
       const Received received(exchange, thread, number);
       shared.output[MATRIX_WARPS + thread / D][column] = received.output;
       product = gather_rows(shared, thread, number, {received.row});
     }
     const Entries residual = residual_of(right_side(shared, lane), ridge, x, product);
-    if (is_near(at.progress, residual, last, ridge)) {
+    if (is_near(at, residual, last, ridge)) {
       if (thread >= D || (TOGETHER && exchange.split != 0)) return true;
       const float o = TOGETHER ? shared.output[MATRIX_WARPS][column] + shared.output[MATRIX_WARPS + 1][column]
-                               : mean_of(shared, D + column) + centre.inverse_d1 * sum_of_values();
-      output_of(call, row)[column] = narrow<BFLOAT>(o);
+                               : (IN_TURN ? shared.own.mean[D + column] : mean_of(shared, D + column)) + centre.inverse_d1 * sum_of_values(shared, centre, column, of_shift);
+      output_of(call, row_of_block(shared, call))[column] = narrow<BFLOAT>(o);
       return true;
     }
-    // Of a step that was foreseen the length may have been wrong; else rounding leaves no more.
-    if (!FORESEES) return false;
     at.begin_anew(residual, ridge);
   }
 }

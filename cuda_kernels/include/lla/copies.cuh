@@ -67,6 +67,9 @@ __device__ __forceinline__ void prefetch_next(const lla::Call& call, const Maps&
     box_prefetch(map_of_run(maps, warp), 0, position, run_of_head(warp), row.kv_head, row.batch);
 }
 
+// Tiles of a row that are asked for while the row before is solved, at first: the others one by one as these come, in their order.
+constexpr int EARLY_AT_FIRST = 2;
+
 #ifdef FOR_RACECHECK
 constexpr int BARRIERS = 3 * SLOTS + SCORE_STAGES + 2;
 #else
@@ -83,6 +86,13 @@ __device__ __forceinline__ void begin_barriers(Shared& shared, int first, int en
                                                                : b < 3 * SLOTS + SCORE_STAGES ? 4 * OF_WARP
                                                                                               : TRANSFORM_WARPS * OF_WARP);
   fence_mbarrier_init();
+}
+
+// The same of barriers that no one waits on any more.
+__device__ __forceinline__ void renew_barriers(Shared& shared, int first, int end, int step) {
+#pragma unroll 1
+  for (int b = first; b < end; b += step) mbarrier_invalidate(shared_address(&shared.raw_full[0]) + 8 * b);
+  begin_barriers(shared, first, end, step);
 }
 
 // The rest of what a pass begins with.

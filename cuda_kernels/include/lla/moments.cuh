@@ -47,12 +47,12 @@ __device__ __forceinline__ void move_moments(Shared& shared, Moments<KEY_COLUMNS
   }
 }
 
-// The products of a tile's keys with the query, once they are there; by the first warpgroup.
-__device__ __forceinline__ void multiply_query(Shared& shared, unsigned slot, unsigned parity, float (&scores)[4]) {
+// The products of a tile's keys with the query, which begins in run `query_run`, once they are there; by the first warpgroup.
+__device__ __forceinline__ void multiply_query(Shared& shared, unsigned slot, unsigned parity, float (&scores)[4], unsigned query_run) {
   delay();
   mbarrier_wait(shared_address(&shared.raw_full[slot]), parity);
   const unsigned long long keys = channels_innermost(shared_address(shared.ring)) + descriptor_step(slot * SLOT);
-  const unsigned long long query = channels_innermost(shared_address(shared.query));
+  const unsigned long long query = channels_innermost(shared_address(shared.query[query_run]));
   wgmma_fence();
 #pragma unroll
   for (int step = 0; step < D / 16; step++) {
@@ -106,9 +106,10 @@ __device__ __forceinline__ void store_moments(Shared& shared, const Moments<KEY_
 // One pass over the tiles: a warpgroup accumulates the moments of its 64 key channels with the first KEY_COLUMNS, up
 // to its own (the rest is symmetric), and with all value channels. Its own instructions bound the pass with heads of 64:
 // what does not need a tile's X, the next scores and the copy in place of the tile before, comes ahead of the wait for it,
-// and what the loop counts is the same in all lanes, for the compiler too.
+// and what the loop counts is the same in all lanes, for the compiler too. early: tiles that were brought, with their scores, by the
+// transform warps.
 template <int KEY_COLUMNS>
-__device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, const Maps& maps, Moments<KEY_COLUMNS>& moments, int tiles) {
+__device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, const Maps& maps, Moments<KEY_COLUMNS>& moments, int tiles, unsigned early, unsigned query_run) {
   auto& c = moments.c;
   constexpr bool IS_FIRST = Moments<KEY_COLUMNS>::IS_FIRST;
   const float scale_log2 = call.scale * 1.4426950408889634f;
@@ -121,9 +122,9 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
   // From the first tile's first key on.
   const Range seen = {shared.first - source.begin, source.end - source.begin};
   // Of the tile whose scores are next: they run ahead of X, so that no group waits for them.
-  unsigned ahead = 0, ahead_slot = 0, ahead_parity = 0;
+  unsigned ahead = early, ahead_slot = early, ahead_parity = 0;
   const auto next_scores = [&] {
-    multiply_query(shared, ahead_slot, ahead_parity, scores);
+    multiply_query(shared, ahead_slot, ahead_parity, scores, query_run);
     wgmma_wait<0>();
   };
   const auto give_next = [&] {
@@ -134,7 +135,9 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
   const int warp = __shfl_sync(~0u, thread / 32, 0);
   // When the first tile is there.
   const auto fill_ring = [&] { bring_tiles<AT_FIRST, SLOTS>(shared, call, maps, source, tiles, warp, thread % 32); };
-  if constexpr (IS_FIRST) {
+  if (IN_TURN && early) {
+    if constexpr (KEY_COLUMNS == D) bring_tiles<EARLY_TILES, SLOTS>(shared, call, maps, source, tiles, warp, thread % 32);
+  } else if constexpr (IS_FIRST) {
 #pragma unroll 1
     while (ahead < min(SCORES_AHEAD, tiles)) {
       next_scores(), give_next();
@@ -147,7 +150,7 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
   unsigned slot = 0, parity = 0, move = 0, before = 0, parity_before = 0;
 #pragma unroll 1
   for (unsigned tile = 0; tile < tiles; tile++) {
-    const bool more = ahead < tiles;
+    const bool more = ahead < tiles && (!IN_TURN || ahead <= tile + SCORES_AHEAD);
     if (IS_FIRST && more) next_scores();
     // The products of the tile before went on until here.
     wgmma_wait<0>();

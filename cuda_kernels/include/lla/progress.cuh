@@ -18,6 +18,9 @@
 constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
 // What is accepted of the slope that steps end with: after one that was foreseen, whose error is known closely, and else.
 constexpr float NEAR = 1.25f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
+// The squared residual, beside the largest there was, that is left of rounding alone, a few times of it: where one key has all but
+// nothing of the weight, and the slope is long and adds nothing, no smaller one is to be had, nor by a factorisation in float32.
+constexpr float ROUNDED = 0x1p-42f;
 // Whether a step is foreseen: where blocks share a row, and exchange its product. That a block has by itself takes as long.
 constexpr bool FORESEES = TOGETHER;
 // What the lengths of the last steps may differ by, and residuals fall by at least, for the next to be foreseen.
@@ -28,6 +31,7 @@ constexpr float LEAST_LEFT = 1.0f / 64;
 // The numbers of a step that are the same in all threads.
 struct Progress {
   float gamma = 0.0f, inverse_gamma = 0.0f;  // the residual's square
+  float largest = 0.0f;                      // of all of these
   float curvature = 0.0f, alpha = 0.0f, beta = 0.0f;
   float radau;          // the bound of the squared error over the residual's square
   float change = 0.0f;  // of the step's length, relative to the last one; of each before that a quarter
@@ -38,13 +42,13 @@ struct Progress {
 
   // Anew, from a slope that steps led to; no step is foreseen before there were some.
   __device__ __forceinline__ void begin_anew(float ridge) {
-    const float by_slope = added;
+    const float by_slope = added, before = largest;
     *this = Progress(ridge);
-    added = by_slope, change = 1.0f;
+    added = by_slope, largest = before, change = 1.0f;
   }
 
   __device__ __forceinline__ void look(float square, float ridge) {
-    gamma = square;
+    gamma = square, largest = fmaxf(largest, square);
     beta = __fmul_rn(gamma, inverse_gamma);
     radau = next_radau(alpha, beta, ridge);
   }
@@ -62,9 +66,9 @@ struct Progress {
   __device__ __forceinline__ float left() const { return is_foreseen() ? fmaxf(__fmaf_rn(change, change, beta), LEAST_LEFT) : 1.0f; }
   __device__ __forceinline__ float foreseen_length() const { return is_foreseen() ? alpha : 0.0f; }
 
-  // Whether a squared residual makes no error of more than `tolerance` times what the slope adds to the output.
+  // Whether a squared residual makes no error of more than `tolerance` times what the slope adds to the output, or is left of rounding.
   __device__ __forceinline__ bool is_small(float square, float tolerance) const {
-    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, added);
+    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, added) || square <= __fmul_rn(ROUNDED, largest);
   }
 
   // Whether the slope is near enough after the step that was foreseen: by the square of its true residual, and the inner product with
@@ -76,7 +80,7 @@ struct Progress {
     const float ratio = reciprocal_fast(__fsub_rn(1.0f, short_by)), beyond = __fsub_rn(ratio, 1.0f);
     const float next = fmaxf(__fmul_rn(ratio * ratio, square) - __fmul_rn(beyond * beyond, gamma), 0.0f);
     const float error = __fmaf_rn(next_radau(length * ratio, next * inverse, ridge), next, length * ratio * short_by * with_last);
-    return short_by < 1.0f && error <= __fmul_rn(NEAR * NEAR, added);
+    return (short_by < 1.0f && error <= __fmul_rn(NEAR * NEAR, added)) || square <= __fmul_rn(ROUNDED, largest);
   }
 
   __device__ __forceinline__ void advance(float delta, float ridge) {

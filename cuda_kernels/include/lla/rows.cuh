@@ -23,7 +23,7 @@ struct Call {
   int q_len, kv_len, q_heads, group_size, head_dim, value_dim;
   int sequences, num_pages, page_size, window, causal;  // window: 0 for none
   int cu_seqlens_wide, cache_seqlens_wide, cache_leftpad_wide, page_table_wide;
-  int splits, splits_log2, first_row;  // splits_log2: where they are a power of two
+  int rows, splits, splits_log2, first_row;  // splits_log2: where they are a power of two
   int blocks_at_once;  // that the device holds, of the tuned kernel
   float ridge_value;  // where ridge is null
   float scale;

@@ -34,14 +34,10 @@ struct RunOrigin {
 
 // Whether X is multiplied by the roots for its sums on the tensor cores, where all columns of the product are the same. With heads of
 // 128 these have more to do, and many rows took 4 % longer so (on an H200).
-constexpr bool SUMS_ARE_PRODUCTS = D == 64;
-
-// And whether sums of even keys and odd ones are separate until the end, so that they wait less for one another: where blocks share a
-// row there are not the registers.
-constexpr bool SUMS_ARE_HALVES = !SUMS_ARE_PRODUCTS && !TOGETHER;
+constexpr bool SUMS_ARE_PRODUCTS = D == 64 || IN_TURN;
 
 // Sums over keys of X times the roots, of a lane's channels: of each the sum, twice, or, unless they are products, what the lane has
-// of it, in one number or two.
+// of it.
 class RunSums {
   float of[CHANNEL_BLOCKS][4] = {};
 
@@ -55,7 +51,7 @@ class RunSums {
 #pragma unroll
       for (int e = 0; e < 4; e++) {
         const float2 root = widen_pair<false>(roots[e / 2]), weighted = widen_pair<false>(x[e]);
-        sums[e % 2 * 2] += root.x * weighted.x, sums[e % 2 * 2 + SUMS_ARE_HALVES] += root.y * weighted.y;
+        sums[e % 2 * 2] += root.x * weighted.x, sums[e % 2 * 2] += root.y * weighted.y;
       }
     }
   }
@@ -66,7 +62,6 @@ class RunSums {
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; i++) {
       float sum = of[i / 2][i % 2 * 2];
-      if constexpr (SUMS_ARE_HALVES) sum += of[i / 2][i % 2 * 2 + 1];
       if constexpr (!SUMS_ARE_PRODUCTS) {
         sum += __shfl_xor_sync(~0u, sum, 1);
         sum += __shfl_xor_sync(~0u, sum, 2);
@@ -80,10 +75,10 @@ class RunSums {
     const float* shift = shift_of_columns + first_column(thread);
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS; i++) {
-      float *sum = &of[i / 2][i % 2 * 2], *other = sum + 1;
+      float& sum = of[i / 2][i % 2 * 2];
       // Of parts the first lane's.
       const float moved = SUMS_ARE_PRODUCTS || thread % 4 == 0 ? weight * shift[8 * i] : 0.0f;
-      *sum = rescale * (*sum - moved), *other = SUMS_ARE_HALVES ? rescale * *other : *sum;
+      sum = rescale * (sum - moved), of[i / 2][i % 2 * 2 + 1] = sum;
     }
   }
 };

@@ -22,8 +22,11 @@ constexpr int TRANSFORM_THREADS = 32 * TRANSFORM_WARPS;
 constexpr int THREADS = MATRIX_THREADS + TRANSFORM_THREADS;
 constexpr int WARPS = THREADS / 32;
 constexpr int BLOCKS_PER_MULTIPROCESSOR = D == 64 ? 2 : 1;
-constexpr int MATRIX_REGISTERS = 160;  // of a thread, of 256 for a matrix thread and a transform thread
-constexpr int SOLVING_REGISTERS = 208;  // the same of conjugate gradients; transform threads share the row's sums with the rest
+// Whether a block takes rows in turn, the next of which comes and becomes X while the one before is solved.
+constexpr bool IN_TURN = ROWS_IN_TURN;
+// Of a thread, of 256 for a matrix thread and a transform thread; and the same of conjugate gradients, while transform threads only
+// share the row's sums with the rest.
+constexpr int MATRIX_REGISTERS = IN_TURN ? 168 : 160, SOLVING_REGISTERS = IN_TURN ? MATRIX_REGISTERS : 208;
 // Whether a row's blocks solve its system together, each with the moments of its own keys.
 constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
 constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
@@ -51,6 +54,11 @@ constexpr int RUN = TILE * 128;    // all in bytes
 constexpr int SLOT = 2 * RUNS * RUN;
 constexpr int BOXES = TILE / BOX;  // of a run
 static_assert(BOX % 8 == 0 && TILE % BOX == 0 && SLOTS * BOXES <= 32, "a lane brings a box");
+// What conjugate gradients need lies in a slot: the last where rows are taken in turn, so that the tiles of the next one come to the others.
+// In a cluster the last has mail.
+constexpr int SOLVING_SLOT = IN_TURN ? SLOTS - 1 : SLOTS - 2;
+// Tiles of a row that come, and become X, while the row before is solved.
+constexpr int EARLY_TILES = SOLVING_SLOT;
 
 // Where run `run` of the keys, or of the values, lies in a slot, and what columns of X those at `place` are.
 __device__ __forceinline__ constexpr int place_of_run(bool is_value, int run) { return is_value ? run : RUNS + run; }
@@ -62,7 +70,7 @@ constexpr float LAZY_LOG2 = 8.0f;
 // themselves, which memory and power bound, else by three (measured on an H200). Those of the last tile with X may still be read.
 constexpr int SCORES_AHEAD = D == 128 && CONJUGATE_GRADIENTS && !TOGETHER ? 2 : 3;
 constexpr int SCORE_STAGES = 8;
-static_assert(SCORE_STAGES > SCORES_AHEAD + 1);
+static_assert(SCORE_STAGES > SCORES_AHEAD + 1 && SCORE_STAGES > EARLY_TILES);
 static_assert(SLOTS > SCORES_AHEAD + 1, "a tile is brought when the one in its slot is done with");
 
 // In floats. Pairs of adjacent columns of 8 rows, as the tensor cores have them, fall on different banks.
@@ -75,9 +83,32 @@ struct Sums {
   float d1, m, unused[2];
 };
 constexpr int SUMS_FLOATS = sizeof(Sums) / 4;
+// Of rows in turn two, the row's and the next one's.
+constexpr int QUERIES = IN_TURN ? 2 : 1;
+// Accumulators of the values' moments that a thread leaves in shared memory while it solves a row, for want of registers.
+constexpr int PARKED = IN_TURN ? D / 4 : 0;
 constexpr int PARTIAL_FLOATS = 2 * D * D + SUMS_FLOATS;
 constexpr int MAX_PARTS = 16;  // that are merged at a time
 static_assert(CLUSTER <= MAX_PARTS);
+
+// Of conjugate gradients.
+struct Solving {
+  // The vector that the moments are multiplied by, of each warp, and what comes of it, of two steps in turn.
+  alignas(16) LyingVector vectors[MATRIX_WARPS];
+  alignas(16) LyingVector product[2];
+  alignas(16) float curvatures[2][MATRIX_WARPS];
+  // Found by the transform warps where blocks share a row, or a block takes rows in turn: the right-hand side, how far the block's mean
+  // of the keys is from the row's, and from its origin; the block's share of the row's weight, and one over that weight, relative to the
+  // block's maximum.
+  alignas(16) LyingVector right, apart, shift;
+  float share, inverse_weight;
+#if ROWS_IN_TURN
+  // The factor from products of X to units of keys and values, and which row it is.
+  float factor;
+  int item, number;
+  unsigned turn;
+#endif
+};
 
 struct Shared {
   union {
@@ -87,25 +118,28 @@ struct Shared {
       alignas(16) float moments[D][MOMENT_PITCH];
       union {
         Sums parts[MAX_PARTS];
-        alignas(16) float inverse[2][16][INVERSE_PITCH];  // the last two steps' M
+        alignas(16) float inverse[IN_TURN ? D / 16 : 2][16][INVERSE_PITCH];  // the last two steps' M, or of all steps
       };
     };
-    // Of conjugate gradients: the block of the moments below the diagonal, the vector that they are multiplied by, of each
-    // warp, and what comes of it, of two steps in turn
+    // Of conjugate gradients: the block of the moments below the diagonal and, of rows in turn, what of a row's moments waits for its slope.
     struct {
-      float below[64][68];
-      alignas(16) LyingVector vectors[MATRIX_WARPS];
-      alignas(16) LyingVector product[2];
-      alignas(16) float curvatures[2][MATRIX_WARPS];
-      // Where blocks share a row, found by the transform warps: the right-hand side, how far the block's mean of the keys is from the
-      // row's, and from its origin; the block's share of the row's weight, and one over that weight, relative to the block's maximum.
-      alignas(16) LyingVector right, apart, shift;
-      float share, inverse_weight;
+      unsigned char tiles[SOLVING_SLOT][SLOT];
+      union {
+        float below[D == 128 ? 64 : 1][68];
+        alignas(16) float4 parked[IN_TURN ? PARKED / 4 : 1][MATRIX_THREADS];
+      };
+#if !ROWS_IN_TURN
+      Solving solving;
+#endif
     };
   };
-  alignas(1024) unsigned char query[RUNS][VECTOR];
+#if ROWS_IN_TURN
+  Solving solving;
+#endif
+  alignas(1024) unsigned char query[QUERIES * RUNS][VECTOR];
   union {
-    alignas(16) float staged[2][TRANSFORM_WARPS][2 * D];
+    // Of the groups and then the warps, or of the warps alone.
+    alignas(16) float staged[GROUPS + TRANSFORM_WARPS][2 * D];
     alignas(16) float output[WARPS][D];
   };
   // The last two shifts of the origin, in turn, with the sums of the rounded w (k - k0) and w (v - v0) before each,
@@ -119,7 +153,9 @@ struct Shared {
   alignas(16) float sums[2 * D];
   alignas(16) float slope[D];  // the right-hand side, before the last step
   alignas(16) Sums own;    // of the block's keys
+#if !ROWS_IN_TURN
   alignas(16) Sums total;  // of all that were merged
+#endif
   alignas(16) float scores[SCORE_STAGES][TILE];
   float warp_d1[2][TRANSFORM_WARPS];
   float rescale[SLOTS];
@@ -132,6 +168,16 @@ struct Shared {
   unsigned exact;         // the scale is that of the largest number of all
   unsigned is_last;
   unsigned solved_by_steps;
+#if ROWS_IN_TURN
+  // Of rows in turn: the one whose tiles are taken, or -1 after the last, which it is of the block's, and how many were before; the next
+  // one; which of the block's steps have not solved, by their numbers; and whether those are taken once more, to be factored.
+  int item, number;
+  unsigned turn;
+  struct {
+    int item, number, begin, first, end, batch, kv_head;
+  } next;
+  unsigned unsolved, by_factor;
+#endif
   unsigned tag, blocks;  // of the row's mail, and that share the row
 #if MAIL_IN_SHARED
   unsigned long long mail[MOST_IN_CLUSTER][D + 2];  // of exchange 0, while rings are in use
@@ -147,9 +193,16 @@ struct Shared {
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
   unsigned long long given;   // the columns that the first matrix warpgroup lacks
+#if ROWS_IN_TURN
+  unsigned long long begun, ended;  // of rows in turn: the next one's first tiles are asked for, and one is solved
+#endif
   unsigned long long synced;  // of BlockMeeting
 };
-static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
+#ifdef FOR_RACECHECK
+static_assert(sizeof(Shared) <= SHARED_BYTES, "lla.py asks for less");
+#else
+static_assert(sizeof(Shared) + (IN_TURN ? 1024 : 0) == SHARED_BYTES, "lla.py asks for another size; of rows in turn racecheck needs more");
+#endif
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));
 
 // Hardware barriers; 0 is the block's.

@@ -11,8 +11,9 @@ static_assert(MOST_STEPS + 2 < MOST_EXCHANGES, "each has an exchange, after that
 
 __device__ __forceinline__ void meet_matrix_warps() { barrier_sync(MATRIX, MATRIX_THREADS); }
 
-__device__ __forceinline__ float query_at(const Shared& shared, int column) {
-  return widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[column / 64])[column % 64]);
+// run: the query's first, where there are several.
+__device__ __forceinline__ float query_at(const Shared& shared, int column, int run = 0) {
+  return widen<BFLOAT>(reinterpret_cast<const half_bits*>(shared.query[run + column / 64])[column % 64]);
 }
 
 // Of the block's keys; the kernel's own.
@@ -55,26 +56,34 @@ __device__ __forceinline__ float receive_row(const Exchange& exchange, int threa
 static_assert(!TOGETHER || ROW_BLOCKS == 1);
 struct Rows {
   float of[ROW_BLOCKS];
-  float curvature;  // of the warp's rows, in all lanes, if it was asked for
+  float curvature;  // the vector's inner product with the warp's rows, in all lanes, if it was asked for
 };
 
+// A warp's instructions follow one another as they are written here: what lanes give each other is waited for together.
 template <bool WITH_CURVATURE>
 __device__ __forceinline__ Rows multiply_rows_of_warp(LyingVector& vector, const float* moments, int thread) {
-  Rows rows;
+  RowSums sums[ROW_BLOCKS];
+  Rows rows = {};
 #pragma unroll
   for (int b = 0; b < ROW_BLOCKS; b++) {
-    const Product product = multiply<WITH_CURVATURE>(vector, moments + b * D / 2, thread, b * 64);
-    rows.of[b] = product.y;
-    rows.curvature = b == 0 ? product.curvature : rows.curvature + product.curvature;
+    sums[b].multiply(vector, moments + b * D / 2, thread);
+    if constexpr (WITH_CURVATURE) rows.curvature += sums[b].with_vector(vector, thread, b * 64);
   }
-  if constexpr (WITH_CURVATURE) rows.curvature = sum_of_lanes(rows.curvature);
+#pragma unroll
+  for (int i = 0; i < (WITH_CURVATURE ? SUM_EXCHANGES : ROW_EXCHANGES); i++) {
+    if constexpr (WITH_CURVATURE) rows.curvature += __shfl_xor_sync(~0u, rows.curvature, 16 >> i);
+#pragma unroll
+    for (int b = 0; b < ROW_BLOCKS && i < ROW_EXCHANGES; b++) sums[b].exchange(i, thread);
+  }
+#pragma unroll
+  for (int b = 0; b < ROW_BLOCKS; b++) rows.of[b] = sums[b].row;
   return rows;
 }
 
 // The lane's entries of a product whose rows all warps have, through shared memory, where they are read until the exchange after next.
 // Waits for all warps.
 __device__ __forceinline__ Entries gather_rows(Shared& shared, int thread, int number, const float (&rows)[ROW_BLOCKS]) {
-  LyingVector& product = shared.product[number % 2];
+  LyingVector& product = shared.solving.product[number % 2];
   if (thread % 4 < 2) {
 #pragma unroll
     for (int b = 0; b < ROW_BLOCKS; b++) entry_of_row(product, b * 64 + row_of_product(thread)) = rows[b];
@@ -101,24 +110,6 @@ __device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange&
   }
 }
 
-// The same, and the inner product with the vector x that was multiplied.
-__device__ __forceinline__ Entries exchange_product(Shared& shared, const Exchange& exchange, int thread, int number, const Rows& product, const Entries& x, float& curvature) {
-  if constexpr (TOGETHER) {
-    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product);
-    curvature = inner_product(x, rows);
-    return rows;
-  } else {
-    float(&of_warps)[MATRIX_WARPS] = shared.curvatures[number % 2];
-    if (thread % 32 == 0) of_warps[thread / 32] = product.curvature;
-    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product);
-    float sums[4];
-#pragma unroll
-    for (int w = 0; w < MATRIX_WARPS; w++) sums[w % 4] = w < 4 ? of_warps[w] : sums[w % 4] + of_warps[w];
-    curvature = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    return rows;
-  }
-}
-
 // Whether blocks share a row through the second-level cache.
 constexpr bool THROUGH_CACHE = TOGETHER && !IN_CLUSTER;
 
@@ -126,27 +117,23 @@ constexpr bool THROUGH_CACHE = TOGETHER && !IN_CLUSTER;
 struct Iterate {
   Entries x = {}, r, p = {}, s = {};
   Progress progress;
+  float square = -minus_infinity();  // of the slope's true residual, when it was last looked at
 
   __device__ __forceinline__ Iterate(const Entries& right, float ridge) : r(right), progress(ridge) {}
 
-  // With the slope's true residual, if that is for a step's length that was foreseen and wrong. Else rounding leaves it, and NaN ends
-  // the steps.
-  __device__ __forceinline__ void begin_anew(const Entries& residual, float ridge) {
-    const bool was_foreseen = progress.is_foreseen();
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) r.of[e] = was_foreseen ? residual.of[e] : quiet_nan();
-    p = s = {}, progress.begin_anew(ridge);
-  }
+  // With the slope's true residual, where that is not small: a step's length was foreseen and wrong, or the residual of the recurrences has
+  // drifted from it, as with keys along a few directions.
+  __device__ __forceinline__ void begin_anew(const Entries& residual, float ridge) { r = residual, p = s = {}, progress.begin_anew(ridge); }
 };
 
-// Until the slope is thought to be near enough: whether it was after MOST_STEPS. Then it is beyond what has that residual by a step that
+// Where blocks share a row: until the slope is thought to be near enough, whether it was after MOST_STEPS. Then it is beyond what has that residual by a step that
 // was foreseen, if one was. complete(y, x): what blocks that share a row make of the lane's row of a product
 // with x. number: of the first exchange, then of the next.
 template <class Complete>
-__device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& exchange, const float* moments, const Complete& complete, float ridge,
+__device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchange& exchange, const float* moments, const Complete& complete, float ridge,
                                            int thread, Iterate& at, int& number) {
   const int lane = thread % 32;
-  LyingVector& vector = shared.vectors[thread / 32];
+  LyingVector& vector = shared.solving.vectors[thread / 32];
   Entries &x = at.x, &r = at.r, &p = at.p, &s = at.s;
   Progress& progress = at.progress;
   bool small = false, likely = false;  // likely: that this residual is small
@@ -156,11 +143,9 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     const auto multiply = [&] {
       entries_of_lane(vector, lane) = r;
       __syncwarp();
-      product = multiply_rows_of_warp<!TOGETHER>(vector, moments, thread);
-      if constexpr (TOGETHER) {
-        product.of[0] = complete(product.of[0], r);
-        send_row(exchange, thread, number, 0, product.of[0]);
-      }
+      product = multiply_rows_of_warp<false>(vector, moments, thread);
+      product.of[0] = complete(product.of[0], r);
+      send_row(exchange, thread, number, 0, product.of[0]);
     };
     const auto look = [&] {
       progress.look(inner_product(r, r), ridge);
@@ -186,9 +171,8 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
     if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
     // As the residual fell last.
     likely = THROUGH_CACHE && __any_sync(~0u, progress.beta > 0.0f && progress.is_small(progress.beta * progress.left() * progress.gamma, TOLERANCE));
-    float curvature;
-    Entries w = exchange_product(shared, exchange, thread, number, product, r, curvature);
-    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature), ridge);
+    Entries w = exchange_rows(shared, exchange, thread, number, 0, product);
+    progress.advance(__fmaf_rn(ridge, progress.gamma, inner_product(r, w)), ridge);
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) {
       w.of[e] = __fmaf_rn(ridge, r.of[e], w.of[e]);
@@ -211,6 +195,43 @@ __device__ __forceinline__ bool take_steps(Shared& shared, const Exchange& excha
   return small;
 }
 
+// The same where a block has its row to itself, and no step is foreseen.
+__device__ __forceinline__ bool take_steps_alone(Shared& shared, const Exchange& exchange, const float* moments, float ridge, int thread, Iterate& at, int& number) {
+  const int lane = thread % 32;
+  LyingVector& vector = shared.solving.vectors[thread / 32];
+  Entries &x = at.x, &r = at.r, &p = at.p, &s = at.s;
+  Progress& progress = at.progress;
+#pragma unroll 1
+  while (true) {
+    entries_of_lane(vector, lane) = r;
+    __syncwarp();
+    // Beside the product, whose sums come between these instructions.
+    progress.look(inner_product(r, r), ridge);
+    const Rows product = multiply_rows_of_warp<true>(vector, moments, thread);
+    // The same in all lanes, as the compiler sees by this.
+    const bool small = __any_sync(~0u, progress.is_small(progress.gamma, TOLERANCE));
+    const bool ends = small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS;
+    // The last product is in vain. Where warps wait for each other more than they compute, whether it is comes with it (measured on an H200).
+    if (ROW_BLOCKS > 1 && ends) return small;
+    float(&of_warps)[MATRIX_WARPS] = shared.solving.curvatures[number % 2];
+    if (lane == 0) of_warps[thread / 32] = product.curvature;
+    Entries w = exchange_rows(shared, exchange, thread, number++, 0, product);
+    if (ROW_BLOCKS == 1 && ends) return small;
+    float sums[4];
+#pragma unroll
+    for (int warp = 0; warp < MATRIX_WARPS; warp++) sums[warp % 4] = warp < 4 ? of_warps[warp] : sums[warp % 4] + of_warps[warp];
+    progress.advance(__fmaf_rn(ridge, progress.gamma, (sums[0] + sums[1]) + (sums[2] + sums[3])), ridge);
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) {
+      w.of[e] = __fmaf_rn(ridge, r.of[e], w.of[e]);
+      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w.of[e]);
+      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
+      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
+      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
+    }
+  }
+}
+
 __device__ __forceinline__ Entries residual_of(const Entries& right, float ridge, const Entries& x, const Entries& product) {
   Entries residual;
 #pragma unroll
@@ -218,8 +239,12 @@ __device__ __forceinline__ Entries residual_of(const Entries& right, float ridge
   return residual;
 }
 
-// Whether the slope that take_steps led to is near enough, of which this is the residual; `last` is what take_steps left in r.
-__device__ __forceinline__ bool is_near(const Progress& progress, const Entries& residual, const Entries& last, float ridge) {
+// Whether the slope that steps led to is near enough, of which this is the residual; `last` is what take_steps_together left in r. Where
+// steps were taken anew, and it is not much smaller than before, rounding leaves it: where one key outweighs many others. A factorisation in
+// float32 leaves as much.
+__device__ __forceinline__ bool is_near(Iterate& at, const Entries& residual, const Entries& last, float ridge) {
   const float square = inner_product(residual, residual), with_last = FORESEES ? inner_product(residual, last) : 0.0f;
-  return __any_sync(~0u, progress.is_near(square, with_last, ridge));
+  const bool is_rounding = !(at.progress.foreseen_length() > 0.0f) && square > 0.25f * at.square;
+  at.square = square;
+  return __any_sync(~0u, at.progress.is_near(square, with_last, ridge) || is_rounding);
 }

@@ -31,9 +31,10 @@ __device__ __forceinline__ Entries& entries_of_lane(LyingVector& vector, int lan
 }
 
 // Of all lanes, in each of them and to the same bits.
+constexpr int SUM_EXCHANGES = 5;
 __device__ __forceinline__ float sum_of_lanes(float x) {
 #pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(~0u, x, lanes);
+  for (int i = 0; i < SUM_EXCHANGES; i++) x += __shfl_xor_sync(~0u, x, 16 >> i);
   return x;
 }
 
@@ -72,44 +73,50 @@ __device__ __forceinline__ void pair_lanes(float* keys, int lane, bool back) {
 // Of the product, a lane has the first or the second of its own rows, as does the lane two further on.
 __device__ __forceinline__ int row_of_product(int thread) { return upper_row(thread) + 8 * (thread % 2); }
 
-struct Product {
-  float y;                 // of the lane's row
-  float curvature = 0.0f;  // what the lane has of the vector times the product, of the warp's rows
-};
+// What a lane has of the products of its rows, upper_row and that 8 further on, and of those of the other lane if they are paired; then,
+// from one exchange between lanes to the next, of one row.
+constexpr int ROW_EXCHANGES = PAIRED ? 3 : 2;
+struct RowSums {
+  float upper, lower, upper_of_other, lower_of_other;
+  float row;  // after ROW_EXCHANGES
 
-// The moments of 64 keys' channels, or fewer, from row `first` on, times a vector. Sums that do not wait for one another hide each
-// other's latency.
-template <bool WITH_CURVATURE>
-__device__ __forceinline__ Product multiply(LyingVector& vector, const float* moments, int thread, int first = 0) {
-  constexpr int ROWS = PAIRED ? 4 : 2;
-  const float4* quads = reinterpret_cast<const float4*>(vector[thread % VECTOR_RUNS]);
-  float sums[ROWS][2] = {};
+  // The moments of 64 keys' channels, or fewer, times a vector. Sums that do not wait for one another hide each other's latency.
+  __device__ __forceinline__ void multiply(const LyingVector& vector, const float* moments, int thread) {
+    constexpr int ROWS = PAIRED ? 4 : 2;
+    const float4* quads = reinterpret_cast<const float4*>(vector[thread % VECTOR_RUNS]);
+    float sums[ROWS][2] = {};
 #pragma unroll
-  for (int quad = 0; quad < 4; quad++) {
-    const float4 x = quads[quad];
+    for (int quad = 0; quad < 4; quad++) {
+      const float4 x = quads[quad];
 #pragma unroll
-    for (int pair = 0; pair < ROWS; pair += 2) {
-      const float* keys = moments + 16 * pair + 8 * quad;
+      for (int pair = 0; pair < ROWS; pair += 2) {
+        const float* keys = moments + 16 * pair + 8 * quad;
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        sums[pair + h][0] += keys[2 * h] * x.x, sums[pair + h][1] += keys[2 * h + 1] * x.y;
-        sums[pair + h][0] += keys[4 + 2 * h] * x.z, sums[pair + h][1] += keys[4 + 2 * h + 1] * x.w;
+        for (int h = 0; h < 2; h++) {
+          sums[pair + h][0] += keys[2 * h] * x.x, sums[pair + h][1] += keys[2 * h + 1] * x.y;
+          sums[pair + h][0] += keys[4 + 2 * h] * x.z, sums[pair + h][1] += keys[4 + 2 * h + 1] * x.w;
+        }
       }
     }
+    upper = sums[0][0] + sums[0][1], lower = sums[1][0] + sums[1][1];
+    if constexpr (PAIRED) upper_of_other = sums[2][0] + sums[2][1], lower_of_other = sums[3][0] + sums[3][1];
   }
-  Product product;
-  const int upper = first + upper_row(thread);
-  float of_upper = sums[0][0] + sums[0][1], of_lower = sums[1][0] + sums[1][1];
-  if constexpr (WITH_CURVATURE) product.curvature = entry_of_row(vector, upper) * of_upper + entry_of_row(vector, upper + 8) * of_lower;
-  if constexpr (PAIRED) {
-    const float upper_of_other = sums[2][0] + sums[2][1], lower_of_other = sums[3][0] + sums[3][1];
-    if constexpr (WITH_CURVATURE)
-      product.curvature += entry_of_row(vector, upper ^ 1) * upper_of_other + entry_of_row(vector, (upper ^ 1) + 8) * lower_of_other;
-    of_upper += __shfl_xor_sync(~0u, upper_of_other, PAIRED_LANE);
-    of_lower += __shfl_xor_sync(~0u, lower_of_other, PAIRED_LANE);
+
+  // What the lane has of the vector's inner product with the product; before exchanges. first: the first of the rows' block.
+  __device__ __forceinline__ float with_vector(LyingVector& vector, int thread, int first) const {
+    const int row = first + upper_row(thread);
+    float sum = entry_of_row(vector, row) * upper + entry_of_row(vector, row + 8) * lower;
+    if constexpr (PAIRED) sum += entry_of_row(vector, row ^ 1) * upper_of_other + entry_of_row(vector, (row ^ 1) + 8) * lower_of_other;
+    return sum;
   }
-  const bool second = thread % 2;
-  const float y = (second ? of_lower : of_upper) + __shfl_xor_sync(~0u, second ? of_upper : of_lower, 1);
-  product.y = y + __shfl_xor_sync(~0u, y, 2);
-  return product;
-}
+
+  __device__ __forceinline__ void exchange(int number, int thread) {
+    const bool second = thread % 2;
+    if (PAIRED && number == 0)
+      upper += __shfl_xor_sync(~0u, upper_of_other, PAIRED_LANE), lower += __shfl_xor_sync(~0u, lower_of_other, PAIRED_LANE);
+    else if (number == ROW_EXCHANGES - 2)
+      row = (second ? lower : upper) + __shfl_xor_sync(~0u, second ? upper : lower, 1);
+    else
+      row += __shfl_xor_sync(~0u, row, 2);
+  }
+};

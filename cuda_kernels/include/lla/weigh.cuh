@@ -11,6 +11,7 @@
 // the first tile's largest number where that is far from 1. Where a later one is too large beside it, the sums come out
 // infinite, and the block takes its keys again with the largest of all.
 
+#include "lla/copies.cuh"
 #include "lla/lanes.cuh"
 #include "lla/runs.cuh"
 #include "lla/scale.cuh"
@@ -74,16 +75,16 @@ __device__ __forceinline__ float staged_d1(const Shared& shared, int which) {
 }
 
 template <int COUNT>
-__device__ __forceinline__ float staged_sum(const Shared& shared, int which, int column) {
+__device__ __forceinline__ float staged_sum(const Shared& shared, int first, int column) {
   float sum = 0.0f;
 #pragma unroll
-  for (int i = 0; i < COUNT; i++) sum += shared.staged[which][i][column];
+  for (int i = 0; i < COUNT; i++) sum += shared.staged[first + i][column];
   return sum;
 }
 
 // What a group has, by its warps.
 __device__ __forceinline__ void stage_group(Shared& shared, int group, const RunSums& sums, float d1_of_group, int thread) {
-  sums.store(shared.staged[0][group], thread);
+  sums.store(shared.staged[group], thread);
   if (thread / 32 % GROUP_WARPS == 0 && thread % 32 == 0) shared.warp_d1[0][group] = d1_of_group;
 }
 
@@ -119,7 +120,7 @@ __device__ __forceinline__ void choose_origin(Shared& shared, unsigned from, con
   // Anew: what is used here alone costs registers elsewhere.
   const int thread = thread_index() - MATRIX_THREADS, warp = thread / 32, lane = thread % 32, kind = thread / D;
   const Lane at(lane);
-  stage(shared.staged[0][warp], at, sums);
+  stage(shared.staged[warp], at, sums);
   d1 = of_all_keys(d1);
   if (lane == 0) shared.warp_d1[0][warp] = d1;
   if (choose) {
@@ -173,11 +174,11 @@ __device__ __forceinline__ void recentre(Shared& shared, unsigned from, const fl
   // The sums before this tile, and those of the tile, in units of keys and values.
   const float d1_of_group = sum_of_lanes(d1);
   stage_group(shared, warp / GROUP_WARPS, sums, d1_of_group, thread);
-  stage(shared.staged[1][warp], at, tile_sums);
+  stage(shared.staged[GROUPS + warp], at, tile_sums);
   tile_d1 = of_all_keys(tile_d1);
   if (lane == 0) shared.warp_d1[1][warp] = tile_d1;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  const float before = staged_sum<GROUPS>(shared, 0, thread), sum = staged_sum<TRANSFORM_WARPS>(shared, 1, thread);
+  const float before = staged_sum<GROUPS>(shared, 0, thread), sum = staged_sum<TRANSFORM_WARPS>(shared, GROUPS, thread);
   const float d1_before = staged_d1<GROUPS>(shared, 0), d1_now = staged_d1<TRANSFORM_WARPS>(shared, 1);
   const float column_scale = inverse_of_scale(shared.inverse_scale[kind]);
   const float shift = (rescale * before + column_scale * sum) * reciprocal_fast(rescale * d1_before + d1_now);
@@ -227,8 +228,45 @@ __device__ __forceinline__ void leave_sums(Shared& shared, const RunSums& sums, 
   }
 }
 
-// One pass over the tiles. Leaves the sums about the origin in shared.sums, their weight and the maximum in shared.own.
-__device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int tiles) {
+// When a tile has come while the row before is solved: asks for another, and gives its scores, for which the matrix warps have no time: in
+// units of log2, -inf for keys that are not seen. Each warp of a group has 16 keys.
+__device__ __forceinline__ void receive_early(Shared& shared, const lla::Call& call, const Maps& maps, int tile, int early, unsigned slot, unsigned query_run) {
+  // Anew: what is used here alone costs registers elsewhere.
+  const int thread = thread_index(), warp = thread / 32 % GROUP_WARPS, lane = thread % 32;
+  mbarrier_wait(shared_address(&shared.raw_full[slot]), 0);
+  const Source from(shared);
+  if (const int next = tile + EARLY_AT_FIRST; next < early && lane < BOXES) bring(shared, call, maps, from, warp, next, next, lane);
+  __syncwarp();
+  // Where the lane has a row of the operands: of the tile's keys, and of the query, which is the first of eight.
+  const int key = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+  const unsigned keys = shared_address(shared.ring) + slot * SLOT + place_of_run(false, 0) * RUN + key * 128 + ((lane / 16 ^ key % 8) << 4);
+  const unsigned query = shared_address(shared.query[query_run]) + lane % 8 * 128 + ((lane / 8 ^ lane % 8) << 4);
+  // Sums that do not wait for one another hide each other's latency.
+  float sums[2][4] = {};
+#pragma unroll
+  for (int half = 0; half < D / 32; half++) {
+    unsigned b[4], a[2][4];
+    load_matrices(b, (query + half / 2 * VECTOR) ^ half % 2 << 6);
+#pragma unroll
+    for (int step = 0; step < 2; step++) load_matrices(a[step], (keys + half / 2 * RUN) ^ (half % 2 * 2 + step) << 5);
+#pragma unroll
+    for (int step = 0; step < 2; step++)
+      multiply_add<BFLOAT>(sums[step][0], sums[step][1], sums[step][2], sums[step][3], a[step], b[2 * step], b[2 * step + 1]);
+  }
+  const float scale_log2 = call.scale * 1.4426950408889634f;
+  if (lane % 4 == 0) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const int in_tile = warp * 16 + lane / 4 + 8 * h, position = shared.begin + tile * TILE + in_tile;
+      shared.scores[tile % SCORE_STAGES][in_tile] = position < shared.first || position >= shared.end ? minus_infinity() : scale_log2 * (sums[0][2 * h] + sums[1][2 * h]);
+    }
+  }
+  arrive_as_warp(shared.scores_full[tile % SCORE_STAGES], lane);
+}
+
+// One pass over the tiles. Leaves the sums about the origin in shared.sums, their weight and the maximum in shared.own. early: tiles at
+// the beginning whose scores are not given by the matrix warps. turn: of the row.
+__device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, const Maps& maps, int tiles, int early, unsigned turn) {
   const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32;
   const int group = thread / 32 / GROUP_WARPS, warp = thread / 32 % GROUP_WARPS;
   const unsigned ring = shared_address(shared.ring);
@@ -286,9 +324,12 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     // To the end, the tile before is the other group's.
     const bool own = tile >= 0 && tile < tiles;
     if (!own && (tile > tiles || tiles == 0)) break;
+    if (IN_TURN && tile >= 0 && tile < early) receive_early(shared, call, maps, tile, early, slot, turn % QUERIES * RUNS);
     const unsigned run = ring + slot * SLOT + warp * RUN;
     const int last = own ? tile : max(tile - 1, 0);
     mbarrier_wait(shared_address(&shared.scores_full[last % SCORE_STAGES]), last / SCORE_STAGES & 1);
+    // Those of the tile before are there then too, unless the other group gives them.
+    if (IN_TURN && tile > 0 && tile <= early) mbarrier_wait(shared_address(&shared.scores_full[tile - 1]), 0);
     const float2* pairs = reinterpret_cast<const float2*>(shared.scores[0]) + lane;
     const float2 pair = pairs[last % SCORE_STAGES * (TILE / 2)];
     const float2 before = pairs[(tile > 0 ? tile - 1 : 0) % SCORE_STAGES * (TILE / 2)];
@@ -324,5 +365,9 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, int
     slot = slot + GROUPS < SLOTS ? slot + GROUPS : slot + GROUPS - SLOTS;
   }
 
+#if ROWS_IN_TURN
+  // The sums of the row before are read until it is solved.
+  if (turn > 0) mbarrier_wait(shared_address(&shared.ended), turn - 1 & 1);
+#endif
   leave_sums(shared, sums, d1, m);
 }

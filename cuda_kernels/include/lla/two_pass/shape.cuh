@@ -82,7 +82,7 @@ struct Shared {
       alignas(16) LyingVector vectors[WARPS];
       alignas(16) LyingVector product[2];
       alignas(16) float curvatures[2][WARPS];
-    };
+    } solving;
   };
   alignas(16) float origin[D];
   alignas(16) float sums[D];   // of the rounded w (k - origin)

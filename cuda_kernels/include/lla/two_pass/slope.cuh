@@ -1,126 +1,32 @@
 #pragma once
-// The slope of a row, (C_kk + ridge I) u = q - kbar: by conjugate gradients on the moments in registers or, where these do not
-// get there, by a Cholesky factorisation in blocks of 16.
+// The slope of a row, (C_kk + ridge I) u = q - kbar: by conjugate gradients on the moments in registers.
 
-#include "lla/blocks.cuh"
 #include "lla/two_pass/shape.cuh"
 #include "lla/steps.cuh"
 
 __device__ __forceinline__ float mean_of(const Shared& shared, int column) { return shared.mean[column]; }
 __device__ __forceinline__ Entries right_side(Shared& shared, int lane) { return right_side_alone(shared, lane); }
 
-// As conjugate gradients take them, or back.
-__device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2], bool back) {
+// As conjugate gradients take them.
+__device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2]) {
 #pragma unroll
-  for (int b = 0; b < ROW_BLOCKS; b++) pair_lanes(c[b], thread_index() % 32, back);
+  for (int b = 0; b < ROW_BLOCKS; b++) pair_lanes(c[b], thread_index() % 32, false);
 }
 
 // By steps, whether they came near enough to the slope; every warp has all of it then. What they found is put into the system once: in
-// float32 the residual of the recurrences may drift from the true one.
+// float32 the residual of the recurrences may drift from the true one. Then the row is factored: with steps that begin anew, all rows of
+// 512 keys took 3 % longer (on an H200).
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, const float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
   const int thread = thread_index(), lane = thread % 32;
   const Exchange exchange(shared, call);
-  LyingVector& vector = shared.vectors[thread / 32];
+  LyingVector& vector = shared.solving.vectors[thread / 32];
   Iterate at(right_side(shared, lane), ridge);
   int number = 1;
-  if (!take_steps(shared, exchange, c[0], nullptr, ridge, thread, at, number)) return false;
+  if (!take_steps_alone(shared, exchange, c[0], ridge, thread, at, number)) return false;
   x = at.x;
   __syncwarp();
   entries_of_lane(vector, lane) = x;
   __syncwarp();
   const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply_rows_of_warp<false>(vector, c[0], thread));
-  return is_near(at.progress, residual_of(right_side(shared, lane), ridge, x, product), at.r, ridge);
-}
-
-__device__ __forceinline__ float* block_at(Shared& shared, int i, int j) { return &shared.moments[i * BLOCK][j * BLOCK]; }
-
-// By the factorisation; nothing is on its way to the ring, whose place it takes. With M = L^-1 of the diagonal blocks, the panels
-// are Q_i = A_ib M^T, and L^-1 and then L^-T are applied to the right side block by block.
-__device__ __forceinline__ void solve_by_factor(Shared& shared, float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
-  constexpr int BLOCKS = D / BLOCK;
-  // Anew: what is derived from it would be kept over the steps.
-  const int thread = thread_index();
-  const int lane = thread % 32, warp = thread / 32;
-  pair_lanes(c, true);
-  const int upper = upper_row(thread), column = thread % 4 * 2;
-#pragma unroll
-  for (int b = 0; b < ROW_BLOCKS; b++)
-#pragma unroll
-    for (int j = 0; j < D / 8; j++)
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        const int row = 64 * b + upper + 8 * h;
-        float2 pair = {c[b][4 * j + 2 * h], c[b][4 * j + 2 * h + 1]};
-        if (row == 8 * j + column) pair.x += ridge;
-        if (row == 8 * j + column + 1) pair.y += ridge;
-        *reinterpret_cast<float2*>(&shared.moments[row][8 * j + column]) = pair;
-      }
-  if (warp == 0) {
-    const Entries right = right_side(shared, lane);
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) shared.slope[column_of_entry(lane, e)] = right.of[e];
-  }
-  meet();
-#pragma unroll 1
-  for (int b = 0; b < BLOCKS; b++) {
-    if (warp == 0) {
-      Tile pivots;
-      pivots.load(block_at(shared, b, b), MOMENT_PITCH);
-      pivots.factor();
-      pivots.store(shared.inverse[b][0], INVERSE_PITCH);
-    }
-    meet();
-#pragma unroll 1
-    for (int i = b + 1 + warp; i < BLOCKS; i += WARPS) {
-      Tile a, m;
-      a.load(block_at(shared, i, b), MOMENT_PITCH);
-      m.load(shared.inverse[b][0], INVERSE_PITCH);
-      multiply(Operand(a), Operand(m)).store(block_at(shared, i, b), MOMENT_PITCH);
-    }
-    if (warp == WARPS - 1) {
-      float y = 0.0f;
-      for (int k = 0; k < BLOCK; k++) y += shared.inverse[b][lane % BLOCK][k] * shared.slope[b * BLOCK + k];
-      __syncwarp();
-      if (lane < BLOCK) shared.slope[b * BLOCK + lane] = y;
-    }
-    meet();
-    int number = 0;
-#pragma unroll 1
-    for (int i = b + 1; i < BLOCKS; i++)
-#pragma unroll 1
-      for (int j = b + 1; j <= i; j++)
-        if (number++ % WARPS == warp) {
-          Tile a, left, right;
-          left.load(block_at(shared, i, b), MOMENT_PITCH);
-          right.load(block_at(shared, j, b), MOMENT_PITCH);
-          a.load(block_at(shared, i, j), MOMENT_PITCH);
-          a.subtract(multiply(Operand(left), Operand(right)));
-          a.store(block_at(shared, i, j), MOMENT_PITCH);
-        }
-    if (thread < D && thread >= (b + 1) * BLOCK) {
-      float sum = 0.0f;
-      for (int k = 0; k < BLOCK; k++) sum += shared.moments[thread][b * BLOCK + k] * shared.slope[b * BLOCK + k];
-      shared.slope[thread] -= sum;
-    }
-    meet();
-  }
-#pragma unroll 1
-  for (int b = BLOCKS - 1; b >= 0; b--) {
-    if (warp == 0) {
-      float y = 0.0f;
-      for (int k = 0; k < BLOCK; k++) y += shared.inverse[b][k][lane % BLOCK] * shared.slope[b * BLOCK + k];
-      __syncwarp();
-      if (lane < BLOCK) shared.slope[b * BLOCK + lane] = y;
-    }
-    meet();
-    if (thread < b * BLOCK) {
-      float sum = 0.0f;
-      for (int k = 0; k < BLOCK; k++) sum += shared.moments[b * BLOCK + k][thread] * shared.slope[b * BLOCK + k];
-      shared.slope[thread] -= sum;
-    }
-    meet();
-  }
-#pragma unroll
-  for (int e = 0; e < ENTRIES; e++) x.of[e] = ridge > 0.0f ? shared.slope[column_of_entry(lane, e)] : quiet_nan();
-  meet();
+  return is_near(at, residual_of(right_side(shared, lane), ridge, x, product), at.r, ridge);
 }
