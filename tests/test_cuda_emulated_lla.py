@@ -10,7 +10,7 @@ from calls import call
 from cases import error_of_rows, hold
 from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, lengths, make, run
 from emulation import LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated, needs_compiler
-from stand_in import on_gpu
+from stand_in import Array, on_gpu
 from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
@@ -141,6 +141,23 @@ def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed):
         assert workspace.partials.size > 64 * 64
         assert np.isnan(workspace.partials).all()
     assert error_of_rows(o.data.astype(np.float64), call(plx.reference, "lla", case, ridge=0.1)).max() <= 1e-2
+
+
+@pytest.mark.parametrize(
+    "sizes, multiprocessors",
+    [
+        (dict(head_dim=64, batch=4, capacity=1100), 8),
+        (dict(head_dim=64, batch=1, capacity=4100), 24),
+        (dict(head_dim=128, batch=2, capacity=1100), 12),
+        (dict(head_dim=64, batch=2, capacity=100), 12),
+    ],
+    ids=["a cluster", "through the cache", "heads of 128", "one block"],
+)
+def test_steps_find_no_slope_without_a_ridge(sizes, multiprocessors):
+    case = make(kv_heads=1, **sizes)
+    ridge = Array(np.zeros(case.q.shape[:3], np.float32))
+    (o,) = run("lla", case, (9, 0), (RANDOM_LATE,), multiprocessors, ridge=ridge, solver="cg")
+    assert np.isnan(o).all()
 
 
 @pytest.mark.parametrize("dtype", [FLOAT16, BFLOAT16], ids=str)

@@ -9,6 +9,7 @@ from calls import call
 from cases import error_of_rows
 from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, make, run
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
+from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
 from test_cuda_emulated_lla import KEYS
 
@@ -95,6 +96,15 @@ def test_rows_beyond_the_scale_of_their_first_tile_are_taken_again(change):
     results = run("lla", case, (9, 0), orders=(RANDOM_LATE, RANDOM_EARLY), **RUN)
     np.testing.assert_array_equal(*results)
     assert error_of_rows(results[0], expected).max() <= 1e-2
+
+
+def test_rows_without_a_ridge_are_nan_alone():
+    case = make(batch=5, kv_heads=1, capacity=200)
+    (whole,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), **RUN)
+    ridge = np.array([0.1, 0.0, 0.1, -1.0, 0.1], np.float32).reshape(5, 1, 1)
+    (o,) = run("lla", case, (9, 0), orders=(RANDOM_LATE,), **RUN | {"ridge": Array(ridge)})
+    assert np.isnan(o[[1, 3]]).all()
+    np.testing.assert_array_equal(o[[0, 2, 4]], whole[[0, 2, 4]])
 
 
 def test_what_is_seen_of_nan_stays_in_its_row():

@@ -9,6 +9,7 @@ from calls import call
 from cases import error_of_rows
 from emulated_runs import FLOAT16, FLOAT32, hold_in_every_order, lengths, make, run
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
+from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
 from test_cuda_emulated_lla import KEYS
 
@@ -115,6 +116,18 @@ def test_what_is_hidden_changes_no_bit_and_what_is_seen_shows():
             sees[0, rows, :, channels] = True
             assert np.isnan(o[sees]).all()
             np.testing.assert_array_equal(o[~sees], clean[~sees])
+
+
+def test_rows_without_a_ridge_are_nan():
+    case = make(kv_heads=1, capacity=100)
+    (o,) = run(
+        "lla",
+        case,
+        (9, 0),
+        orders=(RANDOM_LATE,),
+        **RUN | {"ridge": Array(np.zeros(case.q.shape[:3], np.float32))},
+    )
+    assert np.isnan(o).all()
 
 
 def test_rows_of_a_page_that_does_not_exist_are_nan():

@@ -54,11 +54,11 @@ constexpr int RUN = TILE * 128;    // all in bytes
 constexpr int SLOT = 2 * RUNS * RUN;
 constexpr int BOXES = TILE / BOX;  // of a run
 static_assert(BOX % 8 == 0 && TILE % BOX == 0 && SLOTS * BOXES <= 32, "a lane brings a box");
-// What conjugate gradients need lies in a slot: the last where rows are taken in turn, so that the tiles of the next one come to the others.
-// In a cluster the last has mail.
-constexpr int SOLVING_SLOT = IN_TURN ? SLOTS - 1 : SLOTS - 2;
+// What conjugate gradients need lies in a slot, or from one on: where rows are taken in turn in the last, so that the tiles of the next one
+// come to the others; the last has mail in a cluster.
+constexpr int SOLVING_SLOT = IN_TURN ? SLOTS - 1 : 1;
 // Tiles of a row that come, and become X, while the row before is solved.
-constexpr int EARLY_TILES = SOLVING_SLOT;
+constexpr int EARLY_TILES = SLOTS - 1;
 
 // Where run `run` of the keys, or of the values, lies in a slot, and what columns of X those at `place` are.
 __device__ __forceinline__ constexpr int place_of_run(bool is_value, int run) { return is_value ? run : RUNS + run; }

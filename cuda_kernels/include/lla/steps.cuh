@@ -119,7 +119,11 @@ struct Iterate {
   Progress progress;
   float square = -minus_infinity();  // of the slope's true residual, when it was last looked at
 
-  __device__ __forceinline__ Iterate(const Entries& right, float ridge) : r(right), progress(ridge) {}
+  // Without a ridge no slope is near enough.
+  __device__ __forceinline__ Iterate(const Entries& right, float ridge) : r(right), progress(ridge) {
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) r.of[e] = ridge > 0.0f ? r.of[e] : quiet_nan();
+  }
 
   // With the slope's true residual, where that is not small: a step's length was foreseen and wrong, or the residual of the recurrences has
   // drifted from it, as with keys along a few directions.

@@ -267,14 +267,13 @@ __device__ __forceinline__ void receive_early(Shared& shared, const lla::Call& c
 // One pass over the tiles. Leaves the sums about the origin in shared.sums, their weight and the maximum in shared.own. early: tiles at
 // the beginning whose scores are not given by the matrix warps. turn: of the row.
 __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, const Maps& maps, int tiles, int early, unsigned turn) {
-  const int thread = thread_index() - MATRIX_THREADS, lane = thread % 32;
+  const int thread = thread_index() - MATRIX_THREADS, lane_of_thread = thread % 32;
   const int group = thread / 32 / GROUP_WARPS, warp = thread / 32 % GROUP_WARPS;
   const unsigned ring = shared_address(shared.ring);
 
   float scale = 1.0f;
-  const bool exact = shared.exact;
-  if (exact) {
-    const Lane at(lane);
+  if (shared.exact) {
+    const Lane at(lane_of_thread);
     note_largest(shared, at, largest_of_all(shared, call, at, thread / 32));
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
     scale = scale_of(shared.largest[is_value_run(thread)], TIGHT, 1.0f);
@@ -292,11 +291,11 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
     const float rescale = exp2_fast(m - largest);
     const bool is_first = m == minus_infinity();
     m = largest;
-    const Lane at(lane);
+    const Lane at(thread_index() % 32);
     const float* scores = &shared.scores[tile % SCORE_STAGES][warp * WARP_KEYS + 4 * at.sub_key];
     const unsigned from = ring + tile % SLOTS * SLOT + at.place(warp);
     if (is_first) {
-      choose_origin(shared, from, scores, m, !exact, scale, origin);
+      choose_origin(shared, from, scores, m, !shared.exact, scale, origin);
       return 1.0f;
     }
     // The moments follow a shift when its tile reaches them. The last but one, in whose place this comes, was of a tile
@@ -323,6 +322,8 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
     delay();
     // To the end, the tile before is the other group's.
     const bool own = tile >= 0 && tile < tiles;
+    // Anew where registers are short.
+    const int lane = IN_TURN && !BFLOAT ? thread_index() % 32 : lane_of_thread;
     if (!own && (tile > tiles || tiles == 0)) break;
     if (IN_TURN && tile >= 0 && tile < early) receive_early(shared, call, maps, tile, early, slot, turn % QUERIES * RUNS);
     const unsigned run = ring + slot * SLOT + warp * RUN;
