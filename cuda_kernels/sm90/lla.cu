@@ -179,6 +179,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if constexpr (TOGETHER) shared.blocks = clusters * CLUSTER;
 #if ROWS_IN_TURN
     shared.item = item, shared.number = number, shared.turn = 0, shared.unsolved = shared.by_factor = 0;
+    mbarrier_init(shared_address(&shared.taken), 4 * OF_WARP);
     mbarrier_init(shared_address(&shared.begun), TRANSFORM_WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.ended), MATRIX_WARPS * OF_WARP);
 #endif

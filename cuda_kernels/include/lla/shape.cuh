@@ -194,15 +194,12 @@ struct Shared {
   unsigned long long met, solved, panelled;
   unsigned long long given;   // the columns that the first matrix warpgroup lacks
 #if ROWS_IN_TURN
-  unsigned long long begun, ended;  // of rows in turn: the next one's first tiles are asked for, and one is solved
+  // Of rows in turn: the first matrix warpgroup has those columns; the next row's first tiles are asked for; and one is solved.
+  unsigned long long taken, begun, ended;
 #endif
   unsigned long long synced;  // of BlockMeeting
 };
-#ifdef FOR_RACECHECK
-static_assert(sizeof(Shared) <= SHARED_BYTES, "lla.py asks for less");
-#else
-static_assert(sizeof(Shared) + (IN_TURN ? 1024 : 0) == SHARED_BYTES, "lla.py asks for another size; of rows in turn racecheck needs more");
-#endif
+static_assert(sizeof(Shared) == SHARED_BYTES, "lla.py asks for another size");
 static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * (BLOCKS_PER_MULTIPROCESSOR - 1));
 
 // Hardware barriers; 0 is the block's.

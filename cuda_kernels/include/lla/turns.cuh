@@ -175,8 +175,9 @@ __device__ __forceinline__ void accumulate_in_turn(Shared& shared, const lla::Ca
   float accumulators[D];
   accumulate_all<KEY_COLUMNS>(shared, call, maps, accumulators, tiles_of(shared), early, query_run_of(shared.turn));
   complete_moments<D == 128 && KEY_COLUMNS == 64>(shared, accumulators, thread_index());
-  // The block of moments that the first warpgroup lacked lay there.
-  meet_matrix_warps();
+  // The block of moments that the first warpgroup lacked lay there. Not by a hardware barrier, which is for one place of the program.
+  if (KEY_COLUMNS == 64) come(shared.taken);
+  mbarrier_wait(shared_address(&shared.taken), shared.turn & 1);
 #pragma unroll
   for (int j = 0; j < PARKED / 4; j++)
     shared.parked[j][thread_index()] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
