@@ -20,7 +20,8 @@ constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
 constexpr float NEAR = 1.25f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
 // The squared residual, beside the largest there was, that is left of rounding alone, a few times of it: where one key has all but
 // nothing of the weight, and the slope is long and adds nothing, no smaller one is to be had, nor by a factorisation in float32.
-constexpr float ROUNDED = 0x1p-42f;
+// Blocks that have heads of 64 and share a row among more than 8 lack the register for it.
+constexpr float ROUNDED = D == 64 && SHARERS > 8 ? 0.0f : 0x1p-42f;
 // Whether a step is foreseen: where blocks share a row, and exchange its product. That a block has by itself takes as long.
 constexpr bool FORESEES = TOGETHER;
 // What the lengths of the last steps may differ by, and residuals fall by at least, for the next to be foreseen.
@@ -68,8 +69,10 @@ struct Progress {
 
   // Whether a squared residual makes no error of more than `tolerance` times what the slope adds to the output, or is left of rounding.
   __device__ __forceinline__ bool is_small(float square, float tolerance) const {
-    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, added) || square <= __fmul_rn(ROUNDED, largest);
+    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, added) || is_rounded(square);
   }
+
+  __device__ __forceinline__ bool is_rounded(float square) const { return ROUNDED > 0.0f && square <= __fmul_rn(ROUNDED, largest); }
 
   // Whether the slope is near enough after the step that was foreseen: by the square of its true residual, and the inner product with
   // the residual before that step. These say how long it should have been, and what residual that would have left.
@@ -80,7 +83,7 @@ struct Progress {
     const float ratio = reciprocal_fast(__fsub_rn(1.0f, short_by)), beyond = __fsub_rn(ratio, 1.0f);
     const float next = fmaxf(__fmul_rn(ratio * ratio, square) - __fmul_rn(beyond * beyond, gamma), 0.0f);
     const float error = __fmaf_rn(next_radau(length * ratio, next * inverse, ridge), next, length * ratio * short_by * with_last);
-    return (short_by < 1.0f && error <= __fmul_rn(NEAR * NEAR, added)) || square <= __fmul_rn(ROUNDED, largest);
+    return (short_by < 1.0f && error <= __fmul_rn(NEAR * NEAR, added)) || is_rounded(square);
   }
 
   __device__ __forceinline__ void advance(float delta, float ridge) {

@@ -126,8 +126,13 @@ struct Iterate {
   }
 
   // With the slope's true residual, where that is not small: a step's length was foreseen and wrong, or the residual of the recurrences has
-  // drifted from it, as with keys along a few directions.
-  __device__ __forceinline__ void begin_anew(const Entries& residual, float ridge) { r = residual, p = s = {}, progress.begin_anew(ridge); }
+  // drifted from it, as with keys along a few directions. For the latter, blocks that share a row lack the registers: NaN ends their steps.
+  __device__ __forceinline__ void begin_anew(const Entries& residual, float ridge) {
+    const bool goes_on = !TOGETHER || progress.is_foreseen();
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) r.of[e] = goes_on ? residual.of[e] : quiet_nan();
+    p = s = {}, progress.begin_anew(ridge);
+  }
 };
 
 // Where blocks share a row: until the slope is thought to be near enough, whether it was after MOST_STEPS. Then it is beyond what has that residual by a step that
@@ -248,7 +253,8 @@ __device__ __forceinline__ Entries residual_of(const Entries& right, float ridge
 // float32 leaves as much.
 __device__ __forceinline__ bool is_near(Iterate& at, const Entries& residual, const Entries& last, float ridge) {
   const float square = inner_product(residual, residual), with_last = FORESEES ? inner_product(residual, last) : 0.0f;
-  const bool is_rounding = !(at.progress.foreseen_length() > 0.0f) && square > 0.25f * at.square;
+  if constexpr (TOGETHER) return __any_sync(~0u, at.progress.is_near(square, with_last, ridge));
+  const bool is_rounding = square > 0.25f * at.square;
   at.square = square;
   return __any_sync(~0u, at.progress.is_near(square, with_last, ridge) || is_rounding);
 }
