@@ -194,8 +194,8 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         cluster = splits if D == 64 and fits else 1
     # Rows whose lengths the device alone knows go to the blocks that are free.
     even = problem.cu_seqlens is None and problem.cache_seqlens is None and problem.cache_leftpad is None
-    few_keys = even and problem.kv_len <= _IN_TURN_KEYS and not layout.split_size
-    in_turn = by_steps and D == 128 and few_keys and rows > at_once
+    short = even and problem.kv_len <= _IN_TURN_KEYS and not layout.split_size
+    in_turn = by_steps and D == 128 and short and rows > at_once
     turns = min(-(-rows // at_once), _MOST_TURNS) if in_turn else 1
     in_cluster = by_steps and cluster > 1
     mailed = by_steps and splits > cluster
@@ -208,6 +208,7 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         READ_ONCE=int(problem.group_size * problem.q_len == 1 and overflows_cache(problem, layout)),
         SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
         MAIL_BYTES=_mail_bytes(splits) * mailed, ROWS_IN_TURN=int(in_turn),
+        MOST_TURNS=_MOST_TURNS * in_turn,
     )  # fmt: skip
     clusters = splits // cluster
     floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0

@@ -10,6 +10,7 @@ from calls import call
 from cases import hold
 from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated
 from stand_in import on_gpu
+from strategies import BFLOAT16, DecodeCase
 
 import parallax_core as plx
 
@@ -33,6 +34,15 @@ def run(operation, case, capability, orders=ORDERS, multiprocessors=12, **extra)
             results.append(o.data.astype(np.float64))
             assert not getattr(workspace, "counters", np.zeros(1)).any()
     return results
+
+
+def with_scores(case, scores):
+    """Keys of chosen scores, in units of log 2, along the query of the first row; in bfloat16."""
+    q, k = case.q.copy(), case.k_cache.copy()
+    norm = np.linalg.norm(q[:, 0, 0], axis=-1)[:, None]
+    for key, score in scores:
+        k[:, key, 0] = score * np.log(2) * np.sqrt(q.shape[-1]) / norm * (q[:, 0, 0] / norm)
+    return DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, case.v_cache)), {})
 
 
 def for_racecheck(monkeypatch):

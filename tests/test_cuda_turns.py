@@ -7,7 +7,7 @@ pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.
 
 from calls import call
 from cases import error_of_rows
-from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, make, run
+from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, make, run, with_scores
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
 from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
@@ -70,12 +70,7 @@ def test_weights_may_grow_while_the_row_before_is_solved(last, most, monkeypatch
     """The origin moves with moments that are not the row's yet; or the tiles are taken anew."""
     monkeypatch.setattr(lla, "_MOST_STEPS", most)
     case = make(batch=5, kv_heads=1, capacity=430, dtype=FLOAT32)
-    q, k = case.q.copy(), case.k_cache.copy()
-    direction = q[:, 0, 0] / np.linalg.norm(q[:, 0, 0], axis=-1, keepdims=True)
-    for key, score in ((65, 10.0), (last, 20.0)):
-        wanted = score * np.log(2) * np.sqrt(128) / np.linalg.norm(q[:, 0, 0], axis=-1)
-        k[:, key, 0] = wanted[:, None] * direction
-    case = DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, case.v_cache)), {})
+    case = with_scores(case, ((65, 10.0), (last, 20.0)))
     expected = call(plx.reference, "lla", case, ridge=0.1)
     results = run("lla", case, (9, 0), orders=(RANDOM_LATE, RANDOM_EARLY), **RUN)
     np.testing.assert_array_equal(*results)

@@ -7,7 +7,7 @@ pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.
 
 from calls import call
 from cases import error_of_rows
-from emulated_runs import FLOAT16, FLOAT32, hold_in_every_order, lengths, make, run
+from emulated_runs import FLOAT16, FLOAT32, hold_in_every_order, lengths, make, run, with_scores
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
 from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
@@ -66,12 +66,7 @@ def test_rows_are_within_a_hundredth_of_the_reference(keys):
 def test_rows_begin_anew_where_weights_grow(last):
     """The largest score of a tile is 2^20 times the first one's, and another tile's is between them."""
     case = make(batch=2, kv_heads=1, capacity=430, dtype=FLOAT32)
-    q, k = case.q.copy(), case.k_cache.copy()
-    direction = q[:, 0, 0] / np.linalg.norm(q[:, 0, 0], axis=-1, keepdims=True)
-    for key, score in ((100, 10.0), (last, 20.0)):
-        wanted = score * np.log(2) * np.sqrt(128) / np.linalg.norm(q[:, 0, 0], axis=-1)
-        k[:, key, 0] = wanted[:, None] * direction
-    case = DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, case.v_cache)), {})
+    case = with_scores(case, ((100, 10.0), (last, 20.0)))
     expected = call(plx.reference, "lla", case, ridge=0.1)
     for o in run("lla", case, (9, 0), orders=(RANDOM_LATE, RANDOM_EARLY), **RUN):
         assert error_of_rows(o, expected).max() <= 1e-2

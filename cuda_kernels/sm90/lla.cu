@@ -121,7 +121,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   Shared& shared = *reinterpret_cast<Shared*>(bytes);
   if (threadIdx.x == 0) prefetch_map(maps.k), prefetch_map(maps.v);
   // No more than the first tiles need, which are asked for as soon as is known where they lie.
-  if (threadIdx.x == MATRIX_THREADS) begin_barriers(shared, 0, AT_FIRST, 1), begin_pass(shared);
+  if (threadIdx.x == MATRIX_THREADS) begin_barriers(shared, 0, AT_FIRST, 1), begin_pass(shared), shared.bad_page = 0;
 #if MAIL_IN_SHARED
   clear_first_mail(shared);
   // Waited for before a block sends the others anything. Here, since the fence in it waits for loads.
@@ -150,8 +150,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
       output_of(call, row)[threadIdx.x] = narrow<BFLOAT>(row.valid ? 0.0f : quiet_nan());
     return;
   }
-  // A box begins where its page allows.
-  const int start = PAGED ? row.first / BOX * BOX : row.first, length = row.end - start;
+  const int start = begin_of_boxes(row), length = row.end - start;
   int share = (length + CLUSTER * TILE - 1) / (CLUSTER * TILE);
   if (clusters > 1) share = lla::divide(share + clusters - 1, clusters);
   const int begin = start + split * share * TILE, end = min(begin + share * TILE, row.end);

@@ -32,8 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (thread < D) output_of(call, row)[thread] = narrow<BFLOAT>(row.valid ? 0.0f : quiet_nan());
     return;
   }
-  // A box begins where its page allows.
-  const int begin = PAGED ? row.first / BOX * BOX : row.first;
+  const int begin = begin_of_boxes(row);
   const Source source = {begin, row.first, row.end, row.batch, row.kv_head, (row.end - begin + TILE - 1) / TILE, 0};
 
   if (brings()) {

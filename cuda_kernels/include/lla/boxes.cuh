@@ -3,6 +3,9 @@
 
 #include "lla/rows.cuh"
 
+// Where the first box of a row begins: where its page allows.
+__device__ __forceinline__ int begin_of_boxes(const lla::Row& row) { return PAGED ? row.first / BOX * BOX : row.first; }
+
 struct Box {
   int outer, place;  // batch or page, and the first key in it
   bool present;

@@ -95,10 +95,10 @@ __device__ __forceinline__ void renew_barriers(Shared& shared, int first, int en
   begin_barriers(shared, first, end, step);
 }
 
-// The rest of what a pass begins with.
+// The rest of what a pass begins with, but for what is found as its tiles are asked for.
 __device__ __forceinline__ void begin_pass(Shared& shared) {
   shared.inverse_scale[0] = shared.inverse_scale[1] = 1.0f, shared.largest[0] = shared.largest[1] = 0;
-  shared.out_of_range = shared.bad_page = 0;
+  shared.out_of_range = 0;
 }
 
 // No one waits on them any more; by a warp.

@@ -17,7 +17,7 @@ __device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
   if (thread < 2 * D) shared.origin[thread] = 0.0f;
   if (thread < 32) {
     end_pass(shared, thread);
-    if (thread == 0) begin_barriers(shared, 0, BARRIERS, 1), begin_pass(shared), shared.exact = 1;
+    if (thread == 0) begin_barriers(shared, 0, BARRIERS, 1), begin_pass(shared), shared.bad_page = 0, shared.exact = 1;
   }
   meet(shared.met, parity);
   barrier_sync(id, threads);

@@ -33,7 +33,7 @@ struct RunOrigin {
 };
 
 // Whether X is multiplied by the roots for its sums on the tensor cores, where all columns of the product are the same. With heads of
-// 128 these have more to do, and many rows took 4 % longer so (on an H200).
+// 128 these have more to do, and many rows took 4 % longer so; but not those in turn, whose early tiles have them to themselves (on an H200).
 constexpr bool SUMS_ARE_PRODUCTS = D == 64 || IN_TURN;
 
 // Sums over keys of X times the roots, of a lane's channels: of each the sum, twice, or, unless they are products, what the lane has

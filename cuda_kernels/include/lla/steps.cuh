@@ -125,6 +125,19 @@ struct Iterate {
     for (int e = 0; e < ENTRIES; e++) r.of[e] = ridge > 0.0f ? r.of[e] : quiet_nan();
   }
 
+  // Takes a step. product: of the moments with the residual; curvature: the inner product of the two.
+  __device__ __forceinline__ void advance(const Entries& product, float curvature, float ridge) {
+    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature), ridge);
+#pragma unroll
+    for (int e = 0; e < ENTRIES; e++) {
+      const float w = __fmaf_rn(ridge, r.of[e], product.of[e]);
+      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w);
+      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
+      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
+      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
+    }
+  }
+
   // With the slope's true residual, where that is not small: a step's length was foreseen and wrong, or the residual of the recurrences has
   // drifted from it, as with keys along a few directions. For the latter, blocks that share a row lack the registers: NaN ends their steps.
   __device__ __forceinline__ void begin_anew(const Entries& residual, float ridge) {
@@ -135,15 +148,15 @@ struct Iterate {
   }
 };
 
-// Where blocks share a row: until the slope is thought to be near enough, whether it was after MOST_STEPS. Then it is beyond what has that residual by a step that
-// was foreseen, if one was. complete(y, x): what blocks that share a row make of the lane's row of a product
+// Where blocks share a row: until the slope is thought to be near enough, whether it was after MOST_STEPS. Then it is beyond what has that
+// residual by a step that was foreseen, if one was. complete(y, x): what blocks that share a row make of the lane's row of a product
 // with x. number: of the first exchange, then of the next.
 template <class Complete>
 __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchange& exchange, const float* moments, const Complete& complete, float ridge,
-                                           int thread, Iterate& at, int& number) {
+                                                    int thread, Iterate& at, int& number) {
   const int lane = thread % 32;
   LyingVector& vector = shared.solving.vectors[thread / 32];
-  Entries &x = at.x, &r = at.r, &p = at.p, &s = at.s;
+  Entries &x = at.x, &r = at.r, &p = at.p;
   Progress& progress = at.progress;
   bool small = false, likely = false;  // likely: that this residual is small
   Rows product;
@@ -180,16 +193,8 @@ __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchan
     if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
     // As the residual fell last.
     likely = THROUGH_CACHE && __any_sync(~0u, progress.beta > 0.0f && progress.is_small(progress.beta * progress.left() * progress.gamma, TOLERANCE));
-    Entries w = exchange_rows(shared, exchange, thread, number, 0, product);
-    progress.advance(__fmaf_rn(ridge, progress.gamma, inner_product(r, w)), ridge);
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) {
-      w.of[e] = __fmaf_rn(ridge, r.of[e], w.of[e]);
-      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w.of[e]);
-      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
-      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
-      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
-    }
+    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product);
+    at.advance(rows, inner_product(r, rows), ridge);
     // Of what lies in shared memory all lanes have read what they need: the barrier is after that, but a cluster has none.
     if constexpr (IN_CLUSTER) __syncwarp();
     number++;
@@ -208,7 +213,7 @@ __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchan
 __device__ __forceinline__ bool take_steps_alone(Shared& shared, const Exchange& exchange, const float* moments, float ridge, int thread, Iterate& at, int& number) {
   const int lane = thread % 32;
   LyingVector& vector = shared.solving.vectors[thread / 32];
-  Entries &x = at.x, &r = at.r, &p = at.p, &s = at.s;
+  const Entries& r = at.r;
   Progress& progress = at.progress;
 #pragma unroll 1
   while (true) {
@@ -224,20 +229,12 @@ __device__ __forceinline__ bool take_steps_alone(Shared& shared, const Exchange&
     if (ROW_BLOCKS > 1 && ends) return small;
     float(&of_warps)[MATRIX_WARPS] = shared.solving.curvatures[number % 2];
     if (lane == 0) of_warps[thread / 32] = product.curvature;
-    Entries w = exchange_rows(shared, exchange, thread, number++, 0, product);
+    const Entries rows = exchange_rows(shared, exchange, thread, number++, 0, product);
     if (ROW_BLOCKS == 1 && ends) return small;
     float sums[4];
 #pragma unroll
     for (int warp = 0; warp < MATRIX_WARPS; warp++) sums[warp % 4] = warp < 4 ? of_warps[warp] : sums[warp % 4] + of_warps[warp];
-    progress.advance(__fmaf_rn(ridge, progress.gamma, (sums[0] + sums[1]) + (sums[2] + sums[3])), ridge);
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) {
-      w.of[e] = __fmaf_rn(ridge, r.of[e], w.of[e]);
-      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w.of[e]);
-      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
-      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
-      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
-    }
+    at.advance(rows, (sums[0] + sums[1]) + (sums[2] + sums[3]), ridge);
   }
 }
 

@@ -12,7 +12,7 @@
 #include "lla/weigh.cuh"
 #include "ptx/dependents.cuh"
 
-constexpr int MOST_TURNS = 32;  // a bit of shared.unsolved for each
+static_assert(MOST_TURNS <= 32, "a bit of shared.unsolved for each");
 
 // The block's next row that sees a key, the number of which is `number` or more; -1 where there is none. Rows that see none get their
 // output; by D threads or more.
@@ -30,7 +30,8 @@ __device__ __forceinline__ int next_item(const lla::Call& call, int& number, int
 // Where the query of a turn lies.
 __device__ __forceinline__ unsigned query_run_of(unsigned turn) { return turn % QUERIES * RUNS; }
 
-__device__ __forceinline__ int tiles_of(const Shared& shared) { return (shared.end - shared.begin + TILE - 1) / TILE; }
+__device__ __forceinline__ int tiles_of(const Source& from) { return (from.end - from.begin + TILE - 1) / TILE; }
+__device__ __forceinline__ int tiles_of(const Shared& shared) { return tiles_of(Source(shared)); }
 
 // All warps come here, between what the transform warps leave and what is solved with it, and wait for the others. A row's meetings are
 // even in number.
@@ -68,8 +69,7 @@ __device__ __forceinline__ void find_next(Shared& shared, const lla::Call& call,
   QueryPiece query;
   query.load(query_of(call, row), thread);
   if (thread == 0) {
-    next.begin = PAGED ? row.first / BOX * BOX : row.first;
-    next.first = row.first, next.end = row.end, next.batch = row.batch, next.kv_head = row.kv_head;
+    next.begin = begin_of_boxes(row), next.first = row.first, next.end = row.end, next.batch = row.batch, next.kv_head = row.kv_head;
   }
   if (thread < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query[query_run_of(turn)])[thread] = query.packed();
   fence_async_proxy();
@@ -83,7 +83,7 @@ __device__ __forceinline__ void bring_next(Shared& shared, const lla::Call& call
   if (lane == 0) renew_barriers(shared, warp, BARRIERS, TRANSFORM_WARPS);
   if (thread == 0) shared.bad_page = 0;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  bring_tiles<0, EARLY_AT_FIRST>(shared, call, maps, from, (from.end - from.begin + TILE - 1) / TILE, warp, lane);
+  bring_tiles<0, EARLY_AT_FIRST>(shared, call, maps, from, tiles_of(from), warp, lane);
 }
 
 // It is the block's row from now on, the one of a turn; by the transform warps.
@@ -91,8 +91,7 @@ __device__ __forceinline__ void begin_next(Shared& shared, unsigned turn) {
   const int thread = thread_index() - MATRIX_THREADS;
   if (thread == 0) {
     const auto& next = shared.next;
-    shared.inverse_scale[0] = shared.inverse_scale[1] = 1.0f, shared.largest[0] = shared.largest[1] = 0;
-    shared.out_of_range = shared.exact = 0;
+    begin_pass(shared), shared.exact = 0;
     shared.begin = next.begin, shared.first = next.first, shared.end = next.end, shared.batch = next.batch, shared.kv_head = next.kv_head;
     shared.item = next.item, shared.number = next.number, shared.turn = turn;
   }

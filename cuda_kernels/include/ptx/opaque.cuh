@@ -18,7 +18,6 @@ __device__ __forceinline__ int block_index() {
 }
 
 __device__ __forceinline__ void make_opaque(unsigned& x) { asm volatile("" : "+r"(x)); }
-__device__ __forceinline__ void make_opaque(float& x) { asm volatile("" : "+f"(x)); }
 
 template <class T>
 __device__ __forceinline__ void make_opaque(T*& x) {
