@@ -37,6 +37,9 @@ _CLUSTER_SHARED_BYTES = 111616
 """Of those that send each other mail through distributed shared memory."""
 _MAIL_WORDS = 384
 """What such a block sends at a time, at most, of 8 bytes each."""
+_MOST_SENDERS, _ADDED_WORDS = 8, 4
+"""Blocks that send each other all rows of a product, which more of them add up sooner (on an H200); and the words
+of such a row."""
 _MOST_TURNS, _IN_TURN_KEYS = 32, 2048
 """Rows that a block takes one after the other, and up to how many keys that is faster (on an H200)."""
 _MOST_STEPS = 64
@@ -207,7 +210,8 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         CLUSTER=cluster, SHARED_BYTES=shared_bytes,
         READ_ONCE=int(problem.group_size * problem.q_len == 1 and overflows_cache(problem, layout)),
         SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
-        MAIL_BYTES=_mail_bytes(splits) * mailed, ROWS_IN_TURN=int(in_turn),
+        MAIL_BYTES=_mail_bytes(splits) * mailed, STEPS_ADDED_UP=int(mailed and splits > _MOST_SENDERS),
+        ROWS_IN_TURN=int(in_turn),
         MOST_TURNS=_MOST_TURNS * in_turn,
     )  # fmt: skip
     clusters = splits // cluster
@@ -245,7 +249,8 @@ def _sm90_defines(problem: Problem, box: int) -> dict[str, int]:
 
 def _mail_bytes(splits: int) -> int:
     """Of a row; the size of the kernel's own structure, which a static assertion compares."""
-    return 8 * (2 * splits * _MAIL_WORDS + 1)
+    rows = _MAIL_WORDS // 3 if splits > _MOST_SENDERS else 1
+    return -(-8 * (2 * splits * _MAIL_WORDS + rows * _ADDED_WORDS + 1) // 128) * 128
 
 
 def _mail(splits_log2: int, multiprocessors: int) -> tuple[int, int]:

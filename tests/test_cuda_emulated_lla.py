@@ -66,13 +66,31 @@ def test_conjugate_gradients_in_every_order_of_their_threads(name, monkeypatch):
     hold_in_every_order(make(**sizes), (9, 0), "cg")
 
 
-def test_mail_of_other_shapes_is_not_mistaken():
+ADDED_UP = "heads of 64, shared by more", "heads of 128, shared, of two lengths", "shared, left to the factorisation"
+
+
+@pytest.fixture
+def steps_are_added_up(monkeypatch):
+    """As they are by more blocks than a test has time for."""
+    monkeypatch.setattr(lla, "_MOST_SENDERS", 1)
+
+
+@pytest.mark.parametrize("name", ADDED_UP)
+def test_products_that_blocks_add_up_are_the_same_in_every_order(name, steps_are_added_up, monkeypatch):
+    sizes, most = STEPS[name]
+    monkeypatch.setattr(lla, "_MOST_STEPS", most)
+    hold_in_every_order(make(**sizes), (9, 0), "cg")
+
+
+@pytest.mark.parametrize("most_senders", [1, 16], ids=["added up", "sent"])
+def test_mail_of_other_shapes_is_not_mistaken(most_senders, monkeypatch):
     """Calls one after another on one workspace, whose rows and heads lie in the same mail."""
+    monkeypatch.setattr(lla, "_MOST_SENDERS", most_senders)
     sizes = (3, 64, 1600), (1, 128, 1100), (2, 128, 1100)
     cases = [make(batch=b, kv_heads=1, capacity=c, head_dim=d, seed=b) for b, d, c in sizes]
     with emulated((9, 0), multiprocessors=6):
         Prepared.order = RANDOM_EARLY
-        for case in (*cases, cases[0]):
+        for case in (*cases, *cases):
             o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
             hold(
                 o, call(plx.reference, "lla", case, ridge=0.1), solved_budget(case, np.full(o.shape[:3], 0.1))
@@ -114,26 +132,30 @@ def along_few_directions(sizes, directions, noise, seed):
 
 # With seeds of keys for which errors would be more than that.
 FORESEEN = {
-    "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 26),
-    "shared through the cache": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0),
+    "shared by a cluster": (dict(head_dim=64, batch=4, capacity=1100), 8, 26, 8),
+    "shared through the cache": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0, 8),
+    "added up": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0, 1),
 }
 
 
 @pytest.mark.parametrize("name", FORESEEN)
-def test_steps_of_another_length_than_was_foreseen_are_found_out(name):
-    sizes, multiprocessors, seed = FORESEEN[name]
+def test_steps_of_another_length_than_was_foreseen_are_found_out(name, monkeypatch):
+    sizes, multiprocessors, seed, most_senders = FORESEEN[name]
+    monkeypatch.setattr(lla, "_MOST_SENDERS", most_senders)
     case = along_few_directions(sizes, 4, 0.1, seed)
     expected = call(plx.reference, "lla", case, ridge=0.1)
     (o,) = run("lla", case, (9, 0), (RANDOM_LATE,), multiprocessors, ridge=0.1, solver="cg")
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
+@pytest.mark.parametrize("most_senders", [1, 8], ids=["added up", "sent"])
 @pytest.mark.parametrize("directions, noise, seed", [(3, 0.1, 28), (5, 0.15, 5)])
-def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed):
+def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed, most_senders, monkeypatch):
     """Of one row the true residual looks small for a step that is foreseen, and is not.
 
     No moments are left to be factored.
     """
+    monkeypatch.setattr(lla, "_MOST_SENDERS", most_senders)
     case = along_few_directions(dict(head_dim=64, batch=1, group=3, capacity=4100), directions, noise, seed)
     with emulated((9, 0), multiprocessors=24) as workspace:
         Prepared.order = RANDOM_LATE
@@ -141,6 +163,21 @@ def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed):
         assert workspace.partials.size > 64 * 64
         assert np.isnan(workspace.partials).all()
     assert error_of_rows(o.data.astype(np.float64), call(plx.reference, "lla", case, ridge=0.1)).max() <= 1e-2
+
+
+@pytest.mark.parametrize("change", ["keys of 30", "a ridge of 1e-8"])
+def test_sums_beyond_the_range_of_whole_numbers_leave_rows_to_the_factorisation(change, steps_are_added_up):
+    """Where the moments are so many times the ridge that a step's product, in units of it, has no room."""
+    case = make(head_dim=128, batch=1, kv_heads=1, capacity=1100, dtype=FLOAT32)
+    ridge, keys = (1e-8, 1.0) if "ridge" in change else (1e-5, 30.0)
+    arrays = case.q / keys, case.r, keys * case.k_cache, case.v_cache
+    case = DecodeCase(*(x.astype(BFLOAT16) for x in arrays), {})
+    expected = call(plx.reference, "lla", case, ridge=ridge)
+    with emulated((9, 0), multiprocessors=12) as workspace:
+        Prepared.order = RANDOM_LATE
+        o = call(plx, "lla", on_gpu(case), ridge=ridge, solver="cg").data.astype(np.float64)
+        assert not np.isnan(workspace.partials).all()
+    assert error_of_rows(o, expected).max() <= 1e-2
 
 
 @pytest.mark.parametrize(

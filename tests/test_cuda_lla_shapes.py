@@ -117,7 +117,7 @@ def test_rows_of_every_cut_have_mail_of_their_own():
     offsets = [lla._mail(log2, 132)[1] for log2 in range(1, 6)]
     for log2, (begin, end) in enumerate(itertools.pairwise(offsets), start=1):
         rows = 2 * 132 >> log2
-        assert end - begin == rows * 8 * (2 * 2**log2 * lla._MAIL_WORDS + 1)
+        assert end - begin == rows * lla._mail_bytes(2**log2)
     assert {lla._mail(log2, 132)[0] for log2 in range(1, 5)} == {offsets[4]}
 
 

@@ -11,7 +11,8 @@
 // shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the
 // second-level cache holds), INDEXED and PACKED (whether there are lengths or paddings, and packed sequences),
 // HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
-// MOST_STEPS (of these), MAIL_BYTES (of a row whose blocks send each other mail). Grid: rows * splits blocks; splits a
+// MOST_STEPS (of these), MAIL_BYTES (of a row whose blocks send each other mail), STEPS_ADDED_UP
+// (whether these add up the products of steps); ROWS_IN_TURN, MOST_TURNS. Grid: rows * splits blocks; splits a
 // power of two and a multiple of CLUSTER.
 
 #include "lla/conjugate.cuh"
@@ -103,8 +104,10 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   // The row's if the block has it to itself, or is alone with a short one.
   shared.own.mean[column] = shared.total.mean[column] = mean;
   if constexpr (TOGETHER) {
-    share_sums(shared, Exchange(shared, call));
+    const Exchange exchange(shared, call);
+    share_sums(shared, exchange);
     meet(shared.met, shared.exact ^ 1);
+    if (ADDED_UP && exchange.split == 0) clear_next(exchange);
   }
   if constexpr (!TOGETHER) prefetch_next(call, maps);
   meet(shared.met, shared.exact ^ !TOGETHER);

@@ -58,6 +58,7 @@ To same_bits(From x) {
 }
 inline float __uint_as_float(unsigned x) { return same_bits<float>(x); }
 inline float __int_as_float(int x) { return same_bits<float>(x); }
+inline long long __float2ll_rn(float x) { return std::llrint(x); }
 inline int __float_as_int(float x) { return same_bits<int>(x); }
 inline unsigned __float_as_uint(float x) { return same_bits<unsigned>(x); }
 inline float __fadd_rn(float a, float b) { return a + b; }

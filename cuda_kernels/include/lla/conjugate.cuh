@@ -41,6 +41,7 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
   float& d1_of_half = shared.warp_d1[0][0];
   if (half == 1) of_half[column] = sum, of_half[D + column] = distance;
   if (half == 1 && column == 0) d1_of_half = d1;
+  if constexpr (ADDED_UP) shared.solving.added[half][column] = 0;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   if (half == 0) {
     const float inverse_d1 = reciprocal_fast(d1 + d1_of_half);
@@ -49,6 +50,13 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
     entry_of_row(shared.solving.shift, column) = shift;
     if (thread == exchange.split) shared.solving.share = inverse_d1 * weight, shared.solving.inverse_weight = inverse_d1 * rescaling(m_here, m);
   }
+}
+
+// Clears the places of the next launch; by the transform warps of one block, as that launch is not there yet, and the last one no more.
+__device__ __forceinline__ void clear_next(const Exchange& exchange) {
+  unsigned long long* words = &exchange.mail->added[(exchange.tag / MOST_EXCHANGES + 1) % 2][0][0];
+#pragma unroll
+  for (int i = thread_index() - MATRIX_THREADS; i < int(sizeof exchange.mail->added[0] / sizeof *words); i += TRANSFORM_THREADS) store_relaxed(words + i, 0ull);
 }
 
 // What makes a block's moments about its origin those about the mean of its keys.
@@ -212,9 +220,9 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
 #pragma unroll 1
   for (int number = 1;; number++) {  // of the exchange
     const Completion complete(shared, thread);
-    bool near;
+    bool near, sent = false;
     if constexpr (TOGETHER)
-      near = take_steps_together(shared, exchange, c + D / 2, complete, ridge, thread, at, number) && number <= MOST_STEPS + 1;
+      near = take_steps_together(shared, exchange, c + D / 2, complete, ridge, thread, at, number, sent) && number <= MOST_STEPS + 1;
     else
       near = take_steps_alone(shared, exchange, c + D / 2, ridge, thread, at, number);
     if (!near) return false;
@@ -238,7 +246,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
     Entries product;
     if constexpr (!TOGETHER) {
-      product = exchange_rows(shared, exchange, thread, number, D, rows);
+      product = gather_rows(shared, thread, number, rows.of);
     } else {
       static_assert(MATRIX_THREADS == 2 * D);
       // In the exchange of this step, whose product is not received.
@@ -261,6 +269,8 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
       output_of(call, row_of_block(shared, call))[column] = narrow<BFLOAT>(o);
       return true;
     }
+    // No place may keep what is not known to have been there.
+    if (ADDED_UP && sent) AddedRow(shared, exchange, thread, number).receive(thread, Unit());
     at.begin_anew(residual, ridge);
   }
 }

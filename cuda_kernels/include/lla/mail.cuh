@@ -16,8 +16,9 @@
 constexpr int MAIL_WORDS = 3 * 128;  // of a block at a time, at most
 constexpr int MOST_EXCHANGES = 128;
 
-struct Mail {
+struct alignas(128) Mail {
   unsigned long long words[2][SHARERS][MAIL_WORDS];
+  unsigned long long added[2][2][ADDED_UP ? 128 : 1];  // of two launches in turn; added.cuh
   unsigned long long uses;
 };
 static_assert(!TOGETHER || IN_CLUSTER || sizeof(Mail) == MAIL_BYTES, "lla.py makes room for another size");

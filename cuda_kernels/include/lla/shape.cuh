@@ -33,6 +33,9 @@ constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
 // And whether they send each other what they need through distributed shared memory, rather than the second-level cache.
 #define MAIL_IN_SHARED (SOLVERS > 1 && CLUSTER > 1)
 constexpr bool IN_CLUSTER = MAIL_IN_SHARED;
+// There, whether they add up the rows of a step's product, or send each other all of them.
+constexpr bool ADDED_UP = STEPS_ADDED_UP;
+static_assert(!ADDED_UP || (TOGETHER && !IN_CLUSTER));
 constexpr int MOST_IN_CLUSTER = 4;
 static_assert(!IN_CLUSTER || (CLUSTER == SOLVERS && CLUSTER <= MOST_IN_CLUSTER), "a cluster has all blocks of a row");
 // Below this many keys a block, merging costs more than it saves.
@@ -102,6 +105,7 @@ struct Solving {
   // block's maximum.
   alignas(16) LyingVector right, apart, shift;
   float share, inverse_weight;
+  unsigned long long added[2][ADDED_UP ? D : 1];  // at the places of added.cuh, before a step
 #if ROWS_IN_TURN
   // The factor from products of X to units of keys and values, and which row it is.
   float factor;

@@ -3,6 +3,7 @@
 //
 // The shape of the kernel comes before this; its Shared has the vectors that go round: `vectors` of each warp, and `product` and `curvatures` of two steps in turn.
 
+#include "lla/added.cuh"
 #include "lla/mail.cuh"
 #include "lla/progress.cuh"
 #include "lla/vectors.cuh"
@@ -92,21 +93,32 @@ __device__ __forceinline__ Entries gather_rows(Shared& shared, int thread, int n
   return entries_of_lane(product, thread % 32);
 }
 
-// The same of a product whose rows all blocks sent: of a cluster's mail each warp has all by itself.
-__device__ __forceinline__ Entries exchange_rows(Shared& shared, const Exchange& exchange, int thread, int number, int first, Rows rows) {
+// A row of a product for all blocks, of step `number`.
+template <class Block>
+__device__ __forceinline__ void send_step(Block& shared, const Exchange& exchange, int thread, int number, float y, const Unit& unit) {
+  if constexpr (ADDED_UP)
+    AddedRow(shared, exchange, thread, number).add(thread, y, unit);
+  else
+    send_row(exchange, thread, number, 0, y);
+}
+
+// The lane's entries of a step's product, of which all blocks send their rows: of a cluster's mail each warp has all by itself.
+template <class Block>
+__device__ __forceinline__ Entries receive_step(Block& shared, const Exchange& exchange, int thread, int number, const Unit& unit) {
   const int lane = thread % 32;
   if constexpr (IN_CLUSTER) {
     float x[ENTRIES * SHARERS];
     exchange.receive(number, x, [&](int i) {
-      return i % SHARERS < exchange.blocks ? exchange.place(number, i % SHARERS, first + column_of_entry(lane, i / SHARERS)) : nullptr;
+      return i % SHARERS < exchange.blocks ? exchange.place(number, i % SHARERS, column_of_entry(lane, i / SHARERS)) : nullptr;
     });
     Entries sum = {};
 #pragma unroll
     for (int i = 0; i < ENTRIES * SHARERS; i++) sum.of[i / SHARERS] += x[i];
     return sum;
+  } else if constexpr (ADDED_UP) {
+    return gather_rows(shared, thread, number, {AddedRow(shared, exchange, thread, number).receive(thread, unit)});
   } else {
-    if constexpr (TOGETHER) rows.of[0] = receive_row(exchange, thread, number, first);
-    return gather_rows(shared, thread, number, rows.of);
+    return gather_rows(shared, thread, number, {receive_row(exchange, thread, number, 0)});
   }
 }
 
@@ -150,24 +162,24 @@ struct Iterate {
 
 // Where blocks share a row: until the slope is thought to be near enough, whether it was after MOST_STEPS. Then it is beyond what has that
 // residual by a step that was foreseen, if one was. complete(y, x): what blocks that share a row make of the lane's row of a product
-// with x. number: of the first exchange, then of the next.
+// with x. number: of the first exchange, then of the next. sent: whether that one's product was sent, which none receives.
 template <class Complete>
 __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchange& exchange, const float* moments, const Complete& complete, float ridge,
-                                                    int thread, Iterate& at, int& number) {
+                                                    int thread, Iterate& at, int& number, bool& sent) {
   const int lane = thread % 32;
   LyingVector& vector = shared.solving.vectors[thread / 32];
   Entries &x = at.x, &r = at.r, &p = at.p;
   Progress& progress = at.progress;
   bool small = false, likely = false;  // likely: that this residual is small
-  Rows product;
+  Unit unit;
 #pragma unroll 1
   while (true) {
     const auto multiply = [&] {
       entries_of_lane(vector, lane) = r;
+      if constexpr (ADDED_UP) unit = Unit(r, ridge);
       __syncwarp();
-      product = multiply_rows_of_warp<false>(vector, moments, thread);
-      product.of[0] = complete(product.of[0], r);
-      send_row(exchange, thread, number, 0, product.of[0]);
+      const float row = multiply_rows_of_warp<false>(vector, moments, thread).of[0];
+      send_step(shared, exchange, thread, number, complete(row, r), unit);
     };
     const auto look = [&] {
       progress.look(inner_product(r, r), ridge);
@@ -193,19 +205,20 @@ __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchan
     if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
     // As the residual fell last.
     likely = THROUGH_CACHE && __any_sync(~0u, progress.beta > 0.0f && progress.is_small(progress.beta * progress.left() * progress.gamma, TOLERANCE));
-    const Entries rows = exchange_rows(shared, exchange, thread, number, 0, product);
+    const Entries rows = receive_step(shared, exchange, thread, number, unit);
     at.advance(rows, inner_product(r, rows), ridge);
     // Of what lies in shared memory all lanes have read what they need: the barrier is after that, but a cluster has none.
     if constexpr (IN_CLUSTER) __syncwarp();
     number++;
   }
+  sent = !(likely && small);
   if constexpr (FORESEES) {
     const float length = small ? progress.foreseen_length() : 0.0f;
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) x.of[e] = __fmaf_rn(length, __fmaf_rn(progress.beta, p.of[e], r.of[e]), x.of[e]);
   }
   // No block may leave before all that is sent to it has come.
-  if constexpr (IN_CLUSTER) exchange_rows(shared, exchange, thread, number, 0, product);
+  if constexpr (IN_CLUSTER) receive_step(shared, exchange, thread, number, unit);
   return small;
 }
 
@@ -229,7 +242,7 @@ __device__ __forceinline__ bool take_steps_alone(Shared& shared, const Exchange&
     if (ROW_BLOCKS > 1 && ends) return small;
     float(&of_warps)[MATRIX_WARPS] = shared.solving.curvatures[number % 2];
     if (lane == 0) of_warps[thread / 32] = product.curvature;
-    const Entries rows = exchange_rows(shared, exchange, thread, number++, 0, product);
+    const Entries rows = gather_rows(shared, thread, number++, product.of);
     if (ROW_BLOCKS == 1 && ends) return small;
     float sums[4];
 #pragma unroll

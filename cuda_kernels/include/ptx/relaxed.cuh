@@ -11,6 +11,10 @@ __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long l
   return x;
 }
 
+__device__ __forceinline__ void add_relaxed(unsigned long long* word, unsigned long long x) {
+  asm volatile("red.relaxed.gpu.global.add.u64 [%0], %1;" ::"l"(word), "l"(x) : "memory");
+}
+
 // Two words of 8 bytes that are one.
 struct alignas(16) Word16 {
   unsigned long long first, second;

@@ -18,7 +18,7 @@ constexpr int ROW_BLOCKS = D / 64;  // of 64 rows of the moments
 constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
 // All warps have moments, and a block has its row to itself.
 constexpr int MATRIX_THREADS = THREADS, MATRIX_WARPS = WARPS;
-constexpr bool TOGETHER = false, IN_CLUSTER = false;
+constexpr bool TOGETHER = false, IN_CLUSTER = false, ADDED_UP = false;
 constexpr int SHARERS = 1;
 #define MAIL_IN_SHARED 0
 constexpr int MOST_IN_CLUSTER = 1;

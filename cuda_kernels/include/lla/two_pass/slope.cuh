@@ -27,6 +27,6 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   __syncwarp();
   entries_of_lane(vector, lane) = x;
   __syncwarp();
-  const Entries product = exchange_rows(shared, exchange, thread, number, 0, multiply_rows_of_warp<false>(vector, c[0], thread));
+  const Entries product = gather_rows(shared, thread, number, multiply_rows_of_warp<false>(vector, c[0], thread).of);
   return is_near(at, residual_of(right_side(shared, lane), ridge, x, product), at.r, ridge);
 }
