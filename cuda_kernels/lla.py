@@ -38,8 +38,8 @@ _CLUSTER_SHARED_BYTES = 111616
 _MAIL_WORDS = 384
 """What such a block sends at a time, at most, of 8 bytes each."""
 _MOST_SENDERS, _ADDED_WORDS = 8, 4
-"""Blocks that send each other all rows of a product, which more of them add up sooner (on an H200); and the words
-of such a row."""
+"""Blocks that send each other all rows of a product, which more of them add up sooner (on an H200); and the
+words of such a row."""
 _MOST_TURNS, _IN_TURN_KEYS = 32, 2048
 """Rows that a block takes one after the other, and up to how many keys that is faster (on an H200)."""
 _MOST_STEPS = 64

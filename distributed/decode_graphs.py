@@ -12,6 +12,18 @@ HOST_CALLS = 300
 # Seconds of calls before those: a processor that waited for the device comes to its clock in milliseconds.
 HOST_WARM_UP = 0.01
 
+# Of waiting on the device before a turn: more than the host takes to launch its graph. That is some 30
+# microseconds, which an idle device would spend after the first event.
+BUSY_NANOSECONDS = 300_000
+_WAIT = r"""
+extern "C" __global__ void wait(long long nanoseconds) {
+    long long begin, now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    while (now - begin < nanoseconds);
+}
+"""
+
 # Far more than an L2 holds, and the same for every point, whose fractions are of what the memory can do.
 READ_BYTES = 1 << 30
 # 512 threads with 8 loads of 16 bytes in flight each: as many as it takes to cover the latency of HBM.
@@ -49,6 +61,13 @@ class _GraphTimer:
 
         return self.prepare([read], 4), READ_BYTES
 
+    def _keep_busy(self, stream: int) -> None:
+        """Let a stream wait, so that what is timed next is in its queue before it begins. stream: its address."""
+        import cupy
+
+        with cupy.cuda.ExternalStream(stream):
+            _waiter()((1,), (1,), (BUSY_NANOSECONDS,))
+
     def host(self, function):
         """The median of single calls: the queue of launches is empty before the first and deeper than all."""
         end = time.perf_counter() + HOST_WARM_UP
@@ -83,6 +102,7 @@ class TorchTimer(_GraphTimer):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
 
         def turn() -> float:
+            self._keep_busy(self._current_stream())
             start.record()
             graph.replay()
             stop.record()
@@ -122,6 +142,7 @@ class CupyTimer(_GraphTimer):
         start, stop = cupy.cuda.Event(), cupy.cuda.Event()
 
         def turn() -> float:
+            self._keep_busy(stream.ptr)
             start.record(stream)
             graph.launch(stream)
             stop.record(stream)
@@ -140,6 +161,13 @@ class CupyTimer(_GraphTimer):
         import cupy
 
         return cupy.cuda.get_current_stream().ptr
+
+
+@functools.cache
+def _waiter():
+    import cupy
+
+    return cupy.RawKernel(_WAIT, "wait")
 
 
 @functools.cache

@@ -66,7 +66,11 @@ def test_conjugate_gradients_in_every_order_of_their_threads(name, monkeypatch):
     hold_in_every_order(make(**sizes), (9, 0), "cg")
 
 
-ADDED_UP = "heads of 64, shared by more", "heads of 128, shared, of two lengths", "shared, left to the factorisation"
+ADDED_UP = (
+    "heads of 64, shared by more",
+    "heads of 128, shared, of two lengths",
+    "shared, left to the factorisation",
+)
 
 
 @pytest.fixture

@@ -150,6 +150,21 @@ def test_a_captured_graph_keeps_what_its_calls_hold(library, timer, monkeypatch)
     assert held() is None
 
 
+@pytest.mark.parametrize("library, timer", [("torch", TorchTimer), ("cupy", CupyTimer)])
+def test_a_graph_is_launched_while_the_device_is_busy(library, timer, monkeypatch):
+    """An event of an idle device is over before the host has launched what is timed."""
+    cuda, seen = MagicMock(), []
+    monkeypatch.setattr(pytest.importorskip(library), "cuda", cuda)
+    monkeypatch.setattr(timer, "_keep_busy", lambda self, stream: seen.append("busy"))
+    event, graph = cuda.Event.return_value, cuda.CUDAGraph.return_value
+    event.record.side_effect = lambda *_: seen.append("event")
+    cuda.Stream.return_value.end_capture.return_value = graph
+    graph.replay.side_effect = graph.launch.side_effect = lambda *_: seen.append("graph")
+    event.elapsed_time.return_value = cuda.get_elapsed_time.return_value = 1.0
+    assert timer().prepare([int], 4)() == pytest.approx(1e-3 / 4)
+    assert seen == ["busy", "event", "graph", "event"]
+
+
 def test_the_host_cost_of_a_pass_is_the_median_of_its_calls(monkeypatch):
     """Which a few long ones do not move; a pass begins with an empty queue, and ends with one."""
     graphs = sys.modules[TorchTimer.__module__]
