@@ -62,7 +62,7 @@ class _GraphTimer:
         return self.prepare([read], 4), READ_BYTES
 
     def _keep_busy(self, stream: int) -> None:
-        """Let a stream wait, so that what is timed next is in its queue before it begins. stream: its address."""
+        """Let a stream wait, so that what is timed next is in its queue as it begins. stream: an address."""
         import cupy
 
         with cupy.cuda.ExternalStream(stream):
