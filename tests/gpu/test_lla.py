@@ -247,7 +247,9 @@ CACHES = {
 
 @pytest.mark.parametrize("solver", ["cholesky", "cg"])
 @pytest.mark.parametrize(
-    "batch, capacity", [(1, 2048), (40, 2048), (40, 520)], ids=["split rows", "whole rows", "few keys"]
+    "batch, capacity",
+    [(1, 2048), (1, 8192), (40, 2048), (40, 520)],
+    ids=["split rows", "rows of 16 blocks", "whole rows", "few keys"],
 )
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("cache", CACHES)
