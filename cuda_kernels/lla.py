@@ -37,9 +37,10 @@ _CLUSTER_SHARED_BYTES = 111616
 """Of those that send each other mail through distributed shared memory."""
 _MAIL_WORDS = 384
 """What such a block sends at a time, at most, of 8 bytes each."""
-_MOST_SENDERS, _ADDED_WORDS = 8, 4
-"""Blocks that send each other all rows of a product, which more of them add up sooner (on an H200); and the
-words of such a row."""
+_MOST_SENDERS = 8
+"""Blocks that send each other all rows of a product, which more of them add up sooner (on an H200)..."""
+_ADDED_WORDS = 4
+"""...in so many words a row."""
 _MOST_TURNS, _IN_TURN_KEYS = 32, 2048
 """Rows that a block takes one after the other, and up to how many keys that is faster (on an H200)."""
 _MOST_STEPS = 64
@@ -249,8 +250,9 @@ def _sm90_defines(problem: Problem, box: int) -> dict[str, int]:
 
 def _mail_bytes(splits: int) -> int:
     """Of a row; the size of the kernel's own structure, which a static assertion compares."""
-    rows = _MAIL_WORDS // 3 if splits > _MOST_SENDERS else 1
-    return -(-8 * (2 * splits * _MAIL_WORDS + rows * _ADDED_WORDS + 1) // 128) * 128
+    added = _ADDED_WORDS * (max(SM90_THREADS) if splits > _MOST_SENDERS else 1)
+    lines = -(-8 * (2 * splits * _MAIL_WORDS + added + 1) // 128)
+    return 128 * lines
 
 
 def _mail(splits_log2: int, multiprocessors: int) -> tuple[int, int]:

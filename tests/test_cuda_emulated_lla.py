@@ -86,10 +86,14 @@ def test_products_that_blocks_add_up_are_the_same_in_every_order(name, steps_are
     hold_in_every_order(make(**sizes), (9, 0), "cg")
 
 
-@pytest.mark.parametrize("most_senders", [1, 16], ids=["added up", "sent"])
-def test_mail_of_other_shapes_is_not_mistaken(most_senders, monkeypatch):
+@pytest.fixture(params=[1, 8], ids=["added up", "sent"])
+def steps_are_added_up_or_sent(request, monkeypatch):
+    monkeypatch.setattr(lla, "_MOST_SENDERS", request.param)
+
+
+@pytest.mark.usefixtures("steps_are_added_up_or_sent")
+def test_mail_of_other_shapes_is_not_mistaken():
     """Calls one after another on one workspace, whose rows and heads lie in the same mail."""
-    monkeypatch.setattr(lla, "_MOST_SENDERS", most_senders)
     sizes = (3, 64, 1600), (1, 128, 1100), (2, 128, 1100)
     cases = [make(batch=b, kv_heads=1, capacity=c, head_dim=d, seed=b) for b, d, c in sizes]
     with emulated((9, 0), multiprocessors=6):
@@ -152,14 +156,13 @@ def test_steps_of_another_length_than_was_foreseen_are_found_out(name, monkeypat
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
-@pytest.mark.parametrize("most_senders", [1, 8], ids=["added up", "sent"])
+@pytest.mark.usefixtures("steps_are_added_up_or_sent")
 @pytest.mark.parametrize("directions, noise, seed", [(3, 0.1, 28), (5, 0.15, 5)])
-def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed, most_senders, monkeypatch):
+def test_after_a_step_of_the_wrong_length_steps_go_on(directions, noise, seed):
     """Of one row the true residual looks small for a step that is foreseen, and is not.
 
     No moments are left to be factored.
     """
-    monkeypatch.setattr(lla, "_MOST_SENDERS", most_senders)
     case = along_few_directions(dict(head_dim=64, batch=1, group=3, capacity=4100), directions, noise, seed)
     with emulated((9, 0), multiprocessors=24) as workspace:
         Prepared.order = RANDOM_LATE

@@ -1,6 +1,7 @@
 """Which kernel of local linear attention a call gets, and how its rows are cut."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -43,6 +44,7 @@ def test_rows_are_cut_where_they_leave_the_gpu_idle(call, splits, cluster):
     "call, splits, cluster",
     [
         (dict(batch=32, kv_len=4096), 1, 1),
+        (dict(kv_len=4096), 8, 1),
         (dict(kv_len=16384), 16, 1),
         (dict(q_heads=1, kv_heads=1, kv_len=131072), 16, 1),
         # Not all clusters of four would.
@@ -62,6 +64,8 @@ def test_blocks_that_solve_a_row_together_run_at_once(call, splits, cluster):
     assert (shape.splits, defines["SOLVERS"], defines["CLUSTER"]) == (splits, splits, cluster)
     # A cluster runs at once in any launch, and has its mail in its own shared memory.
     assert (shape.mail_bytes > 0) == (splits > cluster)
+    # Of fewer blocks words are sooner looked at than added up.
+    assert defines["STEPS_ADDED_UP"] == (splits > 8)
     blocks_at_once = {64: 2, 128: 1}[problem.head_dim] * layout.multiprocessors
     assert splits == 1 or shape.rows * splits <= blocks_at_once
 
@@ -117,7 +121,8 @@ def test_rows_of_every_cut_have_mail_of_their_own():
     offsets = [lla._mail(log2, 132)[1] for log2 in range(1, 6)]
     for log2, (begin, end) in enumerate(itertools.pairwise(offsets), start=1):
         rows = 2 * 132 >> log2
-        assert end - begin == rows * lla._mail_bytes(2**log2)
+        words = 2 * 2**log2 * 384 + (4 * 128 if log2 > 3 else 4) + 1
+        assert end - begin == rows * math.ceil(words / 16) * 128
     assert {lla._mail(log2, 132)[0] for log2 in range(1, 5)} == {offsets[4]}
 
 

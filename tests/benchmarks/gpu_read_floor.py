@@ -1,9 +1,9 @@
 """Print, as Markdown, what bounds decoding on a GPU from below: reading keys and values, and one exchange.
 
-In turns, cold, from CUDA graphs, as the decode study times calls, in microseconds: a kernel whose blocks, as
-many as Parallax has, read the same bytes in equal ranges by the copy engine, and do nothing else; the same,
-whose blocks then count themselves in groups of 16, of which the last gathers a word of each; Parallax; the
-bytes at 98 % of what a plain read of 1 GiB gets, plus 4. Needs PyTorch and compute capability 9.0.
+In turns, cold, from CUDA graphs, as the decode study times calls, in microseconds: a kernel whose 128 blocks
+read the same bytes in equal ranges by the copy engine, and do nothing else; the same, whose blocks then count
+themselves in groups of 16, of which the last gathers a word of each; Parallax; the bytes at 98 % of what a
+plain read of 1 GiB gets, plus 4. Needs PyTorch and compute capability 9.0.
 
 python tests/benchmarks/gpu_read_floor.py
 """

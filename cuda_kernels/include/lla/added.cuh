@@ -31,6 +31,11 @@ struct Unit {
   __device__ __forceinline__ float inverse() const { return __uint_as_float((254 - exponent) << 23); }
 };
 
+// The pair of places of this launch, or of the next.
+__device__ __forceinline__ auto& places_of(const Exchange& exchange, bool next) {
+  return exchange.mail->added[(exchange.tag / MOST_EXCHANGES + next) % 2];
+}
+
 // The thread's row of a step's product, as row_of_product.
 template <class Block>
 struct AddedRow {
@@ -43,7 +48,7 @@ struct AddedRow {
 
   __device__ __forceinline__ AddedRow(Block& shared, const Exchange& exchange, int thread, int number)
       : exchange(exchange), before(shared.solving.added[number % 2][row_of_product(thread)]),
-        word(&exchange.mail->added[exchange.tag / MOST_EXCHANGES % 2][number % 2][row_of_product(thread)]) {}
+        word(&places_of(exchange, false)[number % 2][row_of_product(thread)]) {}
 
   __device__ __forceinline__ void add(int thread, float y, const Unit& unit) const {
     if (thread % 4 >= 2) return;

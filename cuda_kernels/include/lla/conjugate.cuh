@@ -54,9 +54,9 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
 
 // Clears the places of the next launch; by the transform warps of one block, as that launch is not there yet, and the last one no more.
 __device__ __forceinline__ void clear_next(const Exchange& exchange) {
-  unsigned long long* words = &exchange.mail->added[(exchange.tag / MOST_EXCHANGES + 1) % 2][0][0];
+  auto& places = places_of(exchange, true);
 #pragma unroll
-  for (int i = thread_index() - MATRIX_THREADS; i < int(sizeof exchange.mail->added[0] / sizeof *words); i += TRANSFORM_THREADS) store_relaxed(words + i, 0ull);
+  for (int i = thread_index() - MATRIX_THREADS; i < int(sizeof places / sizeof places[0][0]); i += TRANSFORM_THREADS) store_relaxed(&places[0][0] + i, 0ull);
 }
 
 // What makes a block's moments about its origin those about the mean of its keys.

@@ -35,18 +35,18 @@ __device__ __forceinline__ Entries right_side(Shared& shared, int lane);
 constexpr int HALF = TOGETHER ? SHARERS / 2 : 1;
 constexpr int AT_ONCE = HALF > 4 && D == 64 ? 4 : HALF;  // for want of registers
 
-// A lane's row of a product, of the moments of all blocks, from word `first` of an exchange on. The lanes that share the row
-// each add up half of the blocks.
+// A lane's row of a product, of the moments of all blocks, to word `first` of an exchange and on.
 __device__ __forceinline__ void send_row(const Exchange& exchange, int thread, int number, int first, float y) {
   if (thread % 4 < 2) exchange.send(number, first + row_of_product(thread), y);
 }
 
-__device__ __forceinline__ float receive_row(const Exchange& exchange, int thread, int number, int first) {
+// And of all blocks, of a step. The lanes that share the row each add up half of the blocks.
+__device__ __forceinline__ float receive_row(const Exchange& exchange, int thread, int number) {
   float y = 0.0f;
 #pragma unroll
   for (int from = 0; from < HALF; from += AT_ONCE) {
     float x[AT_ONCE];
-    exchange.receive(number, thread % 4 / 2 * HALF + from, first + row_of_product(thread), x);
+    exchange.receive(number, thread % 4 / 2 * HALF + from, row_of_product(thread), x);
 #pragma unroll
     for (int b = 0; b < AT_ONCE; b++) y += x[b];
   }
@@ -118,7 +118,7 @@ __device__ __forceinline__ Entries receive_step(Block& shared, const Exchange& e
   } else if constexpr (ADDED_UP) {
     return gather_rows(shared, thread, number, {AddedRow(shared, exchange, thread, number).receive(thread, unit)});
   } else {
-    return gather_rows(shared, thread, number, {receive_row(exchange, thread, number, 0)});
+    return gather_rows(shared, thread, number, {receive_row(exchange, thread, number)});
   }
 }
 
