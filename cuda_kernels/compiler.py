@@ -33,11 +33,16 @@ class CompilationError(RuntimeError):
 
 
 class Usage(NamedTuple):
-    """What a compiled kernel needs of a multiprocessor; ``spill_bytes`` counts stores and loads."""
+    """What a compiled kernel needs of a multiprocessor.
+
+    ``spill_bytes`` counts stores and loads; ``shared_bytes`` is what a block has beside what its launch asks
+    for.
+    """
 
     registers: int
     stack_bytes: int
     spill_bytes: int
+    shared_bytes: int
 
 
 class Kernel:
@@ -148,7 +153,8 @@ def usage(log: str) -> dict[str, Usage]:
         # Functions that were not inlined have properties of their own below the entry; all count.
         stack = max(map(int, re.findall(r"(\d+) bytes stack frame", entry)), default=0)
         spills = sum(map(int, re.findall(r"(\d+) bytes spill (?:stores|loads)", entry)))
-        kernels[name] = Usage(int(re.search(r"Used (\d+) registers", entry)[1]), stack, spills)
+        shared = sum(map(int, re.findall(r"(\d+) bytes smem", entry)))
+        kernels[name] = Usage(int(re.search(r"Used (\d+) registers", entry)[1]), stack, spills, shared)
     return kernels
 
 

@@ -34,9 +34,12 @@ _LONG_STEPS = 128
 """Of a block whose beginning and end count for little."""
 _PORTABLE_BYTES = 99 * 1024
 _SM90_BYTES = 227 * 1024
+"""Shared memory that a block may have."""
 _BLOCK_BYTES = 1024
-"""Shared memory that the system takes of every block, from sm_80 on."""
+"""That the system takes of every block beside, from sm_80 on."""
 _STATIC_BYTES = 256
+"""That a kernel has for its own variables; where boxes begin on multiples of 1024 bytes, as much as that."""
+_BOX_BYTES = 1024
 _FEWEST_PARCELS = {ALIKE: {2: 8, 4: 8}, EQUAL_RANGES: {2: 16, 4: 3}}
 """By how blocks share the work and by groups of rows: parts that all blocks of an item merge faster than its
 last one or a cluster does. Of fewer rows parts are small, and an early launch gains as much."""
@@ -129,9 +132,9 @@ def choose(problem: Problem, layout: Layout) -> Shape:
         # Without boxes rows are an odd multiple of 16 bytes apart.
         slot = step * (row if boxes or row % 32 else row + 16)
         rings = warps // step_warps
-        limit = (
-            _SM90_BYTES // blocks - _BLOCK_BYTES - _STATIC_BYTES if boxes else _PORTABLE_BYTES - _STATIC_BYTES
-        )
+        limit = _PORTABLE_BYTES - _STATIC_BYTES
+        if boxes:
+            limit = (_SM90_BYTES + _BLOCK_BYTES) // blocks - _BLOCK_BYTES - _BOX_BYTES
         slots = min(MOST_SLOTS, (limit - fixed) // (rings * (slot + 8)))
         return slots, fixed + slots * rings * (slot + 8)
 

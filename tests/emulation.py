@@ -186,6 +186,6 @@ def _sources() -> Path:
 
 def _for_host(text: str) -> str:
     """Shared memory is a block's, which C++ has no storage for."""
-    dynamic = r"extern __shared__ (?:__align__\(\d+\) )?([\w ]+) (\w+)\[\];"
+    dynamic = r"extern __shared__ (?:__align__\([^)]*\) )?([\w ]+) (\w+)\[\];"
     text = re.sub(dynamic, r"\1* \2 = reinterpret_cast<\1*>(emulator::block().shared);", text)
     return re.sub(r"__shared__ ([\w ]+) (\w+);", r"\1& \2 = emulator::variable<\1>(__COUNTER__);", text)

@@ -37,6 +37,7 @@ PORTABLE = {
 }
 # Nothing tuned: odd sizes, no alignment, whole sequences.
 ODD = {
+    "all of the shared memory": dict(head_dim=32, q_len=16, batch=8, kv_len=8192, lengths=True),
     "unaligned pages": dict(head_dim=77, value_dim=33, aligned=False, lengths=True, page_size=20, q_len=3),
     "packed sequences": dict(q_len=512, packed=3, head_dim=80, value_dim=256, lengths=False),
     "a pinned split": dict(lengths=True, batch=3, split_size=48, head_dim=40),
@@ -59,7 +60,12 @@ def usage(shape, arch):
     # The launcher's count of shared memory is compared with the kernel's own by a static assertion in it.
     _, log = compiler.compile_cubin(shape.source, shape.defines, arch)
     assert "serialized" not in log, "each wgmma is waited for before the next"
-    return compiler.usage(log)["attend_kernel"]
+    used = compiler.usage(log)["attend_kernel"]
+    # Of a block, 99 KiB on many GPUs; of a Hopper's multiprocessor, with 1 KiB a block for the system.
+    block = shape.shared_bytes + used.shared_bytes
+    assert block <= (227 if shape.boxes else 99) << 10
+    assert not shape.boxes or dict(shape.defines)["BLOCKS"] * (block + 1024) <= 228 << 10
+    return used
 
 
 @pytest.mark.parametrize("call", TUNED.values(), ids=TUNED)

@@ -10,14 +10,14 @@
 #include "parcels.cuh"
 #include "ptx/dependents.cuh"
 #include "queries.cuh"
+#include "warp_weights.cuh"
 #if WARPGROUPS
 #include "warpgroup_steps.cuh"
 #else
 #include "warp_steps.cuh"
 #endif
 
-// Leaves the warp's statistics, and its sums in the channels from `from` on that there is room for, for merge_warps. Sums are
-// relative to a reference, from which the maximum may have moved on.
+// Leaves the warp's sums in the channels from `from` on that there is room for, for merge_warps.
 template <class At>
 __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane, int from) {
   const int warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -26,20 +26,11 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
   for (int h = 0; h < HEADS; h++)
 #pragma unroll
     for (int n = 0; n < TILES; n++) {
-      if (from == 0) {
-        if constexpr (RESTS_ASIDE && At::COPIES == 1) {
+      if (RESTS_ASIDE && At::COPIES == 1 && from == 0) {
 #pragma unroll
-          for (int i = 0; i < CHANNELS; i++) {
-            a.O1[h][n][i] += __shfl_xor_sync(~0u, a.O1[h][n][i], QUERIES);
-            a.O2[h][n][i] += __shfl_xor_sync(~0u, a.O2[h][n][i], QUERIES);
-          }
-        }
-        const float m = largest_of_row(a.largest[h][n]);
-        const Statistics s = {m, sum_of_row(a.d1[h][n]), PROBE ? sum_of_row(a.d2[h][n]) : 0.f, a.t0[h][n]};
-        if (g == 0 && t < QUERIES) {
-          const int record = warp * RECORDS + Record::number(h, n, t);
-          reinterpret_cast<float4*>(shared + STATISTICS_AT)[record] = s.packed();
-          reinterpret_cast<float*>(shared + REFERENCES_AT)[record] = a.m[h][n];
+        for (int i = 0; i < CHANNELS; i++) {
+          a.O1[h][n][i] += __shfl_xor_sync(~0u, a.O1[h][n][i], QUERIES);
+          a.O2[h][n][i] += __shfl_xor_sync(~0u, a.O2[h][n][i], QUERIES);
         }
       }
       if (t >= QUERIES * At::COPIES) continue;
@@ -55,11 +46,12 @@ __device__ __forceinline__ void hand_over(char* shared, Accumulator& a, int lane
 
 // What a block does with its range.
 __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
-  extern __shared__ __align__(1024) char shared[];
-  __shared__ unsigned arrived;
+  extern __shared__ __align__(BOXES ? 1024 : 16) char shared[];
   __shared__ Tag tag;
   __shared__ Owed owed;
   __shared__ unsigned long long synced;
+  __shared__ unsigned long long told;
+  __shared__ Word16 uses;  // of the item's parcels
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
@@ -67,6 +59,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     if (threadIdx.x == 0) prefetch_map(maps->k), prefetch_map(maps->v);
   }
   BlockMeeting meet_block(synced, THREADS);
+  WarpsTold warps_told(told);
   Ring ring;
   const auto prepare = [&] {
     ring.prepare(maps, shared);
@@ -105,8 +98,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   Queries queries;
   queries.fetch(p, Rows(p, item));
   const auto number_of = [&](const Item& item) { return (item.batch * units_of_a_batch(p) + item.unit) * p.row_blocks + item.block; };
-  Word16* const uses = reinterpret_cast<Word16*>(shared + TOTALS_AT);  // until the block's totals go there
-  if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), uses);
+  if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), &uses);
   ring.fill_up(p);
   if constexpr (GRID == 0) finish_empty_batches(p);
   Element* query_place = reinterpret_cast<Element*>(shared + QUERIES_AT);
@@ -148,7 +140,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     }
     PartsOfGrid parts_of_grid;
     if constexpr (CUT_ALIKE) parts_of_grid = PartsOfGrid(p, rank);
-    take_steps(p, item, rows, ring, tile, a, step, end, shared, lane);
+    take_steps(p, item, rows, ring, tile, a, step, end, warps_told, shared, lane);
 
     if (SINGLE || end >= schedule.end) let_next_launch_begin();
     if constexpr (GRID == 0) {
@@ -172,7 +164,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     };
     const Part part = CUT_ALIKE ? parts_of_grid.own : part_at(own);
     const Parcels parcels = SINGLE ? Parcels::of_grid(p) : Parcels(p, number_of(item), parts, own, first_place, 2 * owner, 2);
-    if (TOGETHER && threadIdx.x == 0) tag = parcels.first_tag(uses);
+    if (TOGETHER && threadIdx.x == 0) tag = parcels.first_tag(&uses);
     // The block's, or the cluster's, state of a row in a channel of its slice.
     const auto write = [&](int number, int channel, const auto& state) {
       if (TOGETHER && (SINGLE || parts > 1)) {
@@ -184,19 +176,21 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
         else
           part.sums(number)[channel] = make_float2(state.O1[0], state.O2[0]);
         if (channel == 0) *part.statistics(number) = state.s.packed();
-      } else
-        finish(p, Destination(p, item, rows, Record(number)), rank * SLICE + channel, state);
+      } else {
+        // Found here: where a block has an item's part, it has no use for it.
+        const Item here = copy_opaque(item);
+        finish(p, Destination(p, here, Rows(p, here), Record(number)), rank * SLICE + channel, state);
+      }
     };
     const auto merge_block = [&](auto at) {
       typedef decltype(at) At;
 #pragma unroll
       for (int from = 0; from < VALUE_DIM; from += At::CHANNELS) {
+        // Warps of short rows end together; of others the first ones have time for it while the last still take their keys.
+        if (CLUSTER > 1 && from == 0) warps_told.weigh(shared, a, meet_block, lane);
         hand_over<At>(shared, a, lane, from);
+        if (CLUSTER == 1 && from == 0) warps_told.weigh(shared, a, meet_block, lane);
         meet_block();
-        if (from == 0) {
-          weigh_warps(shared);
-          meet_block();
-        }
         if constexpr (CLUSTER > 1) {
           merge_warps<At>(shared, from, [&](int number, int channel, const RowState<1>& state) {
             reinterpret_cast<float2*>(shared + RESULT_AT + RECORDS * 16)[number * VALUE_DIM + channel] = make_float2(state.O1[0], state.O2[0]);
@@ -227,14 +221,12 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
       }
     } else if (!WHOLE && parts > 1) {
       meet_block();
-      if (threadIdx.x == 0) arrived = count_one(counter);
-      meet_block();
-      if (arrived == parts - 1) {
+      if (meet_block.any(threadIdx.x == 0 && count_one(counter) == parts - 1)) {
+        if (threadIdx.x == 0) *counter = 0;
         if constexpr (CUT_ALIKE)
           merge_parts(p, item, shared, meet_block, rank * SLICE, parts, parts_of_grid);
         else
           merge_parts(p, item, shared, meet_block, rank * SLICE, parts, part_at);
-        if (threadIdx.x == 0) *counter = 0;
       }
     }
     if constexpr (CLUSTER > 1) cluster_wait();
@@ -242,7 +234,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
     begin = end;
     if (begin >= schedule.end) break;
     item = next;
-    if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), uses);
+    if (TOGETHER && threadIdx.x == 0) Parcels::ask_uses(p, number_of(item), &uses);
   }
   if constexpr (TOGETHER && !SINGLE) {
     meet_block();

@@ -19,8 +19,14 @@ struct BlockMeeting {
     mbarrier_wait(barrier, parity), parity ^= 1;
     __syncthreads();
   }
+  __device__ __forceinline__ bool any(bool x) {
+    (*this)();
+    return __syncthreads_or(x);
+  }
 #else
   __device__ __forceinline__ BlockMeeting(const unsigned long long&, int) {}
   __device__ __forceinline__ void operator()() { __syncthreads(); }
+  // The same; whether x is true in any thread.
+  __device__ __forceinline__ bool any(bool x) { return __syncthreads_or(x); }
 #endif
 };

@@ -3,11 +3,18 @@
 
 #include "block_meeting.cuh"
 #include "ptx/atomics.cuh"
+#include "ptx/cached.cuh"
 #include "ptx/cluster.cuh"
 #include "ptx/opaque.cuh"
 #include "ptx/shared_memory.cuh"
 #include "row_state.cuh"
 #include "rows.cuh"
+
+// The thread's number, of which the compiler does not know that it is less than there are threads.
+__device__ __forceinline__ int thread_of_block() {
+  __builtin_assume(threadIdx.x < THREADS);
+  return threadIdx.x;
+}
 
 __device__ __forceinline__ void store(Element* to, float x) {
   if constexpr (FLOAT)
@@ -44,7 +51,7 @@ __device__ __forceinline__ void finish(const Problem& p, const Destination& to, 
   Statistics s = state.s;
   // Scores that are all -inf have no softmax.
   if (!seen.valid() || (!seen.empty() && s.saw_nothing())) s.d1 = quiet_nan();
-  const float inverse = 1 / s.d1, c = PROBE ? s.d2 * inverse : 0.f;
+  const float inverse = reciprocal_fast(s.d1), c = PROBE ? s.d2 * inverse : 0.f;
   const bool is_zero = seen.valid() && seen.empty();
 #pragma unroll
   for (int e = 0; e < WIDTH; e++) {
@@ -165,6 +172,11 @@ __device__ __forceinline__ Item copy_opaque(Item item) {
   return item;
 }
 
+template <bool X>
+struct Truth {
+  static constexpr bool value = X;
+};
+
 // Merges the parts of an item in their order and writes its rows, from channel `from` on.
 template <class PartAt>
 __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, char* shared, BlockMeeting& meet_block, int from,
@@ -172,39 +184,44 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
   constexpr int WIDTH = Merged::WIDTH, UNITS = Merged::UNITS, TEAMS = Merged::TEAMS, UNROLL = Merged::UNROLL;
 #pragma unroll 1
   for (int first = 0; first < UNITS * TEAMS; first += THREADS) {
-    const int place = first + threadIdx.x;
+    const int place = first + thread_of_block();
     const Merged at(place);
     Walk<PartAt> walk(part_at, at);
     Destination destination;
     RowState<WIDTH> state;
     state.clear();
-    if (place < UNITS * TEAMS) {
-#pragma unroll 1
-      for (int begin = at.team; begin < parts; begin += TEAMS * UNROLL, walk.go_on(UNROLL)) {
-        Statistics x[UNROLL];
-        float2 sums[UNROLL][WIDTH];
+    // Those from part `begin` on; FIRST: whether there were none before.
+    const auto take = [&](int begin, auto first) {
+      constexpr bool FIRST = decltype(first)::value;
+      Statistics x[UNROLL];
+      float2 sums[UNROLL][WIDTH];
 #pragma unroll
-        for (int u = 0; u < UNROLL; u++) {
-          x[u] = Statistics::none();
-          if (begin + u * TEAMS >= parts) continue;
-          const Found part = walk.ahead(u);
-          x[u] = Statistics::of(__ldcg(part.statistics));
-          if constexpr (WIDTH == 1)
-            sums[u][0] = __ldcg(part.sums);
-          else
+      for (int u = 0; u < UNROLL; u++) {
+        const Found part = walk.ahead(u);
+        const bool exists = begin + u * TEAMS < parts;
+        x[u] = Statistics::of(load_cached_if(exists, part.statistics));
+        if constexpr (WIDTH == 1) sums[u][0] = load_cached_if(exists, part.sums);
 #pragma unroll
-            for (int e = 0; e < WIDTH; e += 2) {
-              const float4 y = __ldcg(reinterpret_cast<const float4*>(part.sums + e));
-              sums[u][e] = make_float2(y.x, y.y), sums[u][e + 1] = make_float2(y.z, y.w);
-            }
+        for (int e = 0; e < WIDTH / 2 * 2; e += 2) {
+          const float4 y = load_cached_if(exists, reinterpret_cast<const float4*>(part.sums + e));
+          sums[u][e] = make_float2(y.x, y.y), sums[u][e + 1] = make_float2(y.z, y.w);
         }
-        // While they are on their way, and not before.
-        if (begin == at.team) {
-          const Item here = copy_opaque(item);
-          destination = Destination(p, here, Rows(p, here), Record(at.number));
-        }
-        state.add(x, sums);
       }
+      // While they are on their way, and not before.
+      if (FIRST || (!SINGLE && begin == at.team)) {
+        const Item here = copy_opaque(item);
+        destination = Destination(p, here, Rows(p, here), Record(at.number));
+      }
+#pragma unroll
+      for (int u = 0; u < UNROLL; u++) x[u].d1 = begin + u * TEAMS < parts ? x[u].d1 : 0.f;
+      state.template add<FIRST>(x, sums);
+    };
+    if (place < UNITS * TEAMS) {
+      int begin = at.team;
+      // Where registers allow, by instructions of their own, of which none is in vain.
+      if constexpr (SINGLE) take(begin, Truth<true>()), begin += TEAMS * UNROLL, walk.go_on(UNROLL);
+#pragma unroll 1
+      for (; begin < parts; begin += TEAMS * UNROLL, walk.go_on(UNROLL)) take(begin, Truth<false>());
     }
     if constexpr (TEAMS > 1) {
       float4* statistics = reinterpret_cast<float4*>(shared + EXCHANGE_AT);
@@ -231,35 +248,6 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
   if constexpr (!SINGLE) meet_block();  // before the shared memory is used again
 }
 
-// Puts the weight and the shift of every warp's state towards that of the block into shared memory, and the block's
-// statistics.
-__device__ __forceinline__ void weigh_warps(char* shared) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll 1
-  for (int first = 0; first < RECORDS * WARPS; first += THREADS) {
-    const int i = first + threadIdx.x, record = i / WARPS, warp = i % WARPS;
-    Statistics x = Statistics::none();
-    if (record < RECORDS) x = Statistics::of(reinterpret_cast<const float4*>(shared + STATISTICS_AT)[warp * RECORDS + record]);
-    const float reference = record < RECORDS ? reinterpret_cast<const float*>(shared + REFERENCES_AT)[warp * RECORDS + record] : 0.f;
-    Statistics total = {x.saw_nothing() ? minus_infinity() : x.m, 0, 0, 0};
-    const unsigned peers = ((1u << WARPS) - 1) << (lane / WARPS * WARPS), seen = __ballot_sync(~0u, !x.saw_nothing()) & peers;
-    // The first state that saw a key gives the shift, all others move to it.
-    total.t0 = __shfl_sync(~0u, x.t0, seen ? __ffs(seen) - 1 : 0);
-#pragma unroll
-    for (int mask = 1; mask < WARPS; mask *= 2) total.m = fmaxf(total.m, __shfl_xor_sync(~0u, total.m, mask));
-    // Sums of a warpgroup are those of all its warps, whether or not this one saw a key; if none did they are 0, and so they stay.
-    const bool counts = WARPGROUPS || !x.saw_nothing();
-    const float factor = counts ? fminf(weight(reference, total.m), 1e30f) : 0.f, step = counts ? x.t0 - total.t0 : 0.f;
-    if (!x.saw_nothing()) total.d1 = factor * x.d1, total.d2 = factor * (x.d2 + step * x.d1);
-#pragma unroll
-    for (int mask = 1; mask < WARPS; mask *= 2)
-      total.d1 += __shfl_xor_sync(~0u, total.d1, mask), total.d2 += __shfl_xor_sync(~0u, total.d2, mask);
-    if (record >= RECORDS) continue;
-    reinterpret_cast<float2*>(shared + FACTORS_AT)[i] = make_float2(factor, step);
-    if (warp == 0) reinterpret_cast<float4*>(shared + TOTALS_AT)[record] = total.packed();
-  }
-}
-
 // The sums that the warps left in the exchange become one, of which write(record number, channel, state) gets every
 // row's channels from `from` on.
 template <class At, class Write>
@@ -269,7 +257,7 @@ __device__ __forceinline__ void merge_warps(const char* shared, int from, Write 
   constexpr int PAIR = QUERIES > 1 ? 2 : 1, GROUPS = RECORDS / QUERIES;
   constexpr int TEAMS = WARPS % GROUPS == 0 ? GROUPS : 1, TEAM = THREADS / TEAMS, EACH = QUERIES * At::COPIES;
 #pragma unroll 1
-  for (int group = threadIdx.x / TEAM; group < GROUPS; group += TEAMS) {
+  for (int group = thread_of_block() / TEAM; group < GROUPS; group += TEAMS) {
     const int number = group * QUERIES + threadIdx.x * PAIR % QUERIES;
     float2 factors[PAIR][RINGS];
     Statistics totals[PAIR];

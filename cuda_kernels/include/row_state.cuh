@@ -28,26 +28,41 @@ struct RowState {
     for (int e = 0; e < WIDTH; e++) O1[e] = O2[e] = 0;
   }
 
-  // Adds COUNT states at once, of which those that saw nothing count for nothing.
-  template <int COUNT>
-  __device__ void add(const Statistics (&x)[COUNT], const float2 (&sums)[COUNT][WIDTH]) {
-    float m = s.m;
+  // Adds COUNT states at once, of which those that saw nothing count for nothing. EMPTY: whether this one saw nothing before.
+  template <bool EMPTY = false, int COUNT>
+  __device__ __forceinline__ void add(const Statistics (&x)[COUNT], const float2 (&sums)[COUNT][WIDTH]) {
+    bool all = EMPTY || !s.saw_nothing();
 #pragma unroll
-    for (int u = 0; u < COUNT; u++) m = x[u].saw_nothing() ? m : fmaxf(m, x[u].m);
+    for (int u = 0; u < COUNT; u++) all = all && !x[u].saw_nothing();
+    // Nearly always, and then without a look at each.
+    if (all)
+      add_these<EMPTY, true>(x, sums);
+    else
+      add_these<EMPTY, false>(x, sums);
+  }
+
+ private:
+  // ALL: whether all of them, and this one unless it is EMPTY, saw something.
+  template <bool EMPTY, bool ALL, int COUNT>
+  __device__ __forceinline__ void add_these(const Statistics (&x)[COUNT], const float2 (&sums)[COUNT][WIDTH]) {
+    const bool empty = EMPTY || (!ALL && s.saw_nothing());
+    float m = empty ? minus_infinity() : s.m;
+#pragma unroll
+    for (int u = 0; u < COUNT; u++) m = !ALL && x[u].saw_nothing() ? m : fmaxf(m, x[u].m);
     // The first state that saw a key gives the shift, all others move to it.
-    bool shifted = !s.saw_nothing();
+    bool shifted = !empty;
 #pragma unroll
     for (int u = 0; u < COUNT; u++) {
-      if (!shifted && !x[u].saw_nothing()) s.t0 = x[u].t0;
-      shifted = shifted || !x[u].saw_nothing();
+      if (!shifted && (ALL || !x[u].saw_nothing())) s.t0 = x[u].t0;
+      shifted = shifted || ALL || !x[u].saw_nothing();
     }
-    const float own = s.saw_nothing() ? 0.f : weight(s.m, m);
-    s.m = m, s.d1 *= own, s.d2 *= own;
+    const float own = empty ? 0.f : weight(s.m, m);
+    s.m = m, s.d1 = empty ? 0.f : s.d1 * own, s.d2 = empty ? 0.f : s.d2 * own;
 #pragma unroll
-    for (int e = 0; e < WIDTH; e++) O1[e] *= own, O2[e] *= own;
+    for (int e = 0; e < WIDTH; e++) O1[e] = empty ? 0.f : O1[e] * own, O2[e] = empty ? 0.f : O2[e] * own;
 #pragma unroll
     for (int u = 0; u < COUNT; u++) {
-      if (x[u].saw_nothing()) continue;
+      if (!ALL && x[u].saw_nothing()) continue;
       const float factor = weight(x[u].m, m), step = x[u].t0 - s.t0;
       s.d1 += factor * x[u].d1, s.d2 += factor * (x[u].d2 + step * x[u].d1);
 #pragma unroll

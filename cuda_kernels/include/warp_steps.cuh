@@ -4,6 +4,7 @@
 #include "float_tile.cuh"
 #include "half_tile.cuh"
 #include "ring.cuh"
+#include "warp_weights.cuh"
 #include "weigh.cuh"
 
 template <bool F>
@@ -78,7 +79,7 @@ __device__ __forceinline__ bool all_finite(const char* values, int lane) {
 
 // The warp's steps from `step` on, up to `end`, of an item.
 __device__ __forceinline__ void take_steps(const Problem& p, const Item& item, const Rows& rows, Ring& ring, Tile& tile, Accumulator& a,
-                                           int& step, int end, char* shared, int lane) {
+                                           int& step, int end, WarpsTold& warps_told, char* shared, int lane) {
   const int g = lane / 4, t = lane % 4;
   // Where all rows see every key of a step nothing is masked; where they see the same keys nothing hidden is read.
   Range seen[TILES];
@@ -105,6 +106,7 @@ __device__ __forceinline__ void take_steps(const Problem& p, const Item& item, c
   }
   const bool alike = by_all.first == by_any.first && by_all.end == by_any.end;
 
+  if (step >= end) warps_told.tell(shared, a, lane);
 #pragma unroll 1
   for (; step < end; step += WARPS) {
     const int key = item.position(step);
@@ -114,6 +116,7 @@ __device__ __forceinline__ void take_steps(const Problem& p, const Item& item, c
     tile.scores(ring.wait(), lane, c);
     ring.release(p);
     weigh(a, c, masked, [&](int n, int high) { return sees(n, g + 8 * high); }, p.scale_log2);
+    if (step + WARPS >= end) warps_told.tell(shared, a, lane);
     char* values = ring.wait();
     if (masked) {
       clear_hidden(values, key, by_any, lane);

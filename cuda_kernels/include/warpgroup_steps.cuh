@@ -3,6 +3,7 @@
 // same time, while a slot that was read is filled again.
 
 #include "ring.cuh"
+#include "warp_weights.cuh"
 #include "warpgroup_tile.cuh"
 #include "warpgroup_weigh.cuh"
 
@@ -10,10 +11,13 @@ typedef WarpgroupTile Tile;
 
 // The warpgroup's steps from `step` on, up to `end`, of an item.
 __device__ __forceinline__ void take_steps(const Problem& p, const Item& item, const Rows& rows, Ring& ring, Tile& tile, Accumulator& a,
-                                           int& step, int end, char* shared, int lane) {
+                                           int& step, int end, WarpsTold& warps_told, char* shared, int lane) {
   const int first_step = step;
   float c[HEADS][TILES][4];
-  if (step < end) tile.scores(ring.wait(), c), tile.arrive(c, a.O1, a.O2);
+  if (step < end)
+    tile.scores(ring.wait(), c), tile.arrive(c, a.O1, a.O2);
+  else
+    warps_told.tell(shared, a, lane);
 #pragma unroll 1
   for (; step < end; step += RINGS) {
     const int key = item.position(step);
@@ -31,6 +35,7 @@ __device__ __forceinline__ void take_steps(const Problem& p, const Item& item, c
     fence_async_proxy();
     if (barrier_any(tile.barrier(), 128, astray)) agree_anew(a, c, weighed, tile, shared, lane);
     take(a, weighed);
+    if (step + RINGS >= end) warps_told.tell(shared, a, lane);
     if (!masked) values = ring.wait();
     tile.accumulate(values, a.O1, a.O2);
     // All warps have read the values of the step before, and the keys.

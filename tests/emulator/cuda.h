@@ -113,6 +113,7 @@ struct Block {
   std::map<int, Barrier> barriers;
   std::map<unsigned, MemoryBarrier> memory_barriers;
   std::deque<Warp> warps;
+  bool any = false;  // of __syncthreads_or
 };
 
 inline bool late;  // whether what is asynchronous happens as late as it may
@@ -245,6 +246,16 @@ inline emulator::Index<emulator::block_axis> blockIdx;
 inline emulator::Index<emulator::grid_axis> gridDim;
 
 inline void __syncthreads() { emulator::meet(emulator::block().barriers[emulator::BLOCK_BARRIER], emulator::threads_of_a_block); }
+inline bool __syncthreads_or(bool x) {
+  bool& any = emulator::block().any;
+  __syncthreads();
+  any = any || x;
+  __syncthreads();
+  const bool found = any;
+  __syncthreads();
+  any = false;
+  return found;
+}
 inline void __syncwarp() { emulator::meet(emulator::warp().barrier, emulator::LANES); }
 inline void __threadfence() {}
 template <class T>

@@ -14,6 +14,11 @@ inline void mbarrier_arrive_expect(unsigned barrier, unsigned bytes) {
   emulator::settle(b);
 }
 inline void mbarrier_arrive(unsigned barrier) { mbarrier_arrive_expect(barrier, 0); }
+inline unsigned mbarrier_arrive_counted(unsigned barrier) {
+  const unsigned before = emulator::memory_barrier(emulator::block(), barrier).missing;
+  mbarrier_arrive(barrier);
+  return before;
+}
 inline void mbarrier_wait(unsigned barrier, unsigned parity) {
   const emulator::MemoryBarrier& b = emulator::memory_barrier(emulator::block(), barrier);
   emulator::wait_for({&b.phase, parity, 1});
