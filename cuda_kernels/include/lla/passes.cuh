@@ -6,12 +6,22 @@
 #include "lla/shape.cuh"
 
 // Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass. `id`, `threads`: a
-// hardware barrier of the role, for nothing but that the compiler knows that all lanes of a warp agree.
+// hardware barrier of the role, for nothing but that the compiler knows that all lanes of a warp agree. AHEAD: by the transform warps,
+// whether they do not wait for the last products before they know that there is no other pass; then before wait_for_products they
+// touch nothing that these read.
+template <bool AHEAD = false>
 __device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
   // The first pass meets three times where it is not the last.
   const unsigned parity = shared.exact;
-  meet(shared.met, parity);
+  if constexpr (AHEAD) {
+    // All have left their sums.
+    barrier_sync(id, threads);
+    come(shared.met);
+  } else {
+    meet(shared.met, parity);
+  }
   if (shared.exact || !shared.out_of_range) return false;
+  if constexpr (AHEAD) mbarrier_wait(shared_address(&shared.met), parity);
   meet(shared.met, parity ^ 1);
   const int thread = thread_index();
   if (thread < 2 * D) shared.origin[thread] = 0.0f;
@@ -23,6 +33,9 @@ __device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
   barrier_sync(id, threads);
   return true;
 }
+
+// Of the last pass.
+__device__ __forceinline__ void wait_for_products(const Shared& shared) { mbarrier_wait(shared_address(&shared.met), shared.exact); }
 
 // KEY_COLUMNS: how many columns of the keys' moments a warpgroup has, those up to its own.
 template <int KEY_COLUMNS>
