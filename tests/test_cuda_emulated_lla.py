@@ -86,11 +86,12 @@ def test_products_that_blocks_add_up_are_the_same_in_every_order(name, steps_are
     hold_in_every_order(make(**sizes), (9, 0), "cg")
 
 
-def test_of_sixteen_blocks_the_last_may_have_no_keys():
+@pytest.mark.parametrize("head_dim, multiprocessors", [(64, 8), (128, 16)])
+def test_of_sixteen_blocks_the_last_may_have_no_keys(head_dim, multiprocessors):
     """Of 129 tiles fifteen blocks take 9 each, and more than there are."""
-    case = make(head_dim=64, batch=1, kv_heads=1, group=1, capacity=8193)
+    case = make(head_dim=head_dim, batch=1, kv_heads=1, group=1, capacity=8193)
     expected = call(plx.reference, "lla", case, ridge=0.1)
-    for o in run("lla", case, (9, 0), (RANDOM_EARLY, RANDOM_LATE), 8, ridge=0.1, solver="cg"):
+    for o in run("lla", case, (9, 0), (RANDOM_EARLY, RANDOM_LATE), multiprocessors, ridge=0.1, solver="cg"):
         hold(o, expected, solved_budget(case, np.full(o.shape[:3], 0.1)))
 
 

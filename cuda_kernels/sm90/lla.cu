@@ -90,7 +90,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
 }
 
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
-  while (weigh(shared, call, maps, tiles, 0, 0), again<THROUGH_CACHE>(shared, TRANSFORM, TRANSFORM_THREADS))
+  while (weigh(shared, call, maps, tiles, 0, 0), again<SENT_AHEAD>(shared, TRANSFORM, TRANSFORM_THREADS))
     bring_first(shared, call, maps, Source(shared), tiles);
   // A thread for every column.
   const int column = thread_index() - MATRIX_THREADS;
@@ -105,7 +105,7 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   shared.own.mean[column] = shared.total.mean[column] = mean;
   if constexpr (TOGETHER) {
     // Without tiles nothing says that the tag is there.
-    if (THROUGH_CACHE && tiles == 0) wait_for_products(shared);
+    if (SENT_AHEAD && tiles == 0) wait_for_products(shared);
     const Exchange exchange(shared, call);
     share_sums(shared, exchange);
     meet(shared.met, shared.exact ^ 1);

@@ -37,7 +37,7 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
   }
   // All blocks have cleared the place of what comes next.
   if constexpr (IN_CLUSTER) acquire_from_cluster();
-  if constexpr (THROUGH_CACHE) wait_for_products(shared);
+  if constexpr (SENT_AHEAD) wait_for_products(shared);
   // In place of what is read no more.
   float(&of_half)[2 * D] = shared.moved[0].shift;
   float& d1_of_half = shared.warp_d1[0][0];
