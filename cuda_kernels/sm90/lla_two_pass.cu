@@ -82,7 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   let_next_launch_begin();
 
   const float ridge = lla::RowIndex(call, block_index()).ridge(call);
-  centre_moments<D>({c[0], c[1]}, shared.sums, inverse_weight(shared.d1), shared.inverse_scale, thread_index());
+  centre_moments<0, D>({c[0], c[1]}, shared.sums, inverse_weight(shared.d1), shared.inverse_scale, thread_index());
   pair_lanes(c);
   Entries slope;
   if (!solve_by_steps(shared, call, c, ridge, slope)) {

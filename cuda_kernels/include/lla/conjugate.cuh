@@ -78,8 +78,8 @@ struct Centring {
 // given the columns that it lacks. What other blocks send is not needed for that, and comes meanwhile.
 template <bool IS_FIRST>
 __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], int thread) {
-  constexpr bool LACKS = D == 128 && IS_FIRST;
-  centre_moments<LACKS ? 64 : D>({c + D / 2}, shared.sums, inverse_weight(shared.own.d1), shared.inverse_scale[0], thread);
+  const float inverse_d1 = inverse_weight(shared.own.d1), inverse_scale = shared.inverse_scale[0];
+  centre_moments<0, 64>({c + D / 2}, shared.sums, inverse_d1, inverse_scale, thread);
   if constexpr (D == 128) {
     const int upper = upper_row(thread), column = thread % 4 * 2;
     if constexpr (!IS_FIRST) {
@@ -91,6 +91,8 @@ __device__ __forceinline__ void complete_moments(Shared& shared, float (&c)[D], 
           *reinterpret_cast<float2*>(&shared.below[upper - 64 + 8 * h][8 * j + column]) = {pair[2 * h], pair[2 * h + 1]};
       }
       come(shared.given);
+      // Those are waited for, these not.
+      centre_moments<64, D>({c + D / 2}, shared.sums, inverse_d1, inverse_scale, thread);
     } else {
 #if ROWS_IN_TURN
       mbarrier_wait(shared_address(&shared.given), shared.turn & 1);
