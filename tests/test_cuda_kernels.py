@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("cupy", reason="CuPy brings NVRTC's bindings; pip install '.[gpu-compile]'")
 
-from test_cuda_heuristics import FLOAT32, call_of, shape_of
+from test_cuda_heuristics import FLOAT32, OWN_BYTES, call_of, shape_of
 
 from parallax_core.cuda_kernels import compiler, lla
 
@@ -62,6 +62,7 @@ def usage(shape, arch):
     assert "serialized" not in log, "each wgmma is waited for before the next"
     used = compiler.usage(log)["attend_kernel"]
     # Of a block, 99 KiB on many GPUs; of a Hopper's multiprocessor, with 1 KiB a block for the system.
+    assert used.shared_bytes <= OWN_BYTES[shape.boxes]
     block = shape.shared_bytes + used.shared_bytes
     assert block <= (227 if shape.boxes else 99) << 10
     assert not shape.boxes or dict(shape.defines)["BLOCKS"] * (block + 1024) <= 228 << 10
