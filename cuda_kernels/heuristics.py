@@ -38,8 +38,9 @@ _SM90_BYTES = 227 * 1024
 _BLOCK_BYTES = 1024
 """That the system takes of every block beside, from sm_80 on."""
 _STATIC_BYTES = 256
-"""That a kernel has for its own variables; where boxes begin on multiples of 1024 bytes, as much as that."""
+"""That a kernel has for its own variables, at most..."""
 _BOX_BYTES = 1024
+"""...or with the copy engine, whose boxes begin on multiples of that."""
 _FEWEST_PARCELS = {ALIKE: {2: 8, 4: 8}, EQUAL_RANGES: {2: 16, 4: 3}}
 """By how blocks share the work and by groups of rows: parts that all blocks of an item merge faster than its
 last one or a cluster does. Of fewer rows parts are small, and an early launch gains as much."""

@@ -52,7 +52,7 @@ __device__ __forceinline__ void attend(const Problem& p, const Maps* maps) {
   __shared__ unsigned long long synced;
   __shared__ unsigned long long told;
   __shared__ Word16 uses;  // of the item's parcels
-  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
+  const int lane = threadIdx.x % 32, warp = __shfl_sync(~0u, threadIdx.x / 32, 0);
   const int rank = CLUSTER > 1 ? cluster_rank() : 0;
 
   if constexpr (BOXES) {

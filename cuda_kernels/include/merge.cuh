@@ -172,11 +172,6 @@ __device__ __forceinline__ Item copy_opaque(Item item) {
   return item;
 }
 
-template <bool X>
-struct Truth {
-  static constexpr bool value = X;
-};
-
 // Merges the parts of an item in their order and writes its rows, from channel `from` on.
 template <class PartAt>
 __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, char* shared, BlockMeeting& meet_block, int from,
@@ -190,9 +185,8 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
     Destination destination;
     RowState<WIDTH> state;
     state.clear();
-    // Those from part `begin` on; FIRST: whether there were none before.
-    const auto take = [&](int begin, auto first) {
-      constexpr bool FIRST = decltype(first)::value;
+    // Those from part `begin` on; first: whether it is known that there were none before.
+    const auto take = [&](int begin, bool first) {
       Statistics x[UNROLL];
       float2 sums[UNROLL][WIDTH];
 #pragma unroll
@@ -208,20 +202,20 @@ __device__ __forceinline__ void merge_parts(const Problem& p, const Item& item, 
         }
       }
       // While they are on their way, and not before.
-      if (FIRST || (!SINGLE && begin == at.team)) {
+      if (first || (!SINGLE && begin == at.team)) {
         const Item here = copy_opaque(item);
         destination = Destination(p, here, Rows(p, here), Record(at.number));
       }
 #pragma unroll
       for (int u = 0; u < UNROLL; u++) x[u].d1 = begin + u * TEAMS < parts ? x[u].d1 : 0.f;
-      state.template add<FIRST>(x, sums);
+      state.add(x, sums, first);
     };
     if (place < UNITS * TEAMS) {
       int begin = at.team;
       // Where registers allow, by instructions of their own, of which none is in vain.
-      if constexpr (SINGLE) take(begin, Truth<true>()), begin += TEAMS * UNROLL, walk.go_on(UNROLL);
+      if constexpr (SINGLE) take(begin, true), begin += TEAMS * UNROLL, walk.go_on(UNROLL);
 #pragma unroll 1
-      for (; begin < parts; begin += TEAMS * UNROLL, walk.go_on(UNROLL)) take(begin, Truth<false>());
+      for (; begin < parts; begin += TEAMS * UNROLL, walk.go_on(UNROLL)) take(begin, false);
     }
     if constexpr (TEAMS > 1) {
       float4* statistics = reinterpret_cast<float4*>(shared + EXCHANGE_AT);

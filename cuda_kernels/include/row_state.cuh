@@ -28,24 +28,25 @@ struct RowState {
     for (int e = 0; e < WIDTH; e++) O1[e] = O2[e] = 0;
   }
 
-  // Adds COUNT states at once, of which those that saw nothing count for nothing. EMPTY: whether this one saw nothing before.
-  template <bool EMPTY = false, int COUNT>
-  __device__ __forceinline__ void add(const Statistics (&x)[COUNT], const float2 (&sums)[COUNT][WIDTH]) {
-    bool all = EMPTY || !s.saw_nothing();
+  // Adds COUNT states at once, of which those that saw nothing count for nothing. empty: whether this one is known to have
+  // seen nothing.
+  template <int COUNT>
+  __device__ __forceinline__ void add(const Statistics (&x)[COUNT], const float2 (&sums)[COUNT][WIDTH], bool empty = false) {
+    bool all = empty || !s.saw_nothing();
 #pragma unroll
     for (int u = 0; u < COUNT; u++) all = all && !x[u].saw_nothing();
     // Nearly always, and then without a look at each.
     if (all)
-      add_these<EMPTY, true>(x, sums);
+      add_these<true>(x, sums, empty);
     else
-      add_these<EMPTY, false>(x, sums);
+      add_these<false>(x, sums, empty);
   }
 
  private:
-  // ALL: whether all of them, and this one unless it is EMPTY, saw something.
-  template <bool EMPTY, bool ALL, int COUNT>
-  __device__ __forceinline__ void add_these(const Statistics (&x)[COUNT], const float2 (&sums)[COUNT][WIDTH]) {
-    const bool empty = EMPTY || (!ALL && s.saw_nothing());
+  // ALL: whether all of them, and this one unless it is empty, saw something.
+  template <bool ALL, int COUNT>
+  __device__ __forceinline__ void add_these(const Statistics (&x)[COUNT], const float2 (&sums)[COUNT][WIDTH], bool empty) {
+    empty = empty || (!ALL && s.saw_nothing());
     float m = empty ? minus_infinity() : s.m;
 #pragma unroll
     for (int u = 0; u < COUNT; u++) m = !ALL && x[u].saw_nothing() ? m : fmaxf(m, x[u].m);

@@ -2,6 +2,7 @@
 // What the states of a block's warps weigh when they become one. Their statistics say it, which are complete with the last keys, while
 // the values of these are still to come: warps tell each other then, and none waits for it at its end.
 
+#include "arrivals.cuh"
 #include "block_meeting.cuh"
 #include "delay.cuh"
 #include "ptx/mbarrier.cuh"
@@ -56,13 +57,6 @@ __device__ __forceinline__ void weigh_warps(char* shared, int number) {
     if (warp == 0) reinterpret_cast<float4*>(shared + TOTALS_AT)[record] = total.packed();
   }
 }
-
-// Lanes that say it of a warp: a tool of compute-sanitizer does not see that one speaks for all.
-#ifdef FOR_RACECHECK
-constexpr int OF_WARP = 32;
-#else
-constexpr int OF_WARP = 1;
-#endif
 
 // When a block's warps have told their statistics. All of them do, of every item.
 class WarpsTold {

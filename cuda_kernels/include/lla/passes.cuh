@@ -4,7 +4,6 @@
 #include "lla/copies.cuh"
 #include "lla/moments.cuh"
 #include "lla/shape.cuh"
-#include "lla/steps.cuh"
 
 // Whether X was out of float16's range, and the tiles must be taken again; by all threads, after a pass. `id`, `threads`: a
 // hardware barrier of the role, for nothing but that the compiler knows that all lanes of a warp agree. AHEAD: by the transform warps,
@@ -34,10 +33,6 @@ __device__ __forceinline__ bool again(Shared& shared, int id, int threads) {
   barrier_sync(id, threads);
   return true;
 }
-
-// Whether blocks that share a row send their means before the last products are done: with heads of 64 what they ask for comes in
-// the way of another block of the multiprocessor (measured on an H200).
-constexpr bool SENT_AHEAD = THROUGH_CACHE && BLOCKS_PER_MULTIPROCESSOR == 1;
 
 // Of the last pass.
 __device__ __forceinline__ void wait_for_products(const Shared& shared) { mbarrier_wait(shared_address(&shared.met), shared.exact); }

@@ -1,6 +1,7 @@
 #pragma once
 // Sizes of the tuned kernel of local linear attention, its shared memory and its barriers.
 
+#include "arrivals.cuh"
 #include "block_meeting.cuh"
 #include "delay.cuh"
 #include "lla/inputs.cuh"
@@ -208,14 +209,6 @@ static_assert(sizeof(Shared) <= 227 * 1024 / BLOCKS_PER_MULTIPROCESSOR - 1024 * 
 
 // Hardware barriers; 0 is the block's.
 enum : int { MATRIX = 1, TRANSFORM = 2, FIRST_MATRIX = 3, LAST_MATRIX = 4 };
-
-// A warp, or a warpgroup, arrives by one of its threads, the first. Where the kernel is compiled FOR_RACECHECK, a tool of
-// compute-sanitizer, by all: it follows threads, and does not see that one speaks for all.
-#ifdef FOR_RACECHECK
-constexpr int OF_WARP = 32, OF_WARPGROUP = 128;
-#else
-constexpr int OF_WARP = 1, OF_WARPGROUP = 1;
-#endif
 
 __device__ __forceinline__ void arrive_as_warp(const unsigned long long& barrier, int lane) {
   __syncwarp();
