@@ -13,9 +13,9 @@
 #include "lla/inputs.cuh"
 #include "ptx/numbers.cuh"
 
-// Of what the slope adds to an output, in standard deviations of the values. A quarter of what rounds an output of that size in bfloat16,
-// and half in float16: where few keys weigh the output itself may be ten times smaller.
-constexpr float TOLERANCE = BFLOAT ? 1.0f / 2048 : 1.0f / 4096;
+// Of what the slope adds to an output, in standard deviations of the values. Half of what rounds an output of that size, and in bfloat16 a
+// quarter where the last step is foreseen, which may leave more: where few keys weigh the output itself may be ten times smaller.
+constexpr float TOLERANCE = !BFLOAT ? 1.0f / 4096 : TOGETHER ? 1.0f / 2048 : 1.0f / 1024;
 // What is accepted of the slope that steps end with: after one that was foreseen, whose error is known closely, and else.
 constexpr float NEAR = 1.25f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
 // The squared residual, beside the largest there was, that is left of rounding alone, a few times of it: where one key has all but
