@@ -70,7 +70,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
     accumulate_to_solve<64>(shared, call, maps, tiles, c);
   else
     accumulate_to_solve<D>(shared, call, maps, tiles, c);
-  const float ridge = row_of_block(shared, call).ridge(call);
+  const float ridge = lla::RowIndex(call, block_index() >> call.splits_log2).ridge(call);
   const Exchange exchange(shared, call);
   if constexpr (IN_CLUSTER) cluster_wait();
   // The sums of all blocks are there.

@@ -180,12 +180,12 @@ __device__ __forceinline__ Entries right_side(Shared& shared, int lane) {
     return right_side_alone(shared, lane);
 }
 
-// Which row the matrix warps solve.
-__device__ __forceinline__ lla::RowIndex row_of_block(const Shared& shared, const lla::Call& call) {
+// Of the row that the matrix warps solve.
+__device__ __forceinline__ half_bits* output_of_block(const Shared& shared, const lla::Call& call) {
 #if ROWS_IN_TURN
-  return lla::RowIndex(call, shared.solving.item);
+  return shared.solving.output;
 #else
-  return lla::RowIndex(call, block_index() >> call.splits_log2);
+  return output_of(call, lla::RowIndex(call, block_index() >> call.splits_log2));
 #endif
 }
 
@@ -253,8 +253,11 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
     multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
     Entries product;
+    float o;
     if constexpr (!TOGETHER) {
       product = gather_rows(shared, thread, number, rows.of);
+      // Beside the residual, which says whether it is the output.
+      o = (IN_TURN ? shared.own.mean[D + column] : mean_of(shared, D + column)) + centre.inverse_d1 * sum_of_values(shared, centre, column, of_shift);
     } else {
       static_assert(MATRIX_THREADS == 2 * D);
       // In the exchange of this step, whose product is not received.
@@ -272,9 +275,8 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     const Entries residual = residual_of(right_side(shared, lane), ridge, x, product);
     if (is_near(at, residual, last, ridge)) {
       if (thread >= D || (TOGETHER && exchange.split != 0)) return true;
-      const float o = TOGETHER ? shared.output[MATRIX_WARPS][column] + shared.output[MATRIX_WARPS + 1][column]
-                               : (IN_TURN ? shared.own.mean[D + column] : mean_of(shared, D + column)) + centre.inverse_d1 * sum_of_values(shared, centre, column, of_shift);
-      output_of(call, row_of_block(shared, call))[column] = narrow<BFLOAT>(o);
+      if constexpr (TOGETHER) o = shared.output[MATRIX_WARPS][column] + shared.output[MATRIX_WARPS + 1][column];
+      output_of_block(shared, call)[column] = narrow<BFLOAT>(o);
       return true;
     }
     // No place may keep what is not known to have been there.

@@ -108,9 +108,10 @@ struct Solving {
   float share, inverse_weight;
   unsigned long long added[2][ADDED_UP ? D : 1];  // at the places of added.cuh, before a step
 #if ROWS_IN_TURN
-  // The factor from products of X to units of keys and values, and which row it is.
-  float factor;
-  int item, number;
+  // The row's ridge and output, the factor from products of X to units of keys and values, and which of the block's it is.
+  half_bits* output;
+  float factor, ridge;
+  int number;
   unsigned turn;
 #endif
 };

@@ -42,7 +42,7 @@ __device__ __forceinline__ void come_to_solve(const Shared& shared) {
 __device__ __forceinline__ void wait_to_solve(const Shared& shared) { mbarrier_wait(shared_address(&shared.met), 1); }
 
 // What the matrix warps solve the row with, from its sums; by the transform warps.
-__device__ __forceinline__ void leave_to_solve(Shared& shared, unsigned turn) {
+__device__ __forceinline__ void leave_to_solve(Shared& shared, const lla::Call& call, unsigned turn) {
   const int column = thread_index() - MATRIX_THREADS;
   const float shift = shared.sums[column] * inverse_weight(shared.own.d1), mean = shared.origin[column] + shift;
   shared.own.mean[column] = mean;
@@ -52,7 +52,9 @@ __device__ __forceinline__ void leave_to_solve(Shared& shared, unsigned turn) {
   }
   if (column == 0) {
     shared.solving.factor = shared.inverse_scale[0] * shared.inverse_scale[1];
-    shared.solving.item = shared.item, shared.solving.number = shared.number, shared.solving.turn = turn;
+    const lla::RowIndex row(call, shared.item);
+    shared.solving.output = output_of(call, row), shared.solving.ridge = row.ridge(call);
+    shared.solving.number = shared.number, shared.solving.turn = turn;
   }
 }
 
@@ -108,7 +110,7 @@ __device__ __forceinline__ void transform_rows(Shared& shared, const lla::Call& 
     const int tiles = tiles_of(shared);
     while (weigh(shared, call, maps, tiles, early, turn), again(shared, TRANSFORM, TRANSFORM_THREADS))
       bring_first(shared, call, maps, Source(shared), tiles), early = 0;
-    leave_to_solve(shared, turn);
+    leave_to_solve(shared, call, turn);
     come_to_solve(shared);
     const bool is_next = shared.next.item >= 0;
     if (is_next) bring_next(shared, call, maps);
@@ -140,7 +142,7 @@ __device__ __forceinline__ void transform_rows(Shared& shared, const lla::Call& 
 }
 
 // Solves the row of these moments by factorisation, and writes its output; by the matrix warps.
-__device__ __forceinline__ void write_by_factor(Shared& shared, const lla::Call& call, float ridge, float (&c)[D]) {
+__device__ __forceinline__ void write_by_factor(Shared& shared, float ridge, float (&c)[D]) {
   const int thread = thread_index(), lane = thread % 32, column = thread % D;
   Entries slope;
   solve_by_factor(shared, c + D / 2, ridge, slope);
@@ -152,17 +154,16 @@ __device__ __forceinline__ void write_by_factor(Shared& shared, const lla::Call&
   multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
   meet_matrix_warps();
   const float o = shared.own.mean[D + column] + centre.inverse_d1 * sum_of_values(shared, centre, column, of_shift);
-  if (thread < D) output_of(call, row_of_block(shared, call))[column] = narrow<BFLOAT>(o);
+  if (thread < D) shared.solving.output[column] = narrow<BFLOAT>(o);
 }
 
 // What steps have not solved is taken once more, unless nothing solves it; by the matrix warps.
-__device__ __forceinline__ void leave_or_write_nan(Shared& shared, const lla::Call& call) {
+__device__ __forceinline__ void leave_or_write_nan(Shared& shared) {
   const int thread = thread_index();
-  const lla::RowIndex row = row_of_block(shared, call);
   const Entries right = right_side(shared, thread % 32);
   const float square = inner_product(right, right);
-  if (square != square || !(row.ridge(call) > 0.0f)) {
-    if (thread < D) output_of(call, row)[thread] = narrow<BFLOAT>(quiet_nan());
+  if (square != square || !(shared.solving.ridge > 0.0f)) {
+    if (thread < D) shared.solving.output[thread] = narrow<BFLOAT>(quiet_nan());
   } else if (thread == 0) {
     shared.unsolved |= 1u << shared.solving.number;
   }
@@ -196,11 +197,11 @@ __device__ __forceinline__ void matrix_rows(Shared& shared, const lla::Call& cal
       accumulate_in_turn<D>(shared, call, maps, early, c);
     come_to_solve(shared);
     wait_to_solve(shared);
-    const float ridge = row_of_block(shared, call).ridge(call);
+    const float ridge = shared.solving.ridge;
     if (shared.by_factor)
-      write_by_factor(shared, call, ridge, c);
+      write_by_factor(shared, ridge, c);
     else if (!solve_by_steps(shared, call, ridge, Exchange(shared, call), c))
-      leave_or_write_nan(shared, call);
+      leave_or_write_nan(shared);
     // Read anew: kept over the row it would cost a register.
     const unsigned turn = shared.solving.turn;
     // Tiles come to where this lay.
