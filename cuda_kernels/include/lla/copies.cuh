@@ -3,7 +3,7 @@
 // tiles are brought by transform warps, all others by those of the last matrix warpgroup, which have the time.
 //
 // The ring is not filled at once. All blocks begin together, and what they ask for comes in no order: the first tile would
-// come with the last, and with it the instructions that the block has yet to fetch.
+// come with the last, and with it the instructions that the block has yet to fetch. So tiles are asked for as others come.
 
 #include "lla/boxes.cuh"
 #include "lla/shape.cuh"
@@ -48,6 +48,8 @@ __device__ __forceinline__ void bring_tiles(Shared& shared, const lla::Call& cal
 
 // Tiles that are brought before the first one is there; as many keys with heads of 64, two blocks of which share a multiprocessor.
 constexpr int AT_FIRST = D == 64 ? 2 : 1;
+// And that are on their way at once after it, until the ring is full.
+constexpr int ON_THEIR_WAY = 2;
 
 __device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tiles) {
   const int thread = thread_index() - MATRIX_THREADS;

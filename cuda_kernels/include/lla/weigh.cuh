@@ -331,6 +331,9 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
     mbarrier_wait(shared_address(&shared.scores_full[last % SCORE_STAGES]), last / SCORE_STAGES & 1);
     // Those of the tile before are there then too, unless the other group gives them.
     if (IN_TURN && tile > 0 && tile <= early) mbarrier_wait(shared_address(&shared.scores_full[tile - 1]), 0);
+    // Before what is found of the scores, which takes as long.
+    RawBlocks raw(run, lane);
+    if (own) raw.load_first();
     const float2* pairs = reinterpret_cast<const float2*>(shared.scores[0]) + lane;
     const float2 pair = pairs[last % SCORE_STAGES * (TILE / 2)];
     const float2 before = pairs[(tile > 0 ? tile - 1 : 0) % SCORE_STAGES * (TILE / 2)];
@@ -348,6 +351,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
         const int first_of_tile = shared.begin + tile * TILE;
         hide_keys(run, shared.first - first_of_tile, shared.end - first_of_tile, lane);
       }
+      if (own) raw.load_first();
     }
     if (tile < 0) continue;
     if (!own) break;
@@ -357,9 +361,9 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
     const float2 rounded = widen_pair<false>(roots);
     d1 += rounded.x * rounded.x + rounded.y * rounded.y;
     if (__any_sync(~0u, scale != 1.0f))
-      transform_run<true>(run, roots, scale, origin, sums, lane);
+      raw.scale_and_transform(roots, scale, origin, sums, lane);
     else
-      transform_run<false>(run, roots, scale, origin, sums, lane);
+      raw.transform(roots, origin, sums, lane);
     if (lane == 0 && warp == 0) shared.rescale[slot] = rescale;
     fence_async_proxy();
     arrive_as_warp(shared.x_full[slot], lane);
