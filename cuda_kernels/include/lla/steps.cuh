@@ -235,15 +235,16 @@ __device__ __forceinline__ bool take_steps_alone(Shared& shared, const Exchange&
     // Beside the product, whose sums come between these instructions.
     progress.look(inner_product(r, r), ridge);
     const Rows product = multiply_rows_of_warp<true>(vector, moments, thread);
+    const bool is_small = progress.is_small(progress.gamma, TOLERANCE);
+    const bool is_last = is_small || !(progress.gamma < -minus_infinity()) || number > MOST_STEPS;
     // The same in all lanes, as the compiler sees by this.
-    const bool small = __any_sync(~0u, progress.is_small(progress.gamma, TOLERANCE));
-    const bool ends = small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS;
+    const auto ends = [&] { return __any_sync(~0u, is_last); };
     // The last product is in vain. Where warps wait for each other more than they compute, whether it is comes with it (measured on an H200).
-    if (ROW_BLOCKS > 1 && ends) return small;
+    if (ROW_BLOCKS > 1 && ends()) return __any_sync(~0u, is_small);
     float(&of_warps)[MATRIX_WARPS] = shared.solving.curvatures[number % 2];
     if (lane == 0) of_warps[thread / 32] = product.curvature;
     const Entries rows = gather_rows(shared, thread, number++, product.of);
-    if (ROW_BLOCKS == 1 && ends) return small;
+    if (ROW_BLOCKS == 1 && ends()) return __any_sync(~0u, is_small);
     float sums[4];
 #pragma unroll
     for (int warp = 0; warp < MATRIX_WARPS; warp++) sums[warp % 4] = warp < 4 ? of_warps[warp] : sums[warp % 4] + of_warps[warp];

@@ -172,7 +172,7 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   float d1 = 0.0f, sums[8] = {};
   if (thread == 0) shared.growth = 0;
   wait_for_load(shared, at);
-  if (brings) bring_tiles<AT_FIRST, SLOTS>(shared, call, maps, from, at, thread % 32);
+  if (brings) bring_tiles<AT_FIRST, AT_FIRST + ON_THEIR_WAY>(shared, call, maps, from, at, thread % 32);
   give_scores(shared, from, 0, slot_address(shared, at.slot), thread, rows, query, scale_log2);
   meet();
   const float m = largest_of_lanes(reinterpret_cast<const float2*>(shared.scores[0])[thread % 32]);
@@ -198,6 +198,8 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
     if (tile + 1 < from.tiles) {
       // Beside the products of the tile before.
       wait_for_load(shared, next);
+      if (const int later = tile + 1 + ON_THEIR_WAY; brings && later < min(SLOTS, from.tiles))
+        bring(shared, call, maps, from, later, false, (at.slot + 1 + ON_THEIR_WAY) % SLOTS, thread % 32);
       const float largest = give_scores(shared, from, tile + 1, slot_address(shared, next.slot), thread, rows, query, scale_log2);
       if (__any_sync(~0u, largest > m + LAZY_LOG2)) {
         const float growth = largest > m + LAZY_LOG2 ? fminf(largest - m, 1e30f) : 0.0f;
