@@ -50,22 +50,22 @@ class _GraphTimer:
 
     def read(self, caches):
         """A kernel that does nothing but read; the same memory for every point."""
-        import cupy
+        from parallax_core.gpu_exchange import stream_at
 
         kernel, source, sink = _reader()
         blocks = READ_BYTES // (_THREADS * _LOADS * _WIDTH)
 
         def read() -> None:
-            with cupy.cuda.ExternalStream(self._current_stream()):
+            with stream_at(self._current_stream()):
                 kernel((blocks,), (_THREADS,), (source, sink))
 
         return self.prepare([read], 4), READ_BYTES
 
     def _keep_busy(self, stream: int) -> None:
         """Let a stream wait, so that what is timed next is in its queue as it begins. stream: an address."""
-        import cupy
+        from parallax_core.gpu_exchange import stream_at
 
-        with cupy.cuda.ExternalStream(stream):
+        with stream_at(stream):
             _waiter()((1,), (1,), (BUSY_NANOSECONDS,))
 
     def host(self, function):

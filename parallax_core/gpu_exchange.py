@@ -323,12 +323,27 @@ def hand_back(array: cupy.ndarray, like: Any) -> Any:
     return exchange.from_dlpack(like)(array)
 
 
+class _ForeignStream:
+    """A stream by its address, as CuPy asks others for theirs."""
+
+    def __init__(self, address: int):
+        self._address = address
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._address
+
+
+def stream_at(address: int) -> cupy.cuda.Stream:
+    """The stream at an address, which lives as long as whose it is lets it: CuPy does not destroy it."""
+    return cupy.cuda.Stream.from_external(_ForeignStream(address))
+
+
 @contextmanager
 def on(device: int, stream: int, arrays: Iterable):
     """A device and one of its streams as CuPy's current ones; what is CuPy's of the arrays is ready there."""
     if any(isinstance(x, cupy.ndarray) for x in arrays):
         _wait(stream, cupy.cuda.get_current_stream(device).ptr)
-    with cupy.cuda.Device(device), cupy.cuda.ExternalStream(stream, device):
+    with cupy.cuda.Device(device), stream_at(stream):
         yield
 
 
@@ -343,7 +358,7 @@ def hold(owners: Any, stream: int) -> None:
             _held.popleft()
         if not runtime.streamIsCapturing(stream):
             event = cupy.cuda.Event(disable_timing=True)
-            event.record(cupy.cuda.ExternalStream(stream))
+            event.record(stream_at(stream))
             _held.append((event, owners))
 
 
@@ -354,5 +369,5 @@ _held: deque[tuple[cupy.cuda.Event, Any]] = deque()
 def _wait(stream: int, producer: int) -> None:
     if producer != stream:
         event = cupy.cuda.Event(disable_timing=True)
-        event.record(cupy.cuda.ExternalStream(producer))
-        cupy.cuda.ExternalStream(stream).wait_event(event)
+        event.record(stream_at(producer))
+        stream_at(stream).wait_event(event)

@@ -5,6 +5,7 @@ and writes through those alone: a wrong stride, pointer or copy gives a wrong re
 """
 
 import contextlib
+import gc
 import re
 import sys
 import types
@@ -526,6 +527,18 @@ def test_the_quick_allocation_of_pytorch_is_taken_only_where_it_gives_what_it_mu
     ):
         assert found(unlike) is None
     assert gpu_exchange._torch_empty(types.SimpleNamespace(), torch.device("cpu")) is None
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_stream_of_others_keeps_its_address_and_is_not_destroyed(monkeypatch):
+    destroyed = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: destroyed.append(report.exc_value))
+    stream = gpu_exchange.stream_at(12345)
+    assert (stream.ptr, stream.__cuda_stream__()) == (12345, (0, 12345))
+    # Without a driver, to destroy one would raise.
+    del stream
+    gc.collect()
+    assert not destroyed
 
 
 def test_early_launches_are_allowed_for_a_while():

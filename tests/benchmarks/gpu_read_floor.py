@@ -21,6 +21,7 @@ import parallax_core as plx
 from parallax_core.cuda_kernels import early_launch
 from parallax_core.distributed.decode_graphs import TorchTimer
 from parallax_core.distributed.decode_timing import in_turns
+from parallax_core.gpu_exchange import stream_at
 
 ROUNDS, SECONDS, ROTATION = 20, 5.0, 512 << 20
 BLOCKS, WARPS, SLOTS, PIECE, SHARERS = 128, 8, 3, 8192, 16
@@ -108,7 +109,7 @@ def main() -> None:
 
         def read(cache, exchanges, pieces=nbytes // PIECE):
             arguments = cache.data_ptr(), np.int32(pieces), np.int32(exchanges), counters, words
-            with cupy.cuda.ExternalStream(torch.cuda.current_stream().cuda_stream):
+            with stream_at(torch.cuda.current_stream().cuda_stream):
                 kernel((BLOCKS,), (32 * WARPS,), arguments, shared_mem=WARPS * SLOTS * PIECE)
 
         functions = {
