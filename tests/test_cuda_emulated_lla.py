@@ -1,6 +1,7 @@
 """Local linear attention's kernels run on the host, thread by thread, in several orders."""
 
 import numpy as np
+import oracle
 import pytest
 
 pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.[gpu-compile]'")
@@ -242,6 +243,24 @@ def test_tiles_beyond_the_scale_of_the_first_are_taken_again(change, head_dim, c
     expected = call(plx.reference, "lla", case, ridge=0.1)
     (o,) = run("lla", case, (9, 0), orders=(LATE,), ridge=0.1, solver=solver)
     assert error_of_rows(o, expected).max() <= 1e-2
+
+
+@pytest.mark.parametrize("page_size", [None, 16])
+@pytest.mark.parametrize(
+    "head_dim, capacity, solver",
+    [(64, 192, "cholesky"), (128, 192, "cholesky"), (128, 192, "cg"), (64, 1104, "cg"), (128, 1104, "cg")],
+)
+def test_what_is_hidden_changes_no_bit(head_dim, capacity, solver, page_size):
+    """Of a last tile all but five keys, or seven, and in pages the first ones of the first tile."""
+    seen = dict(cache_leftpad=lengths(70, 5), cache_seqlens=lengths(75 + (capacity - 80) // 64 * 64, 12))
+    case = make(head_dim=head_dim, kv_heads=1, capacity=capacity, page_size=page_size, **seen)
+    hidden = oracle.hidden_places(case)
+    k, v = case.k_cache.copy(), case.v_cache.copy()
+    k[hidden], v[hidden] = np.nan, np.inf
+    cases = case, case.with_keys_and_values(k, v)
+    (clean,), (dirty,) = (run("lla", x, (9, 0), (RANDOM_EARLY,), ridge=0.1, solver=solver) for x in cases)
+    assert np.isfinite(clean).all()
+    np.testing.assert_array_equal(dirty, clean)
 
 
 def test_keys_about_an_outlying_one_keep_their_digits():
