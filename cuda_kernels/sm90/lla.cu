@@ -42,7 +42,7 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
   accumulate_all<KEY_COLUMNS>(shared, call, maps, c, tiles);
   const Part moments{c};
   const float inverse_scale = shared.inverse_scale[0];
-  const float ridge = lla::RowIndex(call, block_index() >> call.splits_log2).ridge(call);
+  const float ridge = row_of_block(call).ridge(call);
   store_moments<Part::VALUES, Part::ALL>(shared, moments, inverse_scale * inverse_scale, whole, ridge);
   meet(shared.met, shared.exact ^ 1);
   // The factorisation does not wait for these, whose accumulators are the first registers.
@@ -70,7 +70,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
     accumulate_to_solve<64>(shared, call, maps, tiles, c);
   else
     accumulate_to_solve<D>(shared, call, maps, tiles, c);
-  const float ridge = lla::RowIndex(call, block_index() >> call.splits_log2).ridge(call);
+  const float ridge = row_of_block(call).ridge(call);
   const Exchange exchange(shared, call);
   if constexpr (IN_CLUSTER) cluster_wait();
   // The sums of all blocks are there.

@@ -180,12 +180,15 @@ __device__ __forceinline__ Entries right_side(Shared& shared, int lane) {
     return right_side_alone(shared, lane);
 }
 
+// The row that a block has to itself or shares, if it does not take rows in turn.
+__device__ __forceinline__ lla::RowIndex row_of_block(const lla::Call& call) { return lla::RowIndex(call, block_index() >> call.splits_log2); }
+
 // Of the row that the matrix warps solve.
 __device__ __forceinline__ half_bits* output_of_block(const Shared& shared, const lla::Call& call) {
 #if ROWS_IN_TURN
   return shared.solving.output;
 #else
-  return output_of(call, lla::RowIndex(call, block_index() >> call.splits_log2));
+  return output_of(call, row_of_block(call));
 #endif
 }
 

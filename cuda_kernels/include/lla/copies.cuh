@@ -48,8 +48,9 @@ __device__ __forceinline__ void bring_tiles(Shared& shared, const lla::Call& cal
 
 // Tiles that are brought before the first one is there; as many keys with heads of 64, two blocks of which share a multiprocessor.
 constexpr int AT_FIRST = D == 64 ? 2 : 1;
-// And that are on their way at once after it, until the ring is full.
+// And that are on their way at once then, until the ring is full.
 constexpr int ON_THEIR_WAY = 2;
+static_assert(D == 128 || AT_FIRST == ON_THEIR_WAY, "one more is asked for as each comes, from the first one on");
 
 __device__ __forceinline__ void bring_first(Shared& shared, const lla::Call& call, const Maps& maps, const Source& from, int tiles) {
   const int thread = thread_index() - MATRIX_THREADS;

@@ -104,13 +104,13 @@ __device__ __forceinline__ void store_moments(Shared& shared, const Moments<KEY_
 }
 
 // Whether scores are multiplied just before a tile's products, and not while X of the tile is waited for: with heads of 64, where one
-// warpgroup does all, 2 % less time; with heads of 128 3 % more (on an H200).
+// warpgroup does all, 2 % less time; with heads of 128 2 to 9 % more (on an H200).
 constexpr bool SCORES_BESIDE = D == 64;
 
 // One pass over the tiles: a warpgroup accumulates the moments of its 64 key channels with the first KEY_COLUMNS, up
 // to its own (the rest is symmetric), and with all value channels. Its own instructions bound the pass with heads of 64:
-// what does not need a tile's X, the next scores and the copy in place of the tile before, comes ahead of the wait for it,
-// and what the loop counts is the same in all lanes, for the compiler too. early: tiles that were brought, with their scores, by the
+// what does not need a tile's X, the copy in place of the tile before and, unless they are beside its products, scores of a later
+// tile, comes ahead of the wait for it, and what the loop counts is the same in all lanes, for the compiler too. early: tiles that were brought, with their scores, by the
 // transform warps.
 template <int KEY_COLUMNS>
 __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call, const Maps& maps, Moments<KEY_COLUMNS>& moments, int tiles, unsigned early, unsigned query_run) {
@@ -144,12 +144,15 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
 #pragma unroll 1
     while (ahead < min(SCORES_AHEAD, tiles)) {
       multiply_next(), wgmma_wait<0>(), give_next();
-      // One more for each that is there; in the end all that there is room for.
-      const int brought = ahead < SCORES_AHEAD ? int(ahead) + AT_FIRST : SLOTS;
+      if constexpr (KEY_COLUMNS == D) {
+        // One more for each that is there; in the end all that there is room for.
+        const int brought = ahead < SCORES_AHEAD ? int(ahead) + ON_THEIR_WAY : SLOTS;
 #pragma unroll 1
-      for (int next = ahead + AT_FIRST - 1; KEY_COLUMNS == D && next < min(brought, tiles); next++) bring_tile(source, next, next);
+        for (int next = ahead + ON_THEIR_WAY - 1; next < min(brought, tiles); next++) bring_tile(source, next, next);
+      }
     }
   } else {
+    // One more for each that is there.
 #pragma unroll 1
     for (int next = AT_FIRST; next < min(SLOTS, tiles); next++) {
       mbarrier_wait(shared_address(&shared.raw_full[max(next - ON_THEIR_WAY, 0)]), 0);

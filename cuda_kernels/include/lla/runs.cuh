@@ -96,15 +96,24 @@ __device__ __forceinline__ void hide_keys(unsigned run, int first, int end, int 
 // Blocks of a run as they came: what is loaded at once, of the same keys, and then what is loaded while that becomes X. Where rows are
 // taken in turn all of a step's are loaded at once, and none ahead: they took 4 % longer otherwise (on an H200).
 class RawBlocks {
-  static constexpr bool AHEAD = !IN_TURN;
+  static constexpr int AHEAD = IN_TURN ? 0 : 1;
   static constexpr int AT_ONCE = AHEAD ? 2 : CHANNEL_BLOCKS, PARTS = CHANNEL_BLOCKS / AT_ONCE;
-  unsigned row, of[AHEAD ? 2 : 1][AT_ONCE][4];
+  unsigned row, of[1 + AHEAD][AT_ONCE][4];
 
   __device__ __forceinline__ unsigned place(int step, int c) const { return (row + step * KEY_BLOCK) ^ c << 5; }
 
   __device__ __forceinline__ void load(int number) {
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) load_matrices_transposed(of[AHEAD ? number % 2 : 0][i], place(number / PARTS, number % PARTS * AT_ONCE + i));
+    for (int i = 0; i < AT_ONCE; i++) load_matrices_transposed(of[number % (1 + AHEAD)][i], place(number / PARTS, number % PARTS * AT_ONCE + i));
+  }
+
+  // A block becomes X where it lies.
+  template <bool SCALED>
+  __device__ __forceinline__ void put(unsigned (&x)[4], int step, int c, unsigned scales, const unsigned (&of_keys)[2], const RunOrigin& origin, RunSums& sums) const {
+#pragma unroll
+    for (int e = 0; e < 4; e++) x[e] = x_of_pair<SCALED>(x[e], scales, origin.of[2 * c + e % 2], of_keys[e / 2]);
+    store_matrices_transposed(place(step, c), x);
+    sums.add(c, x, of_keys);
   }
 
  public:
@@ -126,18 +135,11 @@ class RawBlocks {
       // Before the stores: the compiler may not move a load across a store.
       if (const int next = number + AHEAD; next < KEY_BLOCKS * PARTS) load(next);
 #pragma unroll
-      for (int i = 0; i < AT_ONCE; i++) {
-        const int c = number % PARTS * AT_ONCE + i;
-        unsigned(&x)[4] = of[AHEAD ? number % 2 : 0][i];
-#pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = x_of_pair<false>(x[e], 0, origin.of[2 * c + e % 2], of_keys[e / 2]);
-        store_matrices_transposed(place(step, c), x);
-        sums.add(c, x, of_keys);
-      }
+      for (int i = 0; i < AT_ONCE; i++) put<false>(of[number % (1 + AHEAD)][i], step, number % PARTS * AT_ONCE + i, 0, of_keys, origin, sums);
     }
   }
 
-  // The same where the scale is not 1, which is rare; nothing was loaded.
+  // The same where the scale is not 1, which is rare. What was loaded before is loaded again.
   __device__ __forceinline__ void scale_and_transform(unsigned roots, float scale, const RunOrigin& origin, RunSums& sums, int lane) const {
     const unsigned scales = narrow_pair<BFLOAT>(scale, scale);
 #pragma unroll 1
@@ -149,10 +151,7 @@ class RawBlocks {
       for (int c = 0; c < CHANNEL_BLOCKS; c++) {
         unsigned x[4];
         load_matrices_transposed(x, place(step, c));
-#pragma unroll
-        for (int e = 0; e < 4; e++) x[e] = x_of_pair<true>(x[e], scales, origin.of[2 * c + e % 2], of_keys[e / 2]);
-        store_matrices_transposed(place(step, c), x);
-        sums.add(c, x, of_keys);
+        put<true>(x, step, c, scales, of_keys, origin, sums);
       }
     }
   }

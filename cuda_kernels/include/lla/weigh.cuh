@@ -351,6 +351,7 @@ __device__ __forceinline__ void weigh(Shared& shared, const lla::Call& call, con
         const int first_of_tile = shared.begin + tile * TILE;
         hide_keys(run, shared.first - first_of_tile, shared.end - first_of_tile, lane);
       }
+      // Again: kept over this it would cost registers, and hidden keys have been cleared since.
       if (own) raw.load_first();
     }
     if (tile < 0) continue;

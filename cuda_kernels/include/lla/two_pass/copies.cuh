@@ -57,7 +57,7 @@ __device__ __forceinline__ void prefetch_values(Shared& shared, const lla::Call&
 // Tiles of keys that are asked for before the first one is there. All blocks begin together, and what they ask for comes in no
 // order: the first tile would come with the last.
 constexpr int AT_FIRST = 1;
-// And that are on their way at once after it, until the ring is full.
+// And that are on their way at once then, until the ring is full.
 constexpr int ON_THEIR_WAY = 2;
 
 // Tiles FIRST to LAST of the keys, of which the first comes to position `to`; by a warp.
