@@ -33,10 +33,12 @@ _MOST_SPLITS = 32
 _LARGE_CLUSTER = 8
 _MOST_TOGETHER = 16
 """Blocks that solve a row's system together."""
-_CLUSTER_SHARED_BYTES = 111616
+_CLUSTER_SHARED_BYTES = 110592
 """Of those that send each other mail through distributed shared memory."""
 _MAIL_WORDS = 384
 """What such a block sends at a time, at most, of 8 bytes each."""
+_GATHERED, _GIVEN_BYTES, _PLACES_BYTES = 4, 34944, 4096
+"""Blocks with heads of 64 of which one solves the row; what each gives it, and what is before that of all rows."""
 _MOST_SENDERS = 8
 """Blocks that send each other all rows of a product, which more of them add up sooner (on an H200)..."""
 _ADDED_WORDS = 4
@@ -192,10 +194,8 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     large = not layout.split_size and 2 * rows * splits <= at_once
     cluster = min(splits, _LARGE_CLUSTER if large else 2)
     if by_steps:
-        # With heads of 64 there is room for mail, and for every cluster of two. Of four, 62 to 66 run at once
-        # on 132 multiprocessors, by which of them a device lacks.
-        fits = splits == 2 or (splits == 4 and rows * splits <= 0.9 * at_once)
-        cluster = splits if D == 64 and fits else 1
+        # With heads of 64 there is room for mail, and for every cluster of two.
+        cluster = 1
     # Rows whose lengths the device alone knows go to the blocks that are free.
     even = problem.cu_seqlens is None and problem.cache_seqlens is None and problem.cache_leftpad is None
     short = even and problem.kv_len <= _IN_TURN_KEYS and not layout.split_size
@@ -203,6 +203,7 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     turns = min(-(-rows // at_once), _MOST_TURNS) if in_turn else 1
     in_cluster = by_steps and cluster > 1
     mailed = by_steps and splits > cluster
+    gathered = mailed and D == 64 and splits <= _GATHERED
     shared_bytes = _CLUSTER_SHARED_BYTES if in_cluster else SM90_SHARED_BYTES[D]
     if in_turn:
         shared_bytes = _IN_TURN_SHARED_BYTES
@@ -210,8 +211,10 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     defines = _sm90_defines(problem, box) | dict(
         CLUSTER=cluster, SHARED_BYTES=shared_bytes,
         READ_ONCE=int(problem.group_size * problem.q_len == 1 and overflows_cache(problem, layout)),
-        SOLVERS=splits * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
-        MAIL_BYTES=_mail_bytes(splits) * mailed, STEPS_ADDED_UP=int(mailed and splits > _MOST_SENDERS),
+        SOLVERS=(1 if gathered else splits) * by_steps, MOST_STEPS=_MOST_STEPS * by_steps,
+        GATHERED=splits * gathered,
+        MAIL_BYTES=(splits * _GIVEN_BYTES if gathered else _mail_bytes(splits)) * mailed,
+        STEPS_ADDED_UP=int(mailed and not gathered and splits > _MOST_SENDERS),
         ROWS_IN_TURN=int(in_turn),
         MOST_TURNS=_MOST_TURNS * in_turn,
     )  # fmt: skip
@@ -219,7 +222,7 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
     return Shape(
         "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], shared_bytes, floats,
-        rows, box, *(_mail(splits_log2, layout.multiprocessors) if mailed else (0, 0)), turns,
+        rows, box, *(_mail(splits_log2, layout.multiprocessors, gathered) if mailed else (0, 0)), turns,
     )  # fmt: skip
 
 
@@ -255,10 +258,11 @@ def _mail_bytes(splits: int) -> int:
     return 128 * lines
 
 
-def _mail(splits_log2: int, multiprocessors: int) -> tuple[int, int]:
+def _mail(splits_log2: int, multiprocessors: int, gathered: bool = False) -> tuple[int, int]:
     """How much mail a device's blocks have, and where that of rows cut in ``2**splits_log2`` begins.
 
-    Rows of one number have one place, in whatever kernel: tags count how often it was used.
+    Rows of one number have one place, in whatever kernel: tags count how often it was used. What blocks give the
+    one of them that solves, gathered, lies behind.
     """
 
     def size(log2: int) -> int:
@@ -266,7 +270,10 @@ def _mail(splits_log2: int, multiprocessors: int) -> tuple[int, int]:
         return rows * _mail_bytes(1 << log2)
 
     cuts = range(1, _MOST_TOGETHER.bit_length())
-    return sum(map(size, cuts)), sum(map(size, range(1, splits_log2)))
+    mail = sum(map(size, cuts))
+    if gathered:
+        return mail + _PLACES_BYTES + _SM90_BLOCKS[64] * multiprocessors * _GIVEN_BYTES, mail
+    return mail, sum(map(size, range(1, splits_log2)))
 
 
 def _portable(problem: Problem, layout: Layout, rows: int) -> Shape:

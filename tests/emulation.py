@@ -41,7 +41,7 @@ _LAUNCH = """
 #ifndef CLUSTER
 #define CLUSTER 1
 #endif
-#if SOLVERS > 1 && CLUSTER == 1
+#if (SOLVERS > 1 || GATHERED) && CLUSTER == 1
 #define AT_ONCE x * y * z
 #elif TOGETHER
 #define AT_ONCE x

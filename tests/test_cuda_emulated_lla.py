@@ -1,5 +1,7 @@
 """Local linear attention's kernels run on the host, thread by thread, in several orders."""
 
+import math
+
 import numpy as np
 import oracle
 import pytest
@@ -10,7 +12,7 @@ from budget import solved_budget
 from calls import call
 from cases import error_of_rows, hold
 from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, lengths, make, run
-from emulation import LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated, needs_compiler
+from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated, needs_compiler
 from stand_in import Array, on_gpu
 from strategies import BFLOAT16, DecodeCase
 
@@ -65,6 +67,38 @@ def test_conjugate_gradients_in_every_order_of_their_threads(name, monkeypatch):
     sizes, most = STEPS[name]
     monkeypatch.setattr(lla, "_MOST_STEPS", most)
     hold_in_every_order(make(**sizes), (9, 0), "cg")
+
+
+GATHERED = {
+    "four tiles and more a block": (dict(batch=2, kv_heads=1, capacity=2070), 64),
+    "float16": (dict(batch=2, kv_heads=1, capacity=2070, dtype=FLOAT16), 64),
+    "pages": (dict(batch=2, kv_heads=1, capacity=2080, page_size=16), 64),
+    "of one, two and three blocks": (
+        dict(batch=3, kv_heads=1, capacity=2080, cache_seqlens=lengths(40, 1000, 1500)), 64
+    ),
+    "left to the factorisation": (dict(batch=2, kv_heads=1, capacity=2070), 3),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GATHERED)
+def test_a_block_that_is_given_the_moments_of_others_in_every_order(name, monkeypatch):
+    """Of four blocks with heads of 64, where a full GPU has no room for all of their clusters."""
+    sizes, most = GATHERED[name]
+    monkeypatch.setattr(lla, "_MOST_STEPS", most)
+    case = make(head_dim=64, **sizes)
+    hold_in_every_order(case, (9, 0), "cg", multiprocessors=2 * case.q.shape[0] * case.q.shape[2])
+
+
+def test_what_a_block_gave_in_an_earlier_launch_is_not_taken_again():
+    """Launches of other data on one workspace, in which other blocks solve: those keep what they gave before."""
+    cases = [make(batch=2, kv_heads=1, capacity=2070, head_dim=64, seed=seed) for seed in range(3)]
+    rows = math.prod(cases[0].q.shape[:3])
+    expected = [call(plx.reference, "lla", case, ridge=0.1) for case in cases]
+    with emulated((9, 0), multiprocessors=2 * rows):
+        for number, Prepared.order in enumerate((LATE, EARLY, LATE, EARLY, RANDOM_LATE, LATE)):
+            case = cases[number % 3]
+            o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
+            hold(o, expected[number % 3], solved_budget(case, np.full(o.shape[:3], 0.1)))
 
 
 ADDED_UP = (

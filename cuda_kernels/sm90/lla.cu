@@ -4,16 +4,16 @@
 // sqrt(p) (v - v0) in float16, and X_k^T [X_k X_v] accumulates in registers of the matrix
 // warpgroups (moments.cuh) while the transform warps write the next tile (weigh.cuh). Then either the blocks of a row
 // add up their moments (merge.cuh), and all warps of one solve its ridge system (factor.cuh); or the matrix warps solve
-// it by conjugate gradients, those of all blocks together, and leave to the factorisation what does not get there
-// (conjugate.cuh).
+// it by conjugate gradients, those of all blocks together (conjugate.cuh) or of one that is given the moments of the others
+// (gather.cuh), and leave to the factorisation what does not get there.
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
 // shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the
 // second-level cache holds), INDEXED and PACKED (whether there are lengths or paddings, and packed sequences),
 // HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
-// MOST_STEPS (of these), MAIL_BYTES (of a row whose blocks send each other mail), STEPS_ADDED_UP
-// (whether these add up the products of steps); ROWS_IN_TURN, MOST_TURNS. Grid: rows * splits blocks; splits a
-// power of two and a multiple of CLUSTER.
+// MOST_STEPS (of these), GATHERED (blocks that share a row of which one solves it, else 0), MAIL_BYTES (of a row whose
+// blocks send each other mail, or give one of them what they have), STEPS_ADDED_UP (whether they add up the products of
+// steps); ROWS_IN_TURN, MOST_TURNS. Grid: rows * splits blocks; splits a power of two and a multiple of CLUSTER.
 
 #include "lla/conjugate.cuh"
 #include "lla/copies.cuh"
@@ -31,6 +31,9 @@
 #else
 #include "lla/factor.cuh"
 #include "lla/merge.cuh"
+#endif
+#if GATHERED
+#include "lla/gather.cuh"
 #endif
 
 #if !ROWS_IN_TURN
@@ -169,6 +172,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (threadIdx.x % 32 == 0) begin_barriers(shared, SLOTS + warp, BARRIERS, MATRIX_WARPS);
     // Not before: a fence waits for loads.
     if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
+#if GATHERED
+    if (warp == CHOOSING_WARP) uses = ask_last_use(call, threadIdx.x % 32, clusters);
+#endif
     query.load(query_of(call, row), threadIdx.x);
   } else {
     barrier_sync(TRANSFORM, TRANSFORM_THREADS);
@@ -180,7 +186,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     shared.begin = begin, shared.first = max(begin, row.first), shared.end = end;
     shared.batch = row.batch, shared.kv_head = row.kv_head;
     shared.exact = 0;
-    if constexpr (TOGETHER) shared.blocks = clusters * CLUSTER;
+    if constexpr (TOGETHER || IS_GATHERED) shared.blocks = clusters * CLUSTER;
 #if ROWS_IN_TURN
     shared.item = item, shared.number = number, shared.turn = 0, shared.unsolved = shared.by_factor = 0;
     mbarrier_init(shared_address(&shared.taken), 4 * OF_WARP);
@@ -191,6 +197,10 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     mbarrier_init(shared_address(&shared.solved), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.panelled), WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.given), 4 * OF_WARP);
+#if GATHERED
+    mbarrier_init(shared_address(&shared.weighed), TRANSFORM_WARPS * OF_WARP);
+    mbarrier_init(shared_address(&shared.proposed), OF_WARP);
+#endif
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   BlockMeeting meet_block(shared.synced, THREADS);
@@ -199,13 +209,18 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) shared.tag = first_tag(uses);
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
-  [[maybe_unused]] const bool whole = clusters * CLUSTER == 1;
+  [[maybe_unused]] const bool whole = IS_GATHERED || clusters * CLUSTER == 1;
   if (warpgroup < MATRIX_WARPGROUPS) {
     if (threadIdx.x < QUERY_PIECES) reinterpret_cast<uint4*>(shared.query)[threadIdx.x] = query.packed();
     fence_async_proxy();
     barrier_sync(MATRIX, MATRIX_THREADS);
     if constexpr (D == 128) take_registers<MATRIX_REGISTERS>();
-#if ROWS_IN_TURN
+#if GATHERED
+    // Not before: the others go on.
+    if (warp == CHOOSING_WARP) begin_choice(shared, call, uses);
+  }
+  if (!gather_and_solve(shared, call, maps, tiles, warpgroup < MATRIX_WARPGROUPS)) return;
+#elif ROWS_IN_TURN
     matrix_rows(shared, call, maps, warpgroup);
   } else {
     if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
@@ -225,6 +240,8 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return leave_cluster();
     if constexpr (D == 128) take_registers<128>();
   }
+#endif
+#if !ROWS_IN_TURN
 
   // Read anew: kept over the tiles, the row's indices would cost registers.
   const int of_block = block_index() >> call.splits_log2;

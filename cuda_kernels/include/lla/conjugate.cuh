@@ -149,7 +149,7 @@ static_assert(sizeof(LyingVector) >= 4 * D);
 
 // What this warp's rows of the values' moments, as they are, give to the output at a slope of which the lane's two rows are
 // given.
-__device__ __forceinline__ void multiply_values(Shared& shared, const float (&c)[D], int thread, float of_upper, float of_lower) {
+__device__ __forceinline__ void multiply_values(Shared& shared, const float* c, int thread, float of_upper, float of_lower) {
   const int lane = thread % 32;
   float sums[D / 4];
 #pragma unroll
@@ -174,7 +174,7 @@ __device__ __forceinline__ float mean_of(const Shared& shared, int column) {
 }
 
 __device__ __forceinline__ Entries right_side(Shared& shared, int lane) {
-  if constexpr (TOGETHER || IN_TURN)
+  if constexpr (TOGETHER || IN_TURN || IS_GATHERED)
     return entries_of_lane(shared.solving.right, lane);
   else
     return right_side_alone(shared, lane);
@@ -214,13 +214,39 @@ struct Received {
   }
 };
 
-// What the warps' rows of the values' moments gave to an output, in a column; of_shift: the slope's inner product with the shift.
-__device__ __forceinline__ float sum_of_values(Shared& shared, const Centring& centre, int column, float of_shift) {
+// What the warps' rows of the values' moments gave to an output, in a column.
+__device__ __forceinline__ float sum_of_outputs(Shared& shared, int column) {
   float sum = 0.0f;
 #pragma unroll
   for (int w = 0; w < MATRIX_WARPS; w++) sum += output_of_warp(shared, w)[column];
-  return centre.factor * sum - of_shift * shared.sums[D + column];
+  return sum;
 }
+
+// The same of values about their mean; of_shift: the slope's inner product with the shift.
+__device__ __forceinline__ float sum_of_values(Shared& shared, const Centring& centre, int column, float of_shift) {
+  return centre.factor * sum_of_outputs(shared, column) - of_shift * shared.sums[D + column];
+}
+
+// What is known of a row: a slope that was proposed is not near enough; or it is the row's, or there is none.
+enum : unsigned { GOES_ON, SOLVED, UNSOLVED };
+
+#if GATHERED
+// Gives the transform warps a slope, whose output they find; or tells them that there is none. By the first matrix warp.
+__device__ __forceinline__ void propose(Shared& shared, const Entries& slope, bool is_proposed) {
+  const int lane = thread_index() % 32;
+  if (thread_index() >= 32) return;
+#pragma unroll
+  for (int e = 0; e < ENTRIES; e++) shared.slope[column_of_entry(lane, e)] = slope.of[e];
+  if (lane == 0) shared.is_proposed = is_proposed;
+  arrive_as_warp(shared.proposed, lane);
+}
+
+// What came of the slope, which both roles know then. before: slopes that came before it.
+__device__ __forceinline__ void decide(Shared& shared, unsigned what, unsigned before) {
+  if (thread_index() == 0) shared.solved_by_steps = what, shared.proposals = before + 1;
+  meet(shared.met, shared.exact ^ before & 1);
+}
+#endif
 
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& call, float ridge, const Exchange& exchange,
@@ -228,6 +254,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
   const int thread = thread_index(), lane = thread % 32;
   LyingVector& vector = shared.solving.vectors[thread / 32];
   Iterate at(right_side(shared, lane), ridge);
+  [[maybe_unused]] unsigned proposals = 0;
 #pragma unroll 1
   for (int number = 1;; number++) {  // of the exchange
     const Completion complete(shared, thread);
@@ -236,6 +263,9 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
       near = take_steps_together(shared, exchange, c + D / 2, complete, ridge, thread, at, number, sent) && number <= MOST_STEPS + 1;
     else
       near = take_steps_alone(shared, exchange, c + D / 2, ridge, thread, at, number);
+#if GATHERED
+    if (!near) propose(shared, at.x, false), decide(shared, UNSOLVED, proposals);
+#endif
     if (!near) return false;
     const Entries x = at.x, last = at.r;
     const int column = thread_index() % D;  // anew: kept over the steps it would cost a register
@@ -244,23 +274,26 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
     Entries shift;
     if constexpr (TOGETHER || IN_TURN) {
       shift = entries_of_lane(shared.solving.shift, lane);
-    } else {
+    } else if constexpr (!IS_GATHERED) {
 #pragma unroll
       for (int e = 0; e < ENTRIES; e++) shift.of[e] = shared.sums[column_of_entry(lane, e)] * centre.inverse_d1;
     }
     __syncwarp();
     entries_of_lane(vector, lane) = x;
+#if GATHERED
+    propose(shared, x, true);
+#endif
     __syncwarp();
     // Of values' moments about the mean: of all rows one number is taken off, times the column's sum.
-    const float of_shift = inner_product(x, shift), of_apart = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
+    const float of_shift = IS_GATHERED ? 0.0f : inner_product(x, shift), of_apart = TOGETHER ? inner_product(x, complete.apart) : 0.0f;
     const Rows rows = multiply_rows_of_warp<false>(vector, c + D / 2, thread);
-    multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
+    if constexpr (!IS_GATHERED) multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
     Entries product;
     float o;
     if constexpr (!TOGETHER) {
       product = gather_rows(shared, thread, number, rows.of);
       // Beside the residual, which says whether it is the output.
-      o = (IN_TURN ? shared.own.mean[D + column] : mean_of(shared, D + column)) + centre.inverse_d1 * sum_of_values(shared, centre, column, of_shift);
+      if constexpr (!IS_GATHERED) o = (IN_TURN ? shared.own.mean[D + column] : mean_of(shared, D + column)) + centre.inverse_d1 * sum_of_values(shared, centre, column, of_shift);
     } else {
       static_assert(MATRIX_THREADS == 2 * D);
       // In the exchange of this step, whose product is not received.
@@ -276,7 +309,12 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
       product = gather_rows(shared, thread, number, {received.row});
     }
     const Entries residual = residual_of(right_side(shared, lane), ridge, x, product);
-    if (is_near(at, residual, last, ridge)) {
+    const bool is_solved = is_near(at, residual, last, ridge);
+#if GATHERED
+    decide(shared, is_solved ? SOLVED : GOES_ON, proposals++);
+#endif
+    if (is_solved) {
+      if (IS_GATHERED) return true;
       if (thread >= D || (TOGETHER && exchange.split != 0)) return true;
       if constexpr (TOGETHER) o = shared.output[MATRIX_WARPS][column] + shared.output[MATRIX_WARPS + 1][column];
       output_of_block(shared, call)[column] = narrow<BFLOAT>(o);
@@ -295,7 +333,14 @@ __device__ __forceinline__ void leave_to_factorisation(Shared& shared, float (&c
   pair_lanes(c + D / 2, thread % 32, true);
   const Centring centre(shared);
   const float key_factor = whole ? 1.0f : centre.d1, value_factor = whole ? centre.inverse_d1 : 1.0f;
-  const float mean_factor = value_factor * centre.inverse_d1, means[2] = {mean_factor * shared.sums[upper], mean_factor * shared.sums[upper + 8]};
+  const float mean_factor = IS_GATHERED ? 0.0f : value_factor * centre.inverse_d1, means[2] = {mean_factor * shared.sums[upper], mean_factor * shared.sums[upper + 8]};
+#if GATHERED
+#pragma unroll
+  for (int j = 0; j < D / 8; j++) {
+    const float4 values = shared.values[0][j][thread];
+    c[4 * j] = values.x, c[4 * j + 1] = values.y, c[4 * j + 2] = values.z, c[4 * j + 3] = values.w;
+  }
+#endif
   // What lies where the moments go has been read.
   meet_matrix_warps();
 #pragma unroll
@@ -310,7 +355,7 @@ __device__ __forceinline__ void leave_to_factorisation(Shared& shared, float (&c
       if (whole && row == column) of_keys.x += ridge;
       if (whole && row == column + 1) of_keys.y += ridge;
       *reinterpret_cast<float2*>(&shared.moments[row][column]) = of_keys;
-      const float factor = value_factor * centre.factor;
+      const float factor = IS_GATHERED ? 1.0f : value_factor * centre.factor;
       *reinterpret_cast<float2*>(&shared.moments[row][D + column]) = {factor * values[0] - means[h] * sums.x, factor * values[1] - means[h] * sums.y};
     }
   }

@@ -7,6 +7,10 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/wgmma.cuh"
 
+#if GATHERED
+#include "lla/gather_choice.cuh"
+#endif
+
 // Accumulators of a warpgroup: all of X_v, then the first KEY_COLUMNS of X_k.
 template <int KEY_COLUMNS>
 struct Moments {
@@ -205,6 +209,9 @@ __device__ __forceinline__ void accumulate(Shared& shared, const lla::Call& call
     } else {
       multiply_tile();
     }
+#if GATHERED
+    if (warp == CHOOSING_WARP && tile <= CHOOSES) go_on_to_choose(shared, call, tile);
+#endif
     before = slot, parity_before = parity;
     if (++slot == SLOTS) slot = 0, parity ^= 1;
   }

@@ -13,6 +13,7 @@
 #include "ptx/mbarrier.cuh"
 #include "ptx/numbers.cuh"
 #include "ptx/opaque.cuh"
+#include "ptx/relaxed.cuh"
 #include "ptx/shared_memory.cuh"
 
 constexpr int MATRIX_WARPGROUPS = D / 64;
@@ -37,7 +38,10 @@ constexpr bool IN_CLUSTER = MAIL_IN_SHARED;
 // There, whether they add up the rows of a step's product, or send each other all of them.
 constexpr bool ADDED_UP = STEPS_ADDED_UP;
 static_assert(!ADDED_UP || (TOGETHER && !IN_CLUSTER));
-constexpr int MOST_IN_CLUSTER = 4;
+// Or whether one of the blocks that share a row is given the moments of the others, and solves it by itself.
+constexpr bool IS_GATHERED = GATHERED > 0;
+static_assert(!IS_GATHERED || (SOLVERS == 1 && CLUSTER == 1 && D == 64));
+constexpr int MOST_IN_CLUSTER = 2;
 static_assert(!IN_CLUSTER || (CLUSTER == SOLVERS && CLUSTER <= MOST_IN_CLUSTER), "a cluster has all blocks of a row");
 // Below this many keys a block, merging costs more than it saves.
 constexpr int MIN_SPLIT_KEYS = 512;
@@ -129,13 +133,27 @@ struct Shared {
     };
     // Of conjugate gradients: the block of the moments below the diagonal and, of rows in turn, what of a row's moments waits for its slope.
     struct {
+#if GATHERED
+      alignas(16) float4 values[GATHERED][D / 8][MATRIX_THREADS];  // moments of the values of each of the row's blocks; then all, in the first
+#else
       unsigned char tiles[SOLVING_SLOT][SLOT];
+#endif
       union {
         float below[D == 128 ? 64 : 1][68];
         alignas(16) float4 parked[IN_TURN ? PARKED / 4 : 1][MATRIX_THREADS];
       };
 #if !ROWS_IN_TURN
       Solving solving;
+#endif
+#if GATHERED
+      // Of each block that shares the row: how far its mean is from the row's, of keys and values; and its share of the row's weight.
+      alignas(16) float apart_from_row[GATHERED][2 * D];
+      float shares[GATHERED];
+      // How far means are from one another: of each pair of blocks, and of both pairs.
+      alignas(16) float apart[3][2 * D];
+      // What the transform warps have added up of the keys: their moments, and the rest.
+      alignas(16) float4 of_others[D / 8][MATRIX_THREADS];
+      float mean_of_others[2 * D], d1_of_others, m_of_others;
 #endif
     };
   };
@@ -185,6 +203,15 @@ struct Shared {
   unsigned unsolved, by_factor;
 #endif
   unsigned tag, blocks;  // of the row's mail, and that share the row
+#if GATHERED
+  // The block of the row that solves it, or NOT_CHOSEN; which of them may, as it came; and whether this one has said whether it may.
+  alignas(16) Word16 may_solve[GATHERED];
+  int chosen;
+  bool has_said;
+  unsigned bits[GATHERED], bits_of_choice[GATHERED];  // of what each of them gives, and of whether it may solve, that tell it from what was before
+  unsigned long long launch;                          // how many there were, with this one
+  unsigned is_proposed, proposals;  // whether there is a slope, and not an end without one; and how many both roles have decided on
+#endif
 #if MAIL_IN_SHARED
   unsigned long long mail[MOST_IN_CLUSTER][D + 2];  // of exchange 0, while rings are in use
 #endif
@@ -199,6 +226,10 @@ struct Shared {
   // Of all warps: in any roles; in the solver, after a block's factor and after its panel.
   unsigned long long met, solved, panelled;
   unsigned long long given;   // the columns that the first matrix warpgroup lacks
+#if GATHERED
+  unsigned long long proposed;  // a slope is in shared.slope, or none will be
+  unsigned long long weighed;   // what the transform warps have added up of the keys has its weight and mean
+#endif
 #if ROWS_IN_TURN
   // Of rows in turn: the first matrix warpgroup has those columns; the next row's first tiles are asked for; and one is solved.
   unsigned long long taken, begun, ended;
