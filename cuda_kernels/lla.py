@@ -33,12 +33,11 @@ _MOST_SPLITS = 32
 _LARGE_CLUSTER = 8
 _MOST_TOGETHER = 16
 """Blocks that solve a row's system together."""
-_CLUSTER_SHARED_BYTES = 110592
-"""Of those that send each other mail through distributed shared memory."""
 _MAIL_WORDS = 384
 """What such a block sends at a time, at most, of 8 bytes each."""
-_GATHERED, _GIVEN_BYTES, _PLACES_BYTES = 4, 34944, 4096
-"""Blocks with heads of 64 of which one solves the row; what each gives it, and what is before that of all rows."""
+_MOST_GATHERED, _GIVEN_BYTES, _PLACES_BYTES = 4, 34944, 4096
+"""Blocks with heads of 64 of which one solves their row; what each gives it; and what is before that of all
+rows. More of them are sooner sent each step's product."""
 _MOST_SENDERS = 8
 """Blocks that send each other all rows of a product, which more of them add up sooner (on an H200)..."""
 _ADDED_WORDS = 4
@@ -192,21 +191,15 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
     splits = 1 << splits_log2
     # Clusters of more than two strand multiprocessors of a full GPU: 15 of 8 blocks run at once on 132.
     large = not layout.split_size and 2 * rows * splits <= at_once
-    cluster = min(splits, _LARGE_CLUSTER if large else 2)
-    if by_steps:
-        # With heads of 64 there is room for mail, and for every cluster of two.
-        cluster = 1
+    cluster = 1 if by_steps else min(splits, _LARGE_CLUSTER if large else 2)
     # Rows whose lengths the device alone knows go to the blocks that are free.
     even = problem.cu_seqlens is None and problem.cache_seqlens is None and problem.cache_leftpad is None
     short = even and problem.kv_len <= _IN_TURN_KEYS and not layout.split_size
     in_turn = by_steps and D == 128 and short and rows > at_once
     turns = min(-(-rows // at_once), _MOST_TURNS) if in_turn else 1
-    in_cluster = by_steps and cluster > 1
-    mailed = by_steps and splits > cluster
-    gathered = mailed and D == 64 and splits <= _GATHERED
-    shared_bytes = _CLUSTER_SHARED_BYTES if in_cluster else SM90_SHARED_BYTES[D]
-    if in_turn:
-        shared_bytes = _IN_TURN_SHARED_BYTES
+    mailed = by_steps and splits > 1
+    gathered = mailed and D == 64 and splits <= _MOST_GATHERED
+    shared_bytes = _IN_TURN_SHARED_BYTES if in_turn else SM90_SHARED_BYTES[D]
     box = _box(problem)
     defines = _sm90_defines(problem, box) | dict(
         CLUSTER=cluster, SHARED_BYTES=shared_bytes,
@@ -218,8 +211,8 @@ def _sm90(problem: Problem, layout: Layout, rows: int, solver: str) -> Shape:
         ROWS_IN_TURN=int(in_turn),
         MOST_TURNS=_MOST_TURNS * in_turn,
     )  # fmt: skip
-    clusters = splits // cluster
-    floats = rows * clusters * (2 * D * D + 2 * D + 4) if clusters > 1 else 0
+    merged = 1 if gathered else splits // cluster
+    floats = rows * merged * (2 * D * D + 2 * D + 4) if merged > 1 else 0
     return Shape(
         "sm90/lla.cu", tuple(defines.items()), splits, splits, SM90_THREADS[D], shared_bytes, floats,
         rows, box, *(_mail(splits_log2, layout.multiprocessors, gathered) if mailed else (0, 0)), turns,

@@ -116,6 +116,9 @@ def test_the_kernels_of_local_linear_attention_do_not_spill(call):
         dict(kv_len=16384),
         dict(lengths=True, page_size=64, batch=32),
         dict(lengths=True, page_size=64, kv_len=16384),
+        dict(batch=4, q_heads=16, kv_heads=16, kv_len=4096),
+        dict(batch=4, q_heads=16, kv_heads=16, kv_len=4096, dtype=np.dtype(np.float16)),
+        dict(batch=16, kv_len=4096, lengths=True, page_size=16),
     ],
 )
 @pytest.mark.parametrize("head_dim", [64, 128])

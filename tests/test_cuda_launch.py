@@ -105,9 +105,9 @@ def test_softmax_and_parallax_begin_early_unless_they_read_much(launched, call, 
         (dict(batch=32), "cholesky", "early"),
         (dict(kv_len=16384), "cholesky", "early"),
         (dict(batch=32), "cg", "early"),
-        # Blocks that send each other mail through the second-level cache, and through a cluster.
+        # Blocks that send each other mail, and that give one of them what they have.
         (dict(kv_len=16384), "cg", "together"),
-        (dict(batch=16, head_dim=64, kv_len=4096), "cg", "early"),
+        (dict(batch=16, head_dim=64, kv_len=4096), "cg", "together"),
         (dict(head_dim=80), "cholesky", "plain"),
     ],
 )

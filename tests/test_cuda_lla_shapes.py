@@ -41,29 +41,32 @@ def test_rows_are_cut_where_they_leave_the_gpu_idle(call, splits, cluster):
 
 
 @pytest.mark.parametrize(
-    "call, splits, cluster",
+    "call, splits, solvers",
     [
         (dict(batch=32, kv_len=4096), 1, 1),
-        (dict(kv_len=4096), 8, 1),
-        (dict(kv_len=16384), 16, 1),
-        (dict(q_heads=1, kv_heads=1, kv_len=131072), 16, 1),
-        # Not all clusters of four would.
+        (dict(kv_len=4096), 8, 8),
+        (dict(kv_len=16384), 16, 16),
+        (dict(q_heads=1, kv_heads=1, kv_len=131072), 16, 16),
+        # One is given the moments of the others, where these are small and few.
         (dict(batch=4, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4, 1),
-        (dict(batch=3, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4, 4),
-        (dict(batch=16, kv_len=4096, head_dim=64), 2, 2),
-        (dict(batch=8, kv_len=4096), 2, 1),
+        (dict(batch=3, q_heads=16, kv_heads=16, kv_len=4096, head_dim=64), 4, 1),
+        (dict(batch=16, kv_len=4096, head_dim=64), 2, 1),
+        (dict(batch=2, q_heads=16, kv_heads=16, kv_len=8192, head_dim=64), 8, 8),
+        (dict(batch=8, kv_len=4096), 2, 2),
         (dict(kv_len=16384, split_size=1024), 1, 1),
         (dict(batch=16, kv_len=4096, head_dim=64, split_size=1024), 1, 1),
     ],
 )
-def test_blocks_that_solve_a_row_together_run_at_once(call, splits, cluster):
+def test_blocks_that_solve_a_row_together_run_at_once(call, splits, solvers):
     problem, layout = call_of(**{"operation": "lla_decode", "probe_dtype": None} | call)
     shape = lla.choose(problem, layout, "cg")
     assert shape.source == "sm90/lla.cu"
     defines = dict(shape.defines)
-    assert (shape.splits, defines["SOLVERS"], defines["CLUSTER"]) == (splits, splits, cluster)
-    # A cluster runs at once in any launch, and has its mail in its own shared memory.
-    assert (shape.mail_bytes > 0) == (splits > cluster)
+    assert (shape.splits, defines["SOLVERS"], defines["CLUSTER"]) == (splits, solvers, 1)
+    assert defines["GATHERED"] == (splits if solvers < splits else 0)
+    assert (shape.mail_bytes > 0) == (splits > 1)
+    # Only what is shared may be left to a factorisation that merges it.
+    assert (shape.partial_floats > 0) == (solvers > 1)
     # Of fewer blocks words are sooner looked at than added up.
     assert defines["STEPS_ADDED_UP"] == (splits > 8)
     blocks_at_once = {64: 2, 128: 1}[problem.head_dim] * layout.multiprocessors
@@ -124,6 +127,11 @@ def test_rows_of_every_cut_have_mail_of_their_own():
         words = 2 * 2**log2 * 384 + (4 * 128 if log2 > 3 else 4) + 1
         assert end - begin == rows * math.ceil(words / 16) * 128
     assert {lla._mail(log2, 132)[0] for log2 in range(1, 5)} == {offsets[4]}
+    # What one block of a row is given lies behind, of whatever cut: of all blocks that run at once, by the size of the kernel's
+    # structures.
+    given = 128 * math.ceil((16 * (2 * 64 + 2 * 64 * 64 // 4) + 2 * 8) / 128)
+    for log2 in (1, 2):
+        assert lla._mail(log2, 132, gathered=True) == (offsets[4] + 4096 + 2 * 132 * given, offsets[4])
 
 
 @pytest.mark.parametrize("call", [dict(head_dim=80), dict(return_state=True), dict(capability=(8, 0))])

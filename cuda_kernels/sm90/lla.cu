@@ -8,7 +8,7 @@
 // (gather.cuh), and leave to the factorisation what does not get there.
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
-// shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the
+// shared memory, to be factored), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the
 // second-level cache holds), INDEXED and PACKED (whether there are lengths or paddings, and packed sequences),
 // HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
 // MOST_STEPS (of these), GATHERED (blocks that share a row of which one solves it, else 0), MAIL_BYTES (of a row whose
@@ -75,7 +75,6 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
     accumulate_to_solve<D>(shared, call, maps, tiles, c);
   const float ridge = row_of_block(call).ridge(call);
   const Exchange exchange(shared, call);
-  if constexpr (IN_CLUSTER) cluster_wait();
   // The sums of all blocks are there.
   if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
   const bool solved = solve_by_steps(shared, call, ridge, exchange, c);
@@ -83,7 +82,7 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
     shared.solved_by_steps = solved;
     if constexpr (TOGETHER) {
       // All blocks of the row have read it.
-      if (!IN_CLUSTER && exchange.split == 0) count_use(exchange.mail, exchange.tag);
+      if (exchange.split == 0) count_use(exchange.mail, exchange.tag);
     }
   }
   if (!solved) leave_to_factorisation(shared, c, !TOGETHER || shared.blocks == 1, ridge);
@@ -100,10 +99,6 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   const float mean = mean_of(shared, column);
   if constexpr (CONJUGATE_GRADIENTS && D == 128) give_registers<256 - SOLVING_REGISTERS>();
   let_next_launch_begin();
-#if MAIL_IN_SHARED
-  clear_later_mail(shared);
-  cluster_wait();
-#endif
   // The row's if the block has it to itself, or is alone with a short one.
   shared.own.mean[column] = shared.total.mean[column] = mean;
   if constexpr (TOGETHER) {
@@ -130,11 +125,6 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   if (threadIdx.x == 0) prefetch_map(maps.k), prefetch_map(maps.v);
   // No more than the first tiles need, which are asked for as soon as is known where they lie.
   if (threadIdx.x == MATRIX_THREADS) begin_barriers(shared, 0, AT_FIRST, 1), begin_pass(shared), shared.bad_page = 0;
-#if MAIL_IN_SHARED
-  clear_first_mail(shared);
-  // Waited for before a block sends the others anything. Here, since the fence in it waits for loads.
-  cluster_arrive_shared();
-#endif
   // Nothing before has touched global memory.
   wait_for_launch_ahead();
 
@@ -171,7 +161,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     // By all warps: one after the other, barriers take 80 clocks each.
     if (threadIdx.x % 32 == 0) begin_barriers(shared, SLOTS + warp, BARRIERS, MATRIX_WARPS);
     // Not before: a fence waits for loads.
-    if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
+    if (TOGETHER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
 #if GATHERED
     if (warp == CHOOSING_WARP) uses = ask_last_use(call, threadIdx.x % 32, clusters);
 #endif
@@ -206,7 +196,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   BlockMeeting meet_block(shared.synced, THREADS);
   __syncthreads();
   // Read after the keys, by when it has come.
-  if (TOGETHER && !IN_CLUSTER && threadIdx.x == 0) shared.tag = first_tag(uses);
+  if (TOGETHER && threadIdx.x == 0) shared.tag = first_tag(uses);
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   [[maybe_unused]] const bool whole = IS_GATHERED || clusters * CLUSTER == 1;
@@ -233,11 +223,11 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
       matrix_role<64>(shared, call, maps, whole, tiles);
     else
       matrix_role<D>(shared, call, maps, whole, tiles);
-    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return leave_cluster();
+    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return;
   } else {
     if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
     transform_role(shared, call, maps, tiles);
-    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return leave_cluster();
+    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return;
     if constexpr (D == 128) take_registers<128>();
   }
 #endif

@@ -93,6 +93,42 @@ def test_conjugate_gradients_over_lengths_short_and_long(cuda_torch, head_dim, c
 
 
 @most_steps
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=lambda dtype: dtype.name)
+@pytest.mark.parametrize(
+    "capacity, batch, ragged", [(2048, 33, False), (1100, 66, False), (1600, 3, True), (2100, 33, True)]
+)
+def test_rows_of_which_one_block_is_given_the_moments_of_the_others(
+    cuda_torch, capacity, batch, ragged, dtype, most, steps
+):
+    """Which block that is may differ from one launch to the next: no bit of the result does, nor is anything
+    taken that was given in an earlier one."""
+    steps(most)
+    random = np.random.default_rng(3)
+    cases = []
+    for seed in range(3):
+        options = (
+            dict(cache_seqlens=random.integers(0, capacity + 1, batch).astype(np.int32)) if ragged else {}
+        )
+        cases.append(
+            make(
+                batch=batch,
+                kv_heads=1,
+                group=2,
+                head_dim=64,
+                capacity=capacity,
+                dtype=dtype,
+                seed=seed,
+                **options,
+            )
+        )
+    first = [check_steps(cuda_torch, case) for case in cases]
+    on_gpu = [cuda_torch.case(case) for case in cases]
+    for number in random.integers(0, 3, 50):
+        o = call(plx, "lla", on_gpu[number], ridge=0.1, solver="cg")
+        assert cuda_torch.module.equal(o, first[number])
+
+
+@most_steps
 @pytest.mark.parametrize(
     "capacity, sizes",
     [

@@ -12,7 +12,7 @@
 
 // Whether blocks that share a row send their means before the last products are done: with heads of 64 what they ask for comes in
 // the way of another block of the multiprocessor (measured on an H200).
-constexpr bool SENT_AHEAD = THROUGH_CACHE && BLOCKS_PER_MULTIPROCESSOR == 1;
+constexpr bool SENT_AHEAD = TOGETHER && BLOCKS_PER_MULTIPROCESSOR == 1;
 
 // What the steps of all blocks begin with, from the means and weights of their keys; by the transform warps, which have the time: two
 // threads for every column, each with half of the blocks. A block's distance from the mean is a sum of differences, not a difference
@@ -39,8 +39,6 @@ __device__ __forceinline__ void share_sums(Shared& shared, const Exchange& excha
     const float of_block = __shfl_sync(~0u, weight, half * HALF + b);
     d1 += of_block, sum += of_block * found[2 + b], distance += of_block * (mean - found[2 + b]);
   }
-  // All blocks have cleared the place of what comes next.
-  if constexpr (IN_CLUSTER) acquire_from_cluster();
   if constexpr (SENT_AHEAD) wait_for_products(shared);
   // In place of what is read no more.
   float(&of_half)[2 * D] = shared.moved[0].shift;
@@ -302,7 +300,7 @@ __device__ __forceinline__ bool solve_by_steps(Shared& shared, const lla::Call& 
       // Distances from the mean of all, by weight, add up to nothing: so that of the values need not be known.
       if (thread < D) {
         const float sum = sum_of_values(shared, centre, column, of_shift) + centre.d1 * (1.0f + of_apart) * shared.own.mean[D + column];
-        exchange.send<false>(number, 2 * D + column, shared.solving.inverse_weight * sum);
+        exchange.send(number, 2 * D + column, shared.solving.inverse_weight * sum);
       }
       const Received received(exchange, thread, number);
       shared.output[MATRIX_WARPS + thread / D][column] = received.output;

@@ -1,11 +1,11 @@
 #pragma once
-// Four blocks that share a row with heads of 64, of which one is given the moments of the others and solves the row by itself: its steps
+// Two or four blocks that share a row with heads of 64, of which one is given the moments of the others and solves the row by itself: its steps
 // wait for no other block, where an exchange through the second-level cache takes longer than all else of a step.
 //
 // A block completes the moments of its keys and values about their means, and leaves them in the second-level cache. A bit of each 8 bytes
 // says whether they are there: 0 and 1 in turn, from one use of their place to the next. So no fence and no counter is waited for, and
-// nothing is cleared. The block that solves adds up two blocks by its matrix warps and
-// two by its transform warps, then both; and then the values by the transform warps, which have the sums in registers when a slope is
+// nothing is cleared. The block that solves adds up two blocks by its matrix warps and,
+// of four, two by its transform warps, then both; and then the values by the transform warps, which have the sums in registers when a slope is
 // there, and find its output while the matrix warps see whether it is the row's.
 //
 // Two parts about their own means become one with the distance of their means times its transpose, by what weighs less. The sums are the
@@ -19,6 +19,7 @@
 #include "ptx/dependents.cuh"
 #include "ptx/opaque.cuh"
 
+static_assert((GATHERED == 2 || GATHERED == 4) && MATRIX_THREADS == TRANSFORM_THREADS && MATRIX_THREADS == 2 * D, "a thread of a role for every column");
 enum : int { KEYS, VALUES };  // kinds of moments
 
 // Four numbers, the first and the third with the bit in the place of their own last: whoever sees a half of the word sees the bit.

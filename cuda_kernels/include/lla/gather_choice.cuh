@@ -1,8 +1,8 @@
 #pragma once
-// Which of a row's four blocks solves it, where one is given the moments of the others. Two that solve on one multiprocessor take half
+// Which of a row's two or four blocks solves it, where one is given the moments of the others. Two that solve on one multiprocessor take half
 // as long again as one, and the last row is what all wait for: so of two blocks there only one may, the one in its first place if its
-// number in its row is even, else the other. Rows begin every four blocks and multiprocessors are filled in their order, so that half
-// of a row's blocks may. The first of them solves it; where none may, the row's first.
+// number in its row is even, else the other. Rows begin every two or four blocks and multiprocessors are filled in their order, so that
+// half of a row's blocks may. The first of them solves it; where none may, the row's first.
 //
 // What blocks have to tell each other for that is on its way while keys come: nothing waits for it where a block has some tiles.
 

@@ -6,11 +6,8 @@
 // before which they read this one. The tag holds the exchange and how often the row's mail was used. So what lies there from
 // before is never taken for what is waited for, whatever the kernel that left it had for a row.
 //
-// Blocks of one cluster have their mail in shared memory: each has what is sent to it, and clears the place before.
-//
 // The shape of the kernel comes before this.
 
-#include "ptx/cluster.cuh"
 #include "ptx/relaxed.cuh"
 
 constexpr int MAIL_WORDS = 3 * 128;  // of a block at a time, at most
@@ -21,7 +18,7 @@ struct alignas(128) Mail {
   unsigned long long added[2][2][ADDED_UP ? 128 : 1];  // of two launches in turn; added.cuh
   unsigned long long uses;
 };
-static_assert(!TOGETHER || IN_CLUSTER || sizeof(Mail) == MAIL_BYTES, "lla.py makes room for another size");
+static_assert(!TOGETHER || sizeof(Mail) == MAIL_BYTES, "lla.py makes room for another size");
 
 __device__ __forceinline__ Mail* mail_of_row(const lla::Call& call) {
   return static_cast<Mail*>(call.mail) + (block_index() >> call.splits_log2);
@@ -33,35 +30,6 @@ __device__ __forceinline__ unsigned first_tag(unsigned long long uses) { return 
 // By a thread of one block, when all blocks of the row have their tag.
 __device__ __forceinline__ void count_use(Mail* mail, unsigned tag) { store_relaxed(&mail->uses, tag / MOST_EXCHANGES); }
 
-#if MAIL_IN_SHARED
-// Of exchanges after the first, in the last slot of the ring, when no block of the cluster has tiles any more.
-struct LaterMail {
-  unsigned long long words[2][MOST_IN_CLUSTER][3 * D];
-};
-static_assert(sizeof(LaterMail) <= SLOT && sizeof(LaterMail) % (16 * TRANSFORM_THREADS) == 0);
-
-__device__ __forceinline__ LaterMail& later_mail(const Shared& shared) {
-  return *reinterpret_cast<LaterMail*>(const_cast<unsigned char*>(shared.ring[SLOTS - 1]));
-}
-
-// By the transform warps, when the block's tiles are done with and before it sends anything.
-__device__ __forceinline__ void clear_later_mail(Shared& shared) {
-  uint4* mail = reinterpret_cast<uint4*>(&later_mail(shared));
-#pragma unroll
-  for (int i = 0; i < int(sizeof(LaterMail)) / (16 * TRANSFORM_THREADS); i++)
-    mail[i * TRANSFORM_THREADS + thread_index() - MATRIX_THREADS] = {0, 0, 0, 0};
-  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-  // By every thread of what all have cleared: what each sends next tells the others so.
-  release_to_cluster();
-}
-
-// Before the cluster's blocks have met.
-__device__ __forceinline__ void clear_first_mail(Shared& shared) {
-  unsigned long long* mail = &shared.mail[0][0];
-  for (int i = threadIdx.x; i < MOST_IN_CLUSTER * (D + 2); i += THREADS) mail[i] = 0;
-}
-#endif
-
 // One block's view of its row's mail. tag: of exchange 0.
 struct Exchange {
   Mail* mail;
@@ -70,29 +38,18 @@ struct Exchange {
   int split, blocks;  // of the blocks that share the row
 
   __device__ __forceinline__ Exchange(const Shared& shared, const lla::Call& call)
-      : mail(mail_of_row(call)), shared(shared), tag(IN_CLUSTER ? 1 : shared.tag),
+      : mail(mail_of_row(call)), shared(shared), tag(shared.tag),
         split(block_index() & (call.splits - 1)), blocks(shared.blocks) {}
 
   // Where what block `from` sends is found.
   __device__ __forceinline__ const unsigned long long* place(int number, int from, int word) const {
-#if MAIL_IN_SHARED
-    return number == 0 ? &shared.mail[from][word] : &later_mail(shared).words[number % 2][from][word];
-#else
     return &mail->words[number % 2][from][word];
-#endif
   }
 
-  // To all blocks, or to the first one alone.
-  template <bool ALL = true>
+  // To all blocks.
   __device__ __forceinline__ void send(int number, int word, float x) const {
     const unsigned long long tagged = static_cast<unsigned long long>(tag + number) << 32 | __float_as_uint(x);
-    const unsigned long long* to = place(number, split, word);
-    if constexpr (IN_CLUSTER) {
-#pragma unroll
-      for (int b = 0; b < (ALL ? CLUSTER : 1); b++) cluster_store_relaxed(cluster_address(shared_address(to), b), tagged);
-    } else {
-      store_relaxed(const_cast<unsigned long long*>(to), tagged);
-    }
+    store_relaxed(const_cast<unsigned long long*>(place(number, split, word)), tagged);
   }
 
   // The words at `at`(0) and on, asked for until all have come; 0 where there is none. By whole warps.
@@ -108,7 +65,7 @@ struct Exchange {
         const unsigned long long* from = at(i);
         found[i] = static_cast<unsigned long long>(wanted) << 32;
         if (!from) continue;
-        found[i] = IN_CLUSTER ? shared_load_relaxed(shared_address(from)) : load_relaxed(from);
+        found[i] = load_relaxed(from);
       }
 #pragma unroll
       for (int i = 0; i < COUNT; i++) {
@@ -125,10 +82,3 @@ struct Exchange {
     receive(number, x, [&](int b) { return first + b < blocks ? place(number, first + b, word) : nullptr; });
   }
 };
-
-// Before a block ends whose row was solved. It has all that was sent to it, but racecheck wants a barrier.
-__device__ __forceinline__ void leave_cluster() {
-#ifdef FOR_RACECHECK
-  if constexpr (IN_CLUSTER) cluster_arrive_relaxed(), cluster_wait();
-#endif
-}

@@ -32,17 +32,13 @@ constexpr int MATRIX_REGISTERS = IN_TURN ? 168 : 160, SOLVING_REGISTERS = IN_TUR
 // Whether a row's blocks solve its system together, each with the moments of its own keys.
 constexpr bool CONJUGATE_GRADIENTS = SOLVERS > 0, TOGETHER = SOLVERS > 1;
 constexpr int SHARERS = TOGETHER ? SOLVERS : 1;
-// And whether they send each other what they need through distributed shared memory, rather than the second-level cache.
-#define MAIL_IN_SHARED (SOLVERS > 1 && CLUSTER > 1)
-constexpr bool IN_CLUSTER = MAIL_IN_SHARED;
-// There, whether they add up the rows of a step's product, or send each other all of them.
+// And whether they add up the rows of a step's product, or send each other all of them.
 constexpr bool ADDED_UP = STEPS_ADDED_UP;
-static_assert(!ADDED_UP || (TOGETHER && !IN_CLUSTER));
+static_assert(!ADDED_UP || TOGETHER);
 // Or whether one of the blocks that share a row is given the moments of the others, and solves it by itself.
 constexpr bool IS_GATHERED = GATHERED > 0;
-static_assert(!IS_GATHERED || (SOLVERS == 1 && CLUSTER == 1 && D == 64));
-constexpr int MOST_IN_CLUSTER = 2;
-static_assert(!IN_CLUSTER || (CLUSTER == SOLVERS && CLUSTER <= MOST_IN_CLUSTER), "a cluster has all blocks of a row");
+static_assert(!IS_GATHERED || (SOLVERS == 1 && D == 64));
+static_assert(!CONJUGATE_GRADIENTS || CLUSTER == 1);
 // Below this many keys a block, merging costs more than it saves.
 constexpr int MIN_SPLIT_KEYS = 512;
 
@@ -63,7 +59,7 @@ constexpr int SLOT = 2 * RUNS * RUN;
 constexpr int BOXES = TILE / BOX;  // of a run
 static_assert(BOX % 8 == 0 && TILE % BOX == 0 && SLOTS * BOXES <= 32, "a lane brings a box");
 // What conjugate gradients need lies in a slot, or from one on: where rows are taken in turn in the last, so that the tiles of the next one
-// come to the others; the last has mail in a cluster.
+// come to the others.
 constexpr int SOLVING_SLOT = IN_TURN ? SLOTS - 1 : 1;
 // Tiles of a row that come, and become X, while the row before is solved.
 constexpr int EARLY_TILES = SLOTS - 1;
@@ -211,9 +207,6 @@ struct Shared {
   unsigned bits[GATHERED], bits_of_choice[GATHERED];  // of what each of them gives, and of whether it may solve, that tell it from what was before
   unsigned long long launch;                          // how many there were, with this one
   unsigned is_proposed, proposals;  // whether there is a slope, and not an end without one; and how many both roles have decided on
-#endif
-#if MAIL_IN_SHARED
-  unsigned long long mail[MOST_IN_CLUSTER][D + 2];  // of exchange 0, while rings are in use
 #endif
   unsigned bad_page;
   alignas(8) unsigned long long raw_full[SLOTS];

@@ -102,28 +102,14 @@ __device__ __forceinline__ void send_step(Block& shared, const Exchange& exchang
     send_row(exchange, thread, number, 0, y);
 }
 
-// The lane's entries of a step's product, of which all blocks send their rows: of a cluster's mail each warp has all by itself.
+// The lane's entries of a step's product, of which all blocks send their rows.
 template <class Block>
 __device__ __forceinline__ Entries receive_step(Block& shared, const Exchange& exchange, int thread, int number, const Unit& unit) {
-  const int lane = thread % 32;
-  if constexpr (IN_CLUSTER) {
-    float x[ENTRIES * SHARERS];
-    exchange.receive(number, x, [&](int i) {
-      return i % SHARERS < exchange.blocks ? exchange.place(number, i % SHARERS, column_of_entry(lane, i / SHARERS)) : nullptr;
-    });
-    Entries sum = {};
-#pragma unroll
-    for (int i = 0; i < ENTRIES * SHARERS; i++) sum.of[i / SHARERS] += x[i];
-    return sum;
-  } else if constexpr (ADDED_UP) {
+  if constexpr (ADDED_UP)
     return gather_rows(shared, thread, number, {AddedRow(shared, exchange, thread, number).receive(thread, unit)});
-  } else {
+  else
     return gather_rows(shared, thread, number, {receive_row(exchange, thread, number)});
-  }
 }
-
-// Whether blocks share a row through the second-level cache.
-constexpr bool THROUGH_CACHE = TOGETHER && !IN_CLUSTER;
 
 // Where conjugate gradients are: the slope, its residual, the direction that led there, and the product with that.
 struct Iterate {
@@ -186,29 +172,20 @@ __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchan
       // The same in all lanes, as the compiler sees by this.
       small = __any_sync(~0u, progress.is_small(progress.left() * progress.gamma, TOLERANCE));
     };
-    // Where an exchange takes longer than to look, not in a cluster.
-    if constexpr (THROUGH_CACHE) {
-      // While the product is on its way or, where it is likely to be in vain, before. Each in one place: what is run for the first time
-      // is slow.
+    // While the product is on its way or, where it is likely to be in vain, before. Each in one place: what is run for the first time
+    // is slow.
 #pragma unroll 1
-      for (int part = 0; part < 2 && !small; part++) {
-        if (part == likely)
-          multiply();
-        else
-          look();
-      }
-    } else {
-      multiply();
-      // Beside the product, whose latency hides it.
-      look();
+    for (int part = 0; part < 2 && !small; part++) {
+      if (part == likely)
+        multiply();
+      else
+        look();
     }
     if (small || __any_sync(~0u, !(progress.gamma < -minus_infinity())) || number > MOST_STEPS) break;
     // As the residual fell last.
-    likely = THROUGH_CACHE && __any_sync(~0u, progress.beta > 0.0f && progress.is_small(progress.beta * progress.left() * progress.gamma, TOLERANCE));
+    likely = __any_sync(~0u, progress.beta > 0.0f && progress.is_small(progress.beta * progress.left() * progress.gamma, TOLERANCE));
     const Entries rows = receive_step(shared, exchange, thread, number, unit);
     at.advance(rows, inner_product(r, rows), ridge);
-    // Of what lies in shared memory all lanes have read what they need: the barrier is after that, but a cluster has none.
-    if constexpr (IN_CLUSTER) __syncwarp();
     number++;
   }
   sent = !(likely && small);
@@ -217,8 +194,6 @@ __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchan
 #pragma unroll
     for (int e = 0; e < ENTRIES; e++) x.of[e] = __fmaf_rn(length, __fmaf_rn(progress.beta, p.of[e], r.of[e]), x.of[e]);
   }
-  // No block may leave before all that is sent to it has come.
-  if constexpr (IN_CLUSTER) receive_step(shared, exchange, thread, number, unit);
   return small;
 }
 

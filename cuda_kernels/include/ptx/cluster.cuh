@@ -14,44 +14,13 @@ __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster
 // Of nothing: what others have left has been read.
 __device__ __forceinline__ void cluster_arrive_relaxed() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
 
-// What came before in this block's own shared memory comes before what it tells the others next.
-__device__ __forceinline__ void release_to_cluster() {
-  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
-}
-
-// As cluster_arrive, of that alone.
+// As cluster_arrive, of what came before in this block's own shared memory alone.
 __device__ __forceinline__ void cluster_arrive_shared() {
-  release_to_cluster();
+  asm volatile("fence.release.sync_restrict::shared::cta.cluster;" ::: "memory");
   cluster_arrive_relaxed();
 }
 
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
-// What others sent has been found: what they released before it comes before all that is sent to them from now on.
-__device__ __forceinline__ void acquire_from_cluster() {
-  asm volatile("fence.acquire.sync_restrict::shared::cluster.cluster;" ::: "memory");
-}
-
-// A word that another block looks for: whole, and ordering nothing else. Compute-sanitizer's racecheck takes no access but an
-// atomic operation for one that may meet another.
-__device__ __forceinline__ void cluster_store_relaxed(unsigned address, unsigned long long x) {
-#ifdef FOR_RACECHECK
-  unsigned long long before;
-  asm volatile("atom.relaxed.cluster.shared::cluster.exch.b64 %0, [%1], %2;" : "=l"(before) : "r"(address), "l"(x) : "memory");
-#else
-  asm volatile("st.relaxed.cluster.shared::cluster.u64 [%0], %1;" ::"r"(address), "l"(x) : "memory");
-#endif
-}
-
-__device__ __forceinline__ unsigned long long shared_load_relaxed(unsigned address) {
-  unsigned long long x;
-#ifdef FOR_RACECHECK
-  asm volatile("atom.relaxed.cluster.shared::cta.or.b64 %0, [%1], 0;" : "=l"(x) : "r"(address) : "memory");
-#else
-  asm volatile("ld.relaxed.cluster.shared::cta.u64 %0, [%1];" : "=l"(x) : "r"(address) : "memory");
-#endif
-  return x;
-}
 
 // The address in block `rank` that corresponds to `address` in this one.
 __device__ __forceinline__ unsigned cluster_address(unsigned address, unsigned rank) {

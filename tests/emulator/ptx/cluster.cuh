@@ -19,10 +19,3 @@ inline unsigned cluster_load(unsigned address) { return emulator::whole_at<unsig
 inline float2 cluster_load2(unsigned address) { return emulator::whole_at<float2>(address); }
 inline float4 cluster_load4(unsigned address) { return emulator::whole_at<float4>(address); }
 inline void cluster_store4(unsigned address, float4 x) { emulator::whole_at<float4>(address) = x; }
-inline void release_to_cluster() {}
-inline void acquire_from_cluster() {}
-NOT_WATCHED inline void cluster_store_relaxed(unsigned address, unsigned long long x) { emulator::whole_at<unsigned long long>(address) = x; }
-NOT_WATCHED inline unsigned long long shared_load_relaxed(unsigned address) {
-  emulator::look_again();
-  return emulator::whole_at<unsigned long long>(address);
-}

@@ -18,10 +18,8 @@ constexpr int ROW_BLOCKS = D / 64;  // of 64 rows of the moments
 constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
 // All warps have moments, and a block has its row to itself.
 constexpr int MATRIX_THREADS = THREADS, MATRIX_WARPS = WARPS;
-constexpr bool TOGETHER = false, IN_CLUSTER = false, ADDED_UP = false;
+constexpr bool TOGETHER = false, ADDED_UP = false;
 constexpr int SHARERS = 1;
-#define MAIL_IN_SHARED 0
-constexpr int MOST_IN_CLUSTER = 1;
 
 // A slot of the ring holds a tile of keys or of values in runs of 64 channels, in them a row of 128 bytes for every key, whose
 // pieces of 16 are swapped by the key's number. X takes the place of the keys that it is made from.
