@@ -254,8 +254,8 @@ def _mail_bytes(splits: int) -> int:
 def _mail(splits_log2: int, multiprocessors: int, gathered: bool = False) -> tuple[int, int]:
     """How much mail a device's blocks have, and where that of rows cut in ``2**splits_log2`` begins.
 
-    Rows of one number have one place, in whatever kernel: tags count how often it was used. What blocks give the
-    one of them that solves, gathered, lies behind.
+    Rows of one number have one place, in whatever kernel: tags count how often it was used. What blocks give
+    the one of them that solves, gathered, lies behind.
     """
 
     def size(log2: int) -> int:

@@ -89,7 +89,7 @@ def test_a_block_that_is_given_the_moments_of_others_in_every_order(name, monkey
 
 
 def test_what_a_block_gave_in_an_earlier_launch_is_not_taken_again():
-    """Launches of other data on one workspace, in which other blocks solve: those keep what they gave before."""
+    """Launches of other data on one workspace: a block that solves keeps there what it gave before."""
     cases = [make(batch=2, kv_heads=1, capacity=2070, head_dim=64, seed=seed) for seed in range(3)]
     rows = math.prod(cases[0].q.shape[:3])
     expected = [call(plx.reference, "lla", case, ridge=0.1) for case in cases]

@@ -127,8 +127,7 @@ def test_rows_of_every_cut_have_mail_of_their_own():
         words = 2 * 2**log2 * 384 + (4 * 128 if log2 > 3 else 4) + 1
         assert end - begin == rows * math.ceil(words / 16) * 128
     assert {lla._mail(log2, 132)[0] for log2 in range(1, 5)} == {offsets[4]}
-    # What one block of a row is given lies behind, of whatever cut: of all blocks that run at once, by the size of the kernel's
-    # structures.
+    # What one block of a row is given lies behind, of whatever cut: of all blocks that run at once.
     given = 128 * math.ceil((16 * (2 * 64 + 2 * 64 * 64 // 4) + 2 * 8) / 128)
     for log2 in (1, 2):
         assert lla._mail(log2, 132, gathered=True) == (offsets[4] + 4096 + 2 * 132 * given, offsets[4])
