@@ -189,6 +189,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     mbarrier_init(shared_address(&shared.given), 4 * OF_WARP);
 #if GATHERED
     mbarrier_init(shared_address(&shared.weighed), TRANSFORM_WARPS * OF_WARP);
+    mbarrier_init(shared_address(&shared.paired), MATRIX_WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.proposed), OF_WARP);
 #endif
   }

@@ -240,9 +240,10 @@ __device__ __forceinline__ void propose(Shared& shared, const Entries& slope, bo
 }
 
 // What came of the slope, which both roles know then. before: slopes that came before it.
+__device__ __forceinline__ unsigned parity_of_decision(const Shared& shared, unsigned before) { return shared.exact ^ 1 ^ before & 1; }
 __device__ __forceinline__ void decide(Shared& shared, unsigned what, unsigned before) {
   if (thread_index() == 0) shared.solved_by_steps = what, shared.proposals = before + 1;
-  meet(shared.met, shared.exact ^ before & 1);
+  meet(shared.met, parity_of_decision(shared, before));
 }
 #endif
 

@@ -11,6 +11,7 @@
 // Two parts about their own means become one with the distance of their means times its transpose, by what weighs less. The sums are the
 // same bits whichever block solves: pairs are made of the same blocks, and what makes two parts one does not know which is which.
 
+#include "delay.cuh"
 #include "lla/conjugate.cuh"
 #include "lla/copies.cuh"
 #include "lla/gather_choice.cuh"
@@ -50,6 +51,7 @@ struct Part {
 
   // By whole warps.
   __device__ __forceinline__ void take(const Given& given, int kind, unsigned bit, int thread) {
+    delay();
 #pragma unroll 1
     while (true) {
       bool there = true;
@@ -110,6 +112,7 @@ __device__ __forceinline__ void take_known(const Shared& shared, const Given* gi
                                            Known& of_first, Known& of_second) {
   Word16 words[2];
   bool there;
+  delay();
   do {
     if (ask_first) words[0] = load_relaxed(&given[first].known[column]);
     if (ask_second) words[1] = load_relaxed(&given[second].known[column]);
@@ -221,11 +224,12 @@ __device__ __forceinline__ void add_values(const Shared& shared, int block, floa
 __device__ __forceinline__ bool solve_gathered(Shared& shared, const lla::Call& call, float ridge, Known known, float (&sum)[D / 2]) {
   const int thread = thread_index();
   float(&apart)[2 * D] = shared.apart[2];
+  delay();
   mbarrier_wait(shared_address(&shared.weighed), 0);
   const Join join(known, {shared.d1_of_others, shared.m_of_others, shared.mean_of_others[thread]}, apart[thread]);
   shared.total.mean[thread] = known.mean;
   if (thread < D) entry_of_row(shared.solving.right, thread) = query_at(shared, thread) - known.mean;
-  come(shared.met);
+  come(shared.paired);
   meet_matrix_warps();
   mbarrier_wait(shared_address(&shared.given), 0);
   join(sum, apart, thread, [&](int j) { return shared.of_others[j][thread]; });
@@ -234,7 +238,7 @@ __device__ __forceinline__ bool solve_gathered(Shared& shared, const lla::Call& 
   for (int e = 0; e < D / 2; e++) c[e] = 0.0f, c[D / 2 + e] = sum[e];
   if (solve_by_steps(shared, call, ridge, Exchange(shared, call), c)) return false;
   leave_to_factorisation(shared, c, true, ridge);
-  meet(shared.met, shared.exact ^ shared.proposals & 1);
+  meet(shared.met, parity_of_decision(shared, shared.proposals));
   return true;
 }
 
@@ -253,8 +257,8 @@ __device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Cal
     for (int j = 0; j < PART_WORDS; j++) copy_16(shared_address(&shared.values[block][j][thread]), &given[block].moments[VALUES][j][thread]);
   }
   copy_commit();
-  // What the other of this block's pair knows has come too.
-  meet(shared.met, shared.exact ^ 1);
+  // The matrix warps have left the block's own, and what the other of its pair knows has come too.
+  mbarrier_wait(shared_address(&shared.paired), 0);
   weigh_parts(shared, given, own, thread);
   copy_wait<0>();
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
@@ -274,6 +278,7 @@ __device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Cal
   unsigned parity = 0;
 #pragma unroll 1
   do {
+    delay();
     mbarrier_wait(shared_address(&shared.proposed), parity);
     float o = 0.0f;
     if (shared.is_proposed) {
@@ -281,14 +286,14 @@ __device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Cal
       barrier_sync(TRANSFORM, TRANSFORM_THREADS);
       if (thread < D) o = shared.total.mean[D + thread] + sum_of_outputs(shared, thread);
     }
-    meet(shared.met, shared.exact ^ parity);
+    meet(shared.met, parity_of_decision(shared, parity));
     parity ^= 1;
     if (shared.solved_by_steps == SOLVED) {
       if (thread < D) output_of(call, row_of_block(call))[thread] = narrow<BFLOAT>(o);
       return false;
     }
   } while (shared.solved_by_steps == GOES_ON);
-  meet(shared.met, shared.exact ^ parity);
+  meet(shared.met, parity_of_decision(shared, parity));
   return true;
 }
 

@@ -222,6 +222,7 @@ struct Shared {
 #if GATHERED
   unsigned long long proposed;  // a slope is in shared.slope, or none will be
   unsigned long long weighed;   // what the transform warps have added up of the keys has its weight and mean
+  unsigned long long paired;    // and what the matrix warps have; the block's own moments of the values are there
 #endif
 #if ROWS_IN_TURN
   // Of rows in turn: the first matrix warpgroup has those columns; the next row's first tiles are asked for; and one is solved.
