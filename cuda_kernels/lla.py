@@ -59,8 +59,8 @@ class Shape(NamedTuple):
     splits: thread blocks that share the keys of a row; blocks: all that work on a row; rows: of a launch, all
     of them unless their partial moments take too much memory; partial_floats: of all rows of a launch. box:
     keys that the copy engine brings at a time, 0 where it is not used. mail_bytes, mail_offset: of all that
-    blocks send each other while they run, all of them at once, and where in it those of this cut begin; 0
-    where they send nothing. turns: rows that a block takes one after the other.
+    blocks send or give each other while they run, all of them at once, and where in it those of this cut
+    begin; 0 where they send nothing. turns: rows that a block takes one after the other.
     """
 
     source: str

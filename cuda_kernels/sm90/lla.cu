@@ -7,8 +7,8 @@
 // it by conjugate gradients, those of all blocks together (conjugate.cuh) or of one that is given the moments of the others
 // (gather.cuh), and leave to the factorisation what does not get there.
 //
-// Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that share a row through distributed
-// shared memory, to be factored), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the
+// Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that add up a row through distributed
+// shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the
 // second-level cache holds), INDEXED and PACKED (whether there are lengths or paddings, and packed sequences),
 // HALF_IS_FLOAT16, SHARED_BYTES; SOLVERS (blocks that solve a row by conjugate gradients, 0 for none),
 // MOST_STEPS (of these), GATHERED (blocks that share a row of which one solves it, else 0), MAIL_BYTES (of a row whose

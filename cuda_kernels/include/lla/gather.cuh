@@ -1,14 +1,14 @@
 #pragma once
-// Two or four blocks that share a row with heads of 64, of which one is given the moments of the others and solves the row by itself: its steps
-// wait for no other block, where an exchange through the second-level cache takes longer than all else of a step.
+// Two or four blocks that share a row with heads of 64, of which one is given the moments of the others and solves the row by itself: its
+// steps wait for no other block, where an exchange through the second-level cache takes longer than all else of a step.
 //
 // A block completes the moments of its keys and values about their means, and leaves them in the second-level cache. A bit of each 8 bytes
 // says whether they are there: 0 and 1 in turn, from one use of their place to the next. So no fence and no counter is waited for, and
-// nothing is cleared. The block that solves adds up two blocks by its matrix warps and,
-// of four, two by its transform warps, then both; and then the values by the transform warps, which have the sums in registers when a slope is
-// there, and find its output while the matrix warps see whether it is the row's.
+// nothing is cleared. The block that solves adds up the keys' moments of its own pair of blocks by its matrix warps and of the other pair,
+// if there is one, by its transform warps, and then both. After that the transform warps add up the values', which they have in registers
+// when a slope is there: they find its output while the matrix warps see whether it is the row's.
 //
-// Two parts about their own means become one with the distance of their means times its transpose, by what weighs less. The sums are the
+// Two parts about their own means become one with the distance of their means times its transpose, by both their shares. The sums are the
 // same bits whichever block solves: pairs are made of the same blocks, and what makes two parts one does not know which is which.
 
 #include "delay.cuh"
