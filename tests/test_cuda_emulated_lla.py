@@ -1,7 +1,5 @@
 """Local linear attention's kernels run on the host, thread by thread, in several orders."""
 
-import math
-
 import numpy as np
 import oracle
 import pytest
@@ -12,7 +10,7 @@ from budget import solved_budget
 from calls import call
 from cases import error_of_rows, hold
 from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, lengths, make, run
-from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated, needs_compiler
+from emulation import LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated, needs_compiler
 from stand_in import Array, on_gpu
 from strategies import BFLOAT16, DecodeCase
 
@@ -88,16 +86,41 @@ def test_a_block_that_is_given_the_moments_of_others_in_every_order(name, monkey
     hold_in_every_order(case, (9, 0), "cg", multiprocessors)
 
 
-def test_what_a_block_gave_in_an_earlier_launch_is_not_taken_again():
-    """Launches of other data on one workspace: a block that solves keeps there what it gave before."""
-    cases = [make(batch=2, kv_heads=1, capacity=2070, head_dim=64, seed=seed) for seed in range(3)]
-    rows = math.prod(cases[0].q.shape[:3])
-    expected = [call(plx.reference, "lla", case, ridge=0.1) for case in cases]
-    with emulated((9, 0), multiprocessors=2 * rows):
-        for number, Prepared.order in enumerate((LATE, EARLY, LATE, EARLY, RANDOM_LATE, LATE)):
-            case = cases[number % 3]
+@pytest.fixture(scope="module")
+def launches_of_other_batches():
+    """Of two rows and of three, whose blocks have other neighbours: another of the second row's solves it."""
+    cases = [make(batch=b, kv_heads=1, group=1, capacity=2070, head_dim=64, seed=b) for b in (2, 3)]
+    return [(case, call(plx.reference, "lla", case, ridge=0.1)) for case in (*cases, *cases)]
+
+
+def test_what_a_block_gave_in_an_earlier_launch_is_not_taken_again(launches_of_other_batches):
+    """Other data on one workspace, where a block that solves keeps what it gave before."""
+    with emulated((9, 0), multiprocessors=6):
+        Prepared.order = RANDOM_LATE
+        for case, expected in launches_of_other_batches:
             o = call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg").data.astype(np.float64)
-            hold(o, expected[number % 3], solved_budget(case, np.full(o.shape[:3], 0.1)))
+            hold(o, expected, solved_budget(case, np.full(o.shape[:3], 0.1)))
+
+
+def test_what_a_block_gave_has_the_bit_that_was_used_last(launches_of_other_batches):
+    """So the next launch's has the other one; of a block that solved, and gave nothing, too."""
+    words = lla._GIVEN_BYTES // 8
+    begin = (lla._mail(2, 6, gathered=True)[1] + lla._PLACES_BYTES) // 8
+    before, solving = np.zeros((3, 4), np.uint64), set()
+    with emulated((9, 0), multiprocessors=6) as workspace:
+        for case, _ in launches_of_other_batches:
+            call(plx, "lla", on_gpu(case), ridge=0.1, solver="cg")
+            rows = len(case.q)
+            given = workspace.mail[begin:][: rows * 4 * words].reshape(rows, 4, words)
+            # A block's weight, whether it may solve, and the bits that both had last.
+            weight, may_solve, last = given[..., 0].copy(), given[..., 4352], given[..., 4354]
+            np.testing.assert_array_equal(weight & 1, last & 1)
+            np.testing.assert_array_equal(may_solve & 1, last >> 1 & 1)
+            same = weight == before[:rows]
+            np.testing.assert_array_equal(same.sum(axis=1), 1)
+            solving.add(int(same[1].argmax()))
+            before[:rows] = weight
+    assert len(solving) > 1
 
 
 ADDED_UP = (
