@@ -61,3 +61,14 @@ def hold_in_every_order(case, capability, solver, multiprocessors=12):
     for o in results:
         np.testing.assert_array_equal(o, results[0])
     hold(results[0], expected, bound)
+
+
+def hold_steps_in_every_order(case, most, monkeypatch, multiprocessors=12):
+    """The same by conjugate gradients of so many steps at most; returns the shapes that were chosen."""
+    from parallax_core.cuda_kernels import lla
+
+    monkeypatch.setattr(lla, "_MOST_STEPS", most)
+    shapes, choose = [], lla.choose
+    monkeypatch.setattr(lla, "choose", lambda *call: shapes.append(choose(*call)) or shapes[-1])
+    hold_in_every_order(case, (9, 0), "cg", multiprocessors)
+    return shapes

@@ -9,7 +9,16 @@ pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.
 from budget import solved_budget
 from calls import call
 from cases import error_of_rows, hold
-from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, lengths, make, run
+from emulated_runs import (
+    FLOAT16,
+    FLOAT32,
+    for_racecheck,
+    hold_in_every_order,
+    hold_steps_in_every_order,
+    lengths,
+    make,
+    run,
+)
 from emulation import LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated, needs_compiler
 from stand_in import Array, on_gpu
 from strategies import BFLOAT16, DecodeCase
@@ -58,8 +67,7 @@ STEPS = {
 @pytest.mark.parametrize("name", STEPS)
 def test_conjugate_gradients_in_every_order_of_their_threads(name, monkeypatch):
     sizes, most = STEPS[name]
-    monkeypatch.setattr(lla, "_MOST_STEPS", most)
-    hold_in_every_order(make(**sizes), (9, 0), "cg")
+    hold_steps_in_every_order(make(**sizes), most, monkeypatch)
 
 
 GATHERED = {
@@ -77,13 +85,12 @@ GATHERED = {
 
 @pytest.mark.parametrize("name", GATHERED)
 def test_a_block_that_is_given_the_moments_of_others_in_every_order(name, monkeypatch):
-    """Another block of a row in other orders, as two are on every multiprocessor."""
+    """Two blocks are on every multiprocessor, of which one may solve its row."""
     sizes, most = GATHERED[name]
-    monkeypatch.setattr(lla, "_MOST_STEPS", most)
     case = make(head_dim=64, kv_heads=1, **sizes)
     blocks = 4 if sizes["capacity"] > 2000 else 2
-    multiprocessors = blocks // 2 * case.q.shape[0]
-    hold_in_every_order(case, (9, 0), "cg", multiprocessors)
+    shapes = hold_steps_in_every_order(case, most, monkeypatch, blocks // 2 * case.q.shape[0])
+    assert {dict(shape.defines)["GATHERED"] for shape in shapes} == {blocks}
 
 
 @pytest.fixture(scope="module")
@@ -139,8 +146,7 @@ def steps_are_added_up(monkeypatch):
 @pytest.mark.parametrize("name", ADDED_UP)
 def test_products_that_blocks_add_up_are_the_same_in_every_order(name, steps_are_added_up, monkeypatch):
     sizes, most = STEPS[name]
-    monkeypatch.setattr(lla, "_MOST_STEPS", most)
-    hold_in_every_order(make(**sizes), (9, 0), "cg")
+    hold_steps_in_every_order(make(**sizes), most, monkeypatch)
 
 
 @pytest.mark.parametrize("head_dim, multiprocessors", [(64, 8), (128, 16)])

@@ -7,14 +7,21 @@ pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.
 
 from calls import call
 from cases import error_of_rows
-from emulated_runs import FLOAT16, FLOAT32, hold_in_every_order, lengths, make, run, with_scores
+from emulated_runs import (
+    FLOAT16,
+    FLOAT32,
+    hold_steps_in_every_order,
+    lengths,
+    make,
+    run,
+    with_scores,
+)
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
 from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
 from test_cuda_emulated_lla import KEYS
 
 import parallax_core as plx
-from parallax_core.cuda_kernels import lla
 
 pytestmark = needs_compiler
 
@@ -42,12 +49,8 @@ CALLS = {
 @pytest.mark.parametrize("name", CALLS)
 def test_rows_in_every_order_of_their_threads(name, monkeypatch):
     sizes, most = CALLS[name]
-    monkeypatch.setattr(lla, "_MOST_STEPS", most)
-    seen = []
-    choose = lla.choose
-    monkeypatch.setattr(lla, "choose", lambda *call: seen.append(choose(*call)) or seen[-1])
-    hold_in_every_order(make(**sizes), (9, 0), "cg", multiprocessors=1)
-    assert {shape.source for shape in seen} == {"sm90/lla_two_pass.cu"}
+    shapes = hold_steps_in_every_order(make(**sizes), most, monkeypatch, multiprocessors=1)
+    assert {shape.source for shape in shapes} == {"sm90/lla_two_pass.cu"}
 
 
 @pytest.mark.parametrize("keys", KEYS)

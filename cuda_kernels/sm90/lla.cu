@@ -235,7 +235,7 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
 #if !ROWS_IN_TURN
 
   // Read anew: kept over the tiles, the row's indices would cost registers.
-  const int of_block = block_index() >> call.splits_log2;
+  const int of_block = item_of_block(call);
   const lla::RowIndex index(call, of_block);
   if (!whole) {
     meet_block();

@@ -179,7 +179,7 @@ __device__ __forceinline__ Entries right_side(Shared& shared, int lane) {
 }
 
 // The row that a block has to itself or shares, if it does not take rows in turn.
-__device__ __forceinline__ lla::RowIndex row_of_block(const lla::Call& call) { return lla::RowIndex(call, block_index() >> call.splits_log2); }
+__device__ __forceinline__ lla::RowIndex row_of_block(const lla::Call& call) { return lla::RowIndex(call, item_of_block(call)); }
 
 // Of the row that the matrix warps solve.
 __device__ __forceinline__ half_bits* output_of_block(const Shared& shared, const lla::Call& call) {
@@ -225,10 +225,10 @@ __device__ __forceinline__ float sum_of_values(Shared& shared, const Centring& c
   return centre.factor * sum_of_outputs(shared, column) - of_shift * shared.sums[D + column];
 }
 
+#if GATHERED
 // What is known of a row: a slope that was proposed is not near enough; or it is the row's, or there is none.
 enum : unsigned { GOES_ON, SOLVED, UNSOLVED };
 
-#if GATHERED
 // Gives the transform warps a slope, whose output they find; or tells them that there is none. By the first matrix warp.
 __device__ __forceinline__ void propose(Shared& shared, const Entries& slope, bool is_proposed) {
   const int lane = thread_index() % 32;
@@ -239,8 +239,9 @@ __device__ __forceinline__ void propose(Shared& shared, const Entries& slope, bo
   arrive_as_warp(shared.proposed, lane);
 }
 
-// What came of the slope, which both roles know then. before: slopes that came before it.
+// before: slopes that came before the one that is decided on.
 __device__ __forceinline__ unsigned parity_of_decision(const Shared& shared, unsigned before) { return shared.exact ^ 1 ^ before & 1; }
+// What came of a slope, which both roles know then.
 __device__ __forceinline__ void decide(Shared& shared, unsigned what, unsigned before) {
   if (thread_index() == 0) shared.solved_by_steps = what, shared.proposals = before + 1;
   meet(shared.met, parity_of_decision(shared, before));

@@ -33,9 +33,8 @@ constexpr int MOST_MULTIPROCESSORS = sizeof(Places::first_on) / sizeof(Places::f
 
 __device__ __forceinline__ Places& places(const lla::Call& call) { return *static_cast<Places*>(call.mail); }
 __device__ __forceinline__ Given* given_of_row(const lla::Call& call) {
-  return reinterpret_cast<Given*>(&places(call) + 1) + (block_index() >> call.splits_log2) * GATHERED;
+  return reinterpret_cast<Given*>(&places(call) + 1) + item_of_block(call) * GATHERED;
 }
-__device__ __forceinline__ int block_of_row(const lla::Call& call) { return block_index() & (call.splits - 1); }
 
 // By a matrix warp that neither copies nor speaks for the others.
 constexpr int CHOOSING_WARP = MATRIX_WARPS - 1;

@@ -20,9 +20,7 @@ struct alignas(128) Mail {
 };
 static_assert(!TOGETHER || sizeof(Mail) == MAIL_BYTES, "lla.py makes room for another size");
 
-__device__ __forceinline__ Mail* mail_of_row(const lla::Call& call) {
-  return static_cast<Mail*>(call.mail) + (block_index() >> call.splits_log2);
-}
+__device__ __forceinline__ Mail* mail_of_row(const lla::Call& call) { return static_cast<Mail*>(call.mail) + item_of_block(call); }
 
 // The tag of exchange 0, of mail that was never used too, which is zero.
 __device__ __forceinline__ unsigned first_tag(unsigned long long uses) { return (unsigned(uses) + 1) * MOST_EXCHANGES; }
@@ -39,7 +37,7 @@ struct Exchange {
 
   __device__ __forceinline__ Exchange(const Shared& shared, const lla::Call& call)
       : mail(mail_of_row(call)), shared(shared), tag(shared.tag),
-        split(block_index() & (call.splits - 1)), blocks(shared.blocks) {}
+        split(block_of_row(call)), blocks(shared.blocks) {}
 
   // Where what block `from` sends is found.
   __device__ __forceinline__ const unsigned long long* place(int number, int from, int word) const {

@@ -4,6 +4,11 @@
 #include "lla/inputs.cuh"
 #include "lla/rows.cuh"
 #include "ptx/numbers.cuh"
+#include "ptx/opaque.cuh"
+
+// Of blocks whose number in their row is a power of two: the row's number, and which of its blocks this one is.
+__device__ __forceinline__ int item_of_block(const lla::Call& call) { return block_index() >> call.splits_log2; }
+__device__ __forceinline__ int block_of_row(const lla::Call& call) { return block_index() & (call.splits - 1); }
 
 __device__ __forceinline__ const half_bits* query_of(const lla::Call& call, const lla::RowIndex& row) {
   return static_cast<const half_bits*>(call.q) + row.offset(call.q_stride);
