@@ -20,9 +20,9 @@ from .parameters import LLA_CALL, PACK_LLA_ARRAYS, PACK_LLA_SHARED, masks_of
 SM90_THREADS = {64: 256, 128: 512}
 SM90_SHARED_BYTES = {64: 109568, 128: 220160}
 """By head size, the size of the kernel's own structure, which a static assertion compares."""
-_IN_TURN_SHARED_BYTES = 231424
+_IN_TURN_SHARED_BYTES = 230400
 """Of blocks that take rows in turn."""
-_TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES = 128, 108544
+_TWO_PASS_THREADS, _TWO_PASS_SHARED_BYTES = 128, 110592
 """Of the kernel that takes a row's keys and then its values."""
 _TWO_PASS_KEYS = 640
 """Up to which it is the faster one, where rows are more than the multiprocessors; measured on an H200."""

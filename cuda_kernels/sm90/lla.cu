@@ -34,6 +34,10 @@
 #endif
 #if GATHERED
 #include "lla/gather.cuh"
+#elif SOLVERS > 1
+#include "lla/conjugate_together.cuh"
+#elif SOLVERS == 1 && !ROWS_IN_TURN
+#include "lla/conjugate_alone.cuh"
 #endif
 
 #if !ROWS_IN_TURN
@@ -53,16 +57,18 @@ __device__ __forceinline__ void matrix_role(Shared& shared, const lla::Call& cal
   store_moments<0, Part::VALUES>(shared, moments, inverse_scale * shared.inverse_scale[1], whole, 0.0f);
 }
 
+#if SOLVERS > 0
 // Leaves the moments in c, with the registers to solve the row.
 template <int KEY_COLUMNS>
 __device__ __forceinline__ void accumulate_to_solve(Shared& shared, const lla::Call& call, const Maps& maps, int tiles, float (&c)[D]) {
   float accumulators[D];
   accumulate_all<KEY_COLUMNS>(shared, call, maps, accumulators, tiles);
+#if SOLVERS == 1
+  leave_right_side(shared, thread_index());
+#endif
   complete_moments<D == 128 && KEY_COLUMNS == 64>(shared, accumulators, thread_index());
   if constexpr (D == 128) take_registers<SOLVING_REGISTERS>();
-  // Copies: accumulators that two ways of the program leave in the same registers are waited for by each product.
-#pragma unroll
-  for (int e = 0; e < D; e++) c[e] = copy_opaque(accumulators[e]);
+  park(shared, accumulators, thread_index(), c);
 }
 
 // Solves the row, or leaves the moments to the factorisation. From here on the warpgroups run the same code: what is fetched
@@ -74,22 +80,24 @@ __device__ __forceinline__ void solving_matrix_role(Shared& shared, const lla::C
   else
     accumulate_to_solve<D>(shared, call, maps, tiles, c);
   const float ridge = row_of_block(call).ridge(call);
+#if SOLVERS > 1
   const Exchange exchange(shared, call);
   // The sums of all blocks are there.
-  if constexpr (TOGETHER) meet(shared.met, shared.exact ^ 1);
-  const bool solved = solve_by_steps(shared, call, ridge, exchange, c);
-  if (thread_index() == 0) {
-    shared.solved_by_steps = solved;
-    if constexpr (TOGETHER) {
-      // All blocks of the row have read it.
-      if (exchange.split == 0) count_use(exchange.mail, exchange.tag);
-    }
-  }
+  meet(shared.met, shared.exact ^ 1);
+  const bool solved = solve_together(shared, call, ridge, exchange, c);
+  // All blocks of the row have read it.
+  if (thread_index() == 0 && exchange.split == 0) count_use(exchange.mail, exchange.tag);
+#else
+  meet_matrix_warps();
+  const bool solved = solve_alone(shared, call, ridge, c);
+#endif
+  if (thread_index() == 0) shared.solved_by_steps = solved;
   if (!solved) leave_to_factorisation(shared, c, !TOGETHER || shared.blocks == 1, ridge);
   meet(shared.met, shared.exact ^ !TOGETHER);
   if constexpr (D == 128)
     if (!solved) give_registers<128>();
 }
+#endif
 
 __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& call, const Maps& maps, int tiles) {
   while (weigh(shared, call, maps, tiles, 0, 0), again<SENT_AHEAD>(shared, TRANSFORM, TRANSFORM_THREADS))
@@ -101,15 +109,16 @@ __device__ __forceinline__ void transform_role(Shared& shared, const lla::Call& 
   let_next_launch_begin();
   // The row's if the block has it to itself, or is alone with a short one.
   shared.own.mean[column] = shared.total.mean[column] = mean;
-  if constexpr (TOGETHER) {
-    // Without tiles nothing says that the tag is there.
-    if (SENT_AHEAD && tiles == 0) wait_for_products(shared);
-    const Exchange exchange(shared, call);
-    share_sums(shared, exchange);
-    meet(shared.met, shared.exact ^ 1);
-    if (ADDED_UP && exchange.split == 0) clear_next(exchange);
-  }
-  if constexpr (!TOGETHER) prefetch_next(call, maps);
+#if SOLVERS > 1
+  // Without tiles nothing says that the tag is there.
+  if (SENT_AHEAD && tiles == 0) wait_for_products(shared);
+  const Exchange exchange(shared, call);
+  share_sums(shared, exchange);
+  meet(shared.met, shared.exact ^ 1);
+  if (ADDED_UP && exchange.split == 0) clear_next(exchange);
+#else
+  prefetch_next(call, maps);
+#endif
   meet(shared.met, shared.exact ^ !TOGETHER);
 }
 #endif
@@ -161,8 +170,9 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     // By all warps: one after the other, barriers take 80 clocks each.
     if (threadIdx.x % 32 == 0) begin_barriers(shared, SLOTS + warp, BARRIERS, MATRIX_WARPS);
     // Not before: a fence waits for loads.
-    if (TOGETHER && threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
-#if GATHERED
+#if SOLVERS > 1
+    if (threadIdx.x == 0) uses = load_relaxed(&mail_of_row(call)->uses);
+#elif GATHERED
     if (warp == CHOOSING_WARP) uses = ask_last_use(call, threadIdx.x % 32, clusters);
 #endif
     query.load(query_of(call, row), threadIdx.x);
@@ -190,14 +200,16 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
 #if GATHERED
     mbarrier_init(shared_address(&shared.weighed), TRANSFORM_WARPS * OF_WARP);
     mbarrier_init(shared_address(&shared.paired), MATRIX_WARPS * OF_WARP);
-    mbarrier_init(shared_address(&shared.proposed), OF_WARP);
+    mbarrier_init(shared_address(&shared.proposed), MATRIX_WARPS * OF_WARP);
 #endif
   }
   if (threadIdx.x < 2 * D) shared.origin[threadIdx.x] = 0.0f;
   BlockMeeting meet_block(shared.synced, THREADS);
   __syncthreads();
+#if SOLVERS > 1
   // Read after the keys, by when it has come.
-  if (TOGETHER && threadIdx.x == 0) shared.tag = first_tag(uses);
+  if (threadIdx.x == 0) shared.tag = first_tag(uses);
+#endif
 
   // The accumulators of 128 channels need registers that the transform warps give up: 64 Ki in all.
   [[maybe_unused]] const bool whole = IS_GATHERED || clusters * CLUSTER == 1;
@@ -218,13 +230,15 @@ __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
     transform_rows(shared, call, maps);
   }
 #else
-    if constexpr (CONJUGATE_GRADIENTS) {
-      solving_matrix_role(shared, call, maps, tiles, warpgroup);
-    } else if (D == 64 || warpgroup == 0)
+#if SOLVERS > 0
+    solving_matrix_role(shared, call, maps, tiles, warpgroup);
+    if (shared.solved_by_steps) return;
+#else
+    if (D == 64 || warpgroup == 0)
       matrix_role<64>(shared, call, maps, whole, tiles);
     else
       matrix_role<D>(shared, call, maps, whole, tiles);
-    if (CONJUGATE_GRADIENTS && shared.solved_by_steps) return;
+#endif
   } else {
     if constexpr (D == 128) give_registers<256 - MATRIX_REGISTERS>();
     transform_role(shared, call, maps, tiles);

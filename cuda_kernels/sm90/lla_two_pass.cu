@@ -85,7 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS_PER_MULTIPROCESSOR)
   centre_moments<0, D>({c[0], c[1]}, shared.sums, inverse_weight(shared.d1), shared.inverse_scale, thread_index());
   pair_lanes(c);
   Entries slope;
-  if (!solve_by_steps(shared, call, c, ridge, slope)) {
+  if (!solve_by_steps(shared, c, ridge, slope)) {
     // What comes to the ring has to have come before something else may lie there, and takes X's place.
 #pragma unroll 1
     for (int number = 0; number < min(SLOTS - kept, 2 * tiles - kept); number++, at.advance()) wait_for_load(shared, at);

@@ -6,13 +6,14 @@
 // says whether they are there: 0 and 1 in turn, from one use of their place to the next. So no fence and no counter is waited for, and
 // nothing is cleared. The block that solves adds up the keys' moments of its own pair of blocks by its matrix warps and of the other pair,
 // if there is one, by its transform warps, and then both. After that the transform warps add up the values', which they have in registers
-// when a slope is there: they find its output while the matrix warps see whether it is the row's.
+// when a slope is there: they find its output while the matrix warps see whether it is the row's. Until then both roles take each other's
+// time, so that the values' have few instructions.
 //
 // Two parts about their own means become one with the distance of their means times its transpose, by both their shares. The sums are the
 // same bits whichever block solves: pairs are made of the same blocks, and what makes two parts one does not know which is which.
 
 #include "delay.cuh"
-#include "lla/conjugate.cuh"
+#include "lla/conjugate_alone.cuh"
 #include "lla/copies.cuh"
 #include "lla/gather_choice.cuh"
 #include "lla/passes.cuh"
@@ -21,7 +22,8 @@
 #include "ptx/opaque.cuh"
 
 static_assert((GATHERED == 2 || GATHERED == 4) && MATRIX_THREADS == TRANSFORM_THREADS && MATRIX_THREADS == 2 * D, "a thread of a role for every column");
-enum : int { KEYS, VALUES };  // kinds of moments
+enum : int { KEYS, VALUES };                // kinds of moments
+enum : int { OF_OTHERS, OF_OWN, OF_BOTH };  // pairs: that of other blocks, the block's own, and of both pairs
 
 // Four numbers, the first and the third with the bit in the place of their own last: whoever sees a half of the word sees the bit.
 __device__ __forceinline__ Word16 word_of(unsigned bit, float x, float y, float z, float w) {
@@ -49,17 +51,19 @@ struct Part {
     for (int j = 0; j < PART_WORDS; j++) words[j] = load_relaxed(&given.moments[kind][j][thread]);
   }
 
+  // Whether one of them is not there yet, in the last bit.
+  __device__ __forceinline__ unsigned missing(unsigned bit) const {
+    unsigned any = 0, every = 1;
+#pragma unroll
+    for (int j = 0; j < PART_WORDS; j++) any |= unsigned(words[j].first) | unsigned(words[j].second), every &= unsigned(words[j].first) & unsigned(words[j].second);
+    return bit ? ~every : any;
+  }
+
   // By whole warps.
   __device__ __forceinline__ void take(const Given& given, int kind, unsigned bit, int thread) {
     delay();
 #pragma unroll 1
-    while (true) {
-      bool there = true;
-#pragma unroll
-      for (int j = 0; j < PART_WORDS; j++) there &= has_bit(words[j], bit);
-      if (__all_sync(~0u, there)) break;
-      ask(given, kind, thread);
-    }
+    while (__any_sync(~0u, missing(bit) & 1)) ask(given, kind, thread);
   }
 
   // As they lie in shared memory.
@@ -124,10 +128,8 @@ __device__ __forceinline__ void take_known(const Shared& shared, const Given* gi
   if (ask_second) of_second = Known(words[1]);
 }
 
-// How two parts become one, by their shares of both's weight.
-struct Join {
-  float first, second, distance;
-
+struct Join : Shares {
+  __device__ __forceinline__ explicit Join(const Shares& shares) : Shares(shares) {}
   // Both become one in `known`. Leaves the distance of the means in a column of `apart`, for all to see after a barrier.
   __device__ __forceinline__ Join(Known& known, const Known& other, float& apart) {
     const float m = fmaxf(known.m, other.m), of_first = known.d1 * rescaling(known.m, m), of_second = other.d1 * rescaling(other.m, m);
@@ -141,16 +143,16 @@ struct Join {
     return __fmaf_rn(of_row, of_column, __fadd_rn(__fmul_rn(first, x), __fmul_rn(second, y)));
   }
 
-  // The keys' moments of both. other(j): the second's.
+  // The moments of both, of keys or of values. apart: of the rows, and from its column of_columns on of the columns. other(j): the second's.
   template <class Other>
-  __device__ __forceinline__ void operator()(float (&sum)[D / 2], const float (&apart)[2 * D], int thread, Other other) const {
-    const int upper = upper_row(thread), column = thread % 4 * 2;
+  __device__ __forceinline__ void operator()(float (&sum)[D / 2], const float* apart, int of_columns, int thread, Other other) const {
+    const int upper = upper_row(thread), column = of_columns + thread % 4 * 2;
     const float of_rows[2] = {apart[upper], apart[upper + 8]};
 #pragma unroll
     for (int j = 0; j < PART_WORDS; j++) {
       const float4 y = other(j);
-      const float2 of_columns = *reinterpret_cast<const float2*>(&apart[8 * j + column]);
-      const float weighted[2] = {distance * of_columns.x, distance * of_columns.y};
+      const float2 of_pair = *reinterpret_cast<const float2*>(&apart[8 * j + column]);
+      const float weighted[2] = {distance * of_pair.x, distance * of_pair.y};
       sum[4 * j] = (*this)(sum[4 * j], y.x, of_rows[0], weighted[0]), sum[4 * j + 1] = (*this)(sum[4 * j + 1], y.y, of_rows[0], weighted[1]);
       sum[4 * j + 2] = (*this)(sum[4 * j + 2], y.z, of_rows[1], weighted[0]), sum[4 * j + 3] = (*this)(sum[4 * j + 3], y.w, of_rows[1], weighted[1]);
     }
@@ -174,124 +176,163 @@ __device__ __forceinline__ void centre_values(const Shared& shared, float (&c)[D
   }
 }
 
-// Each block's share of the row's weight, and how far its mean is from the row's: a sum of differences, as in share_sums. By the transform
-// warps, a thread for every column, when all blocks' means are there.
-__device__ __forceinline__ void weigh_parts(Shared& shared, const Given* given, int own, int column) {
-  const int blocks = shared.blocks;
-  Word16 words[GATHERED];
-#pragma unroll
-  for (int b = 0; b < GATHERED; b++) words[b] = b < blocks && b != own ? load_relaxed(&given[b].known[column]) : Word16{0, 0};
-  Known of[GATHERED];
-  float m = minus_infinity();
-#pragma unroll
-  for (int b = 0; b < GATHERED; b++) {
-    if (b < blocks) of[b] = b == own ? Known(shared, column) : Known(words[b]);
-    m = fmaxf(m, of[b].m);
-  }
-  float d1 = 0.0f;
-#pragma unroll
-  for (int b = 0; b < GATHERED; b++) of[b].d1 *= rescaling(of[b].m, m), d1 += of[b].d1;
-  const float inverse_d1 = inverse_weight(d1);
-#pragma unroll
-  for (int b = 0; b < GATHERED; b++) of[b].d1 *= inverse_d1;
-#pragma unroll
-  for (int b = 0; b < GATHERED; b++) {
-    float apart = 0.0f;
-#pragma unroll
-    for (int other = 0; other < GATHERED; other++) apart += of[other].d1 * (of[b].mean - of[other].mean);
-    shared.apart_from_row[b][column] = apart;
-    if (column == 0) shared.shares[b] = of[b].d1;
-  }
+// What is known of a row: a slope that was proposed is not near enough; or it is the row's, or there is none.
+enum : unsigned { GOES_ON, SOLVED, UNSOLVED };
+
+// before: slopes that came before the one that is decided on.
+__device__ __forceinline__ unsigned parity_of_decision(const Shared& shared, unsigned before) { return shared.exact ^ 1 ^ before & 1; }
+
+// What came of a slope, which both roles know then.
+__device__ __forceinline__ void decide(Shared& shared, unsigned what, unsigned before) {
+  if (thread_index() == 0) shared.solved_by_steps = what;
+  meet(shared.met, parity_of_decision(shared, before));
 }
 
-// What a block's moments of values, numbers(j) about its own means, are of those of the row: their sum grows by it.
-template <class Numbers>
-__device__ __forceinline__ void add_values(const Shared& shared, int block, float (&sum)[D / 2], int thread, Numbers numbers) {
-  const int upper = upper_row(thread), column = D + thread % 4 * 2;
-  const auto& apart = shared.apart_from_row[block];
-  const float share = shared.shares[block], distances[2] = {share * apart[upper], share * apart[upper + 8]};
-#pragma unroll
-  for (int j = 0; j < PART_WORDS; j++) {
-    const float4 x = numbers(j);
-    const float2 of_columns = *reinterpret_cast<const float2*>(&apart[8 * j + column]);
-    sum[4 * j] += share * x.x + distances[0] * of_columns.x, sum[4 * j + 1] += share * x.y + distances[0] * of_columns.y;
-    sum[4 * j + 2] += share * x.z + distances[1] * of_columns.x, sum[4 * j + 3] += share * x.w + distances[1] * of_columns.y;
+// By the matrix warps, whose moments of the row's keys are c: the transform warps are given each slope that steps lead to, to find its output.
+// Whether the row is solved. proposals: slopes that were given, or the word that there is none.
+__device__ __forceinline__ bool solve_with_others(Shared& shared, float ridge, const float (&c)[D / 2], unsigned& proposals) {
+  const int thread = thread_index();
+  IterateAlone at(shared.solving.right, ridge, thread);
+#pragma unroll 1
+  for (unsigned number = 1;; number++) {  // of the product
+    const bool is_near = take_steps_alone(shared, c, ridge, thread, at, number);
+    if (thread == 0) shared.is_proposed = is_near;
+    come(shared.proposed);
+    if (!is_near) {
+      decide(shared, UNSOLVED, proposals++);
+      return false;
+    }
+    const TrueResidual residual(shared, c, ridge, thread, at, number);
+    const bool is_solved = residual.is_near(at, ridge);
+    decide(shared, is_solved ? SOLVED : GOES_ON, proposals++);
+    if (is_solved) return true;
+    residual.begin_anew(at, ridge);
   }
 }
 
 // The row's mean and moments of keys are known when both roles have added up their blocks: its solution, by the matrix warps. Whether it is
 // left to the factorisation.
-__device__ __forceinline__ bool solve_gathered(Shared& shared, const lla::Call& call, float ridge, Known known, float (&sum)[D / 2]) {
+__device__ __forceinline__ bool solve_gathered(Shared& shared, float ridge, Known known, float (&sum)[D / 2]) {
   const int thread = thread_index();
-  float(&apart)[2 * D] = shared.apart[2];
+  float(&apart)[2 * D] = shared.apart[OF_BOTH];
   delay();
   mbarrier_wait(shared_address(&shared.weighed), 0);
   const Join join(known, {shared.d1_of_others, shared.m_of_others, shared.mean_of_others[thread]}, apart[thread]);
   shared.total.mean[thread] = known.mean;
   if (thread < D) entry_of_row(shared.solving.right, thread) = query_at(shared, thread) - known.mean;
+  if (thread == 0) shared.joins[OF_BOTH] = join;
   come(shared.paired);
   meet_matrix_warps();
   mbarrier_wait(shared_address(&shared.given), 0);
-  join(sum, apart, thread, [&](int j) { return shared.of_others[j][thread]; });
+  join(sum, apart, 0, thread, [&](int j) { return shared.of_others[j][thread]; });
+  unsigned proposals = 0;
+  if (solve_with_others(shared, ridge, sum, proposals)) return false;
+  // The transform warps have left the values' as they are.
   float c[D];
 #pragma unroll
-  for (int e = 0; e < D / 2; e++) c[e] = 0.0f, c[D / 2 + e] = sum[e];
-  if (solve_by_steps(shared, call, ridge, Exchange(shared, call), c)) return false;
-  leave_to_factorisation(shared, c, true, ridge);
-  meet(shared.met, parity_of_decision(shared, shared.proposals));
+  for (int j = 0; j < PART_WORDS; j++) {
+    const float4 values = shared.values[0][j][thread];
+    c[4 * j] = values.x, c[4 * j + 1] = values.y, c[4 * j + 2] = values.z, c[4 * j + 3] = values.w;
+#pragma unroll
+    for (int e = 4 * j; e < 4 * j + 4; e++) c[D / 2 + e] = sum[e];
+  }
+  leave_moments(shared, c, 1.0f, ridge, 1.0f, {0.0f, 0.0f});
+  meet(shared.met, parity_of_decision(shared, proposals));
   return true;
+}
+
+// A block's moments of values, to where the thread has them in shared memory: registers would not do for all at once.
+__device__ __forceinline__ void copy_values(Shared& shared, const Given* given, int block, int thread) {
+#pragma unroll
+  for (int j = 0; j < PART_WORDS; j++) copy_16(shared_address(&shared.values[block][j][thread]), &given[block].moments[VALUES][j][thread]);
+}
+
+// Each block's share of the row's weight, and how far its mean is from the row's, by how pairs are joined; by the transform warps, a thread for
+// every column. To the same bits whichever block solves.
+__device__ __forceinline__ void leave_parts(Shared& shared, int own, int column) {
+  const Shares of_both = shared.joins[OF_BOTH];
+  const float apart_of_both = shared.apart[OF_BOTH][column];
+#pragma unroll
+  for (int pair = 0; pair < GATHERED / 2; pair++) {
+    const bool is_own = pair == own / 2;
+    const int first = is_own ? own : 2 * pair;
+    const Shares shares = shared.joins[is_own ? OF_OWN : OF_OTHERS];
+    const float apart = shared.apart[is_own ? OF_OWN : OF_OTHERS][column];
+    const float share = is_own ? of_both.first : of_both.second;
+    const float of_pair = is_own ? -__fmul_rn(of_both.second, apart_of_both) : __fmul_rn(of_both.first, apart_of_both);
+    shared.apart_from_row[first][column] = __fadd_rn(of_pair, -__fmul_rn(shares.second, apart));
+    shared.apart_from_row[first ^ 1][column] = __fadd_rn(of_pair, __fmul_rn(shares.first, apart));
+    if (column == 0) shared.shares[first] = __fmul_rn(share, shares.first), shared.shares[first ^ 1] = __fmul_rn(share, shares.second);
+  }
+}
+
+// The values' moments of all blocks, each about its own means, become those of the row. Those of others were asked for.
+__device__ __forceinline__ void add_values(Shared& shared, const Given* given, int own, int thread, float (&sum)[D / 2]) {
+  const int upper = upper_row(thread), column = D + thread % 4 * 2, blocks = shared.blocks;
+#pragma unroll
+  for (int e = 0; e < D / 2; e++) sum[e] = 0.0f;
+  copy_wait<0>();
+#pragma unroll 1
+  for (int block = 0; block < blocks; block++) {
+    const float* apart = shared.apart_from_row[block];
+    const float share = shared.shares[block], distances[2] = {share * apart[upper], share * apart[upper + 8]};
+    const unsigned bit = shared.bits[block], last = block == own ? 0 : 1;
+    Part part;
+    part.find(shared.values[block], thread);
+    while (__any_sync(~0u, part.missing(bit) & last)) part.ask(given[block], VALUES, thread);
+#pragma unroll
+    for (int j = 0; j < PART_WORDS; j++) {
+      const float4 x = part.of(j);
+      const float2 of_columns = *reinterpret_cast<const float2*>(&apart[8 * j + column]);
+      sum[4 * j] = __fmaf_rn(distances[0], of_columns.x, __fmaf_rn(share, x.x, sum[4 * j]));
+      sum[4 * j + 1] = __fmaf_rn(distances[0], of_columns.y, __fmaf_rn(share, x.y, sum[4 * j + 1]));
+      sum[4 * j + 2] = __fmaf_rn(distances[1], of_columns.x, __fmaf_rn(share, x.z, sum[4 * j + 2]));
+      sum[4 * j + 3] = __fmaf_rn(distances[1], of_columns.y, __fmaf_rn(share, x.w, sum[4 * j + 3]));
+    }
+  }
 }
 
 // By the transform warps, who have added up their blocks' keys: the same of all values, and then the output of each slope that the matrix
 // warps propose.
-__device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Call& call, float (&sum)[D / 2]) {
-  Given* const given = given_of_row(call);
+__device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Call& call, const Join& join, float (&sum)[D / 2]) {
+  const Given* const given = given_of_row(call);
   const int thread = thread_index() - MATRIX_THREADS, own = block_of_row(call), blocks = shared.blocks;
   leave(shared.of_others, thread, sum);
   come(shared.given);
-  // To shared memory, where registers would not do for all at once.
 #pragma unroll 1
-  for (int block = 0; block < blocks; block++) {
-    if (block == own) continue;
-#pragma unroll
-    for (int j = 0; j < PART_WORDS; j++) copy_16(shared_address(&shared.values[block][j][thread]), &given[block].moments[VALUES][j][thread]);
-  }
+  for (int block = 0; block < blocks; block++)
+    if (block != own) copy_values(shared, given, block, thread);
   copy_commit();
-  // The matrix warps have left the block's own, and what the other of its pair knows has come too.
-  mbarrier_wait(shared_address(&shared.paired), 0);
-  weigh_parts(shared, given, own, thread);
-  copy_wait<0>();
+  if (thread == 0) shared.joins[OF_OTHERS] = join;
   barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-#pragma unroll
-  for (int e = 0; e < D / 2; e++) sum[e] = 0.0f;
-#pragma unroll 1
-  for (int block = 0; block < blocks; block++) {
-    Part part;
-    part.find(shared.values[block], thread);
-    if (block != block_of_row(call)) part.take(given_of_row(call)[block], VALUES, shared.bits[block], thread);
-    add_values(shared, block, sum, thread, [&](int j) { return part.of(j); });
-  }
-  // For the factorisation, if it comes to that.
-  leave(shared.values[0], thread, sum);
+  // The matrix warps have left the block's own, and how pairs are joined.
+  delay();
+  mbarrier_wait(shared_address(&shared.paired), 0);
+  leave_parts(shared, own, thread);
+  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
+  add_values(shared, given, own, thread, sum);
   // All that the row's blocks gave has been taken, or is there and will be.
   if (thread < blocks) end_use(shared, call, thread);
+  half_bits* output = output_of(call, row_of_block(call));
+  make_opaque(output);
   unsigned parity = 0;
 #pragma unroll 1
   do {
     delay();
     mbarrier_wait(shared_address(&shared.proposed), parity);
-    float o = 0.0f;
     if (shared.is_proposed) {
-      multiply_values(shared, sum, thread, shared.slope[upper_row(thread)], shared.slope[upper_row(thread) + 8]);
+      const int upper = upper_row(thread);
+      multiply_values(shared, sum, thread, entry_of_row(shared.solving.vectors[0], upper), entry_of_row(shared.solving.vectors[0], upper + 8));
       barrier_sync(TRANSFORM, TRANSFORM_THREADS);
-      if (thread < D) o = shared.total.mean[D + thread] + sum_of_outputs(shared, thread);
+      // On its way while the matrix warps decide: what comes after a slope that is not near enough takes its place.
+      if (thread < D) output[thread] = narrow<BFLOAT>(shared.total.mean[D + thread] + sum_of_outputs(shared, thread));
+    } else {
+      // To be factored.
+      leave(shared.values[0], thread, sum);
     }
     meet(shared.met, parity_of_decision(shared, parity));
     parity ^= 1;
-    if (shared.solved_by_steps == SOLVED) {
-      if (thread < D) output_of(call, row_of_block(call))[thread] = narrow<BFLOAT>(o);
-      return false;
-    }
+    if (shared.solved_by_steps == SOLVED) return false;
   } while (shared.solved_by_steps == GOES_ON);
   meet(shared.met, parity_of_decision(shared, parity));
   return true;
@@ -334,7 +375,7 @@ __device__ __forceinline__ bool gather_and_solve(Shared& shared, const lla::Call
   // The block's own and the other of its pair; or the other pair.
   const int first = is_matrix ? own : (own & 2) ^ 2, second = first ^ 1;
   const bool ask_first = !is_matrix && first < blocks, ask_second = second < blocks;
-  float(&apart)[2 * D] = shared.apart[is_matrix ? 0 : 1];
+  float(&apart)[2 * D] = shared.apart[is_matrix ? OF_OWN : OF_OTHERS];
   Known of_second;
   take_known(shared, given, first, second, ask_first, ask_second, thread, known, of_second);
   Part next;
@@ -346,6 +387,7 @@ __device__ __forceinline__ bool gather_and_solve(Shared& shared, const lla::Call
     if (thread == 0) shared.d1_of_others = known.d1, shared.m_of_others = known.m;
     come(shared.weighed);
   }
+  if (is_matrix && thread == 0) shared.joins[OF_OWN] = join;
   barrier_sync(is_matrix ? MATRIX : TRANSFORM, MATRIX_THREADS);
   if (ask_first) part.take(given[first], KEYS, shared.bits[first], thread);
   float sum[D / 2];
@@ -356,7 +398,7 @@ __device__ __forceinline__ bool gather_and_solve(Shared& shared, const lla::Call
   }
   if (ask_second) {
     next.take(given[second], KEYS, shared.bits[second], thread);
-    join(sum, apart, thread, [&](int j) { return next.of(j); });
+    join(sum, apart, 0, thread, [&](int j) { return next.of(j); });
   }
-  return is_matrix ? solve_gathered(shared, call, ridge, known, sum) : multiply_gathered(shared, call, sum);
+  return is_matrix ? solve_gathered(shared, ridge, known, sum) : multiply_gathered(shared, call, join, sum);
 }

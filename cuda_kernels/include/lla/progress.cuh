@@ -67,9 +67,19 @@ struct Progress {
   __device__ __forceinline__ float left() const { return is_foreseen() ? fmaxf(__fmaf_rn(change, change, beta), LEAST_LEFT) : 1.0f; }
   __device__ __forceinline__ float foreseen_length() const { return is_foreseen() ? alpha : 0.0f; }
 
+  // Of the residual after the next step, if that leads as far as the last one.
+  __device__ __forceinline__ float next_square() const { return beta > 0.0f ? beta * gamma : gamma; }
+
+  // Whether a slope is near enough by the square of its true residual, after the step that was taken.
+  __device__ __forceinline__ bool is_near_after_step(float square, float ridge) const {
+    Progress seen = *this;
+    seen.look(square, ridge);
+    return seen.is_small(square, NEARLY_ROUNDED);
+  }
+
   // Whether a squared residual makes no error of more than `tolerance` times what the slope adds to the output, or is left of rounding.
   __device__ __forceinline__ bool is_small(float square, float tolerance) const {
-    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, added) || is_rounded(square);
+    return __fmul_rn(radau, square) <= __fmul_rn(tolerance * tolerance, added) | is_rounded(square);
   }
 
   __device__ __forceinline__ bool is_rounded(float square) const { return ROUNDED > 0.0f && square <= __fmul_rn(ROUNDED, largest); }
@@ -88,7 +98,8 @@ struct Progress {
 
   __device__ __forceinline__ void advance(float delta, float ridge) {
     const float beta_square = __fmul_rn(beta, beta), last_alpha = alpha;
-    curvature = __fmaf_rn(-beta_square, curvature, delta);
+    // Not nothing, so that where nothing is left of the residual no step is taken.
+    curvature = fmaxf(__fmaf_rn(-beta_square, curvature, delta), 0x1p-125f);
     alpha = __fmul_rn(gamma, reciprocal_fast(curvature));
     inverse_gamma = reciprocal_fast(gamma);
     change = fmaxf(fabsf(__fmaf_rn(last_alpha * curvature, inverse_gamma, -1.0f)), 0.25f * change);

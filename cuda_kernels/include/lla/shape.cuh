@@ -90,23 +90,30 @@ constexpr int SUMS_FLOATS = sizeof(Sums) / 4;
 // Of rows in turn two, the row's and the next one's.
 constexpr int QUERIES = IN_TURN ? 2 : 1;
 // Accumulators of the values' moments that a thread leaves in shared memory while it solves a row, for want of registers.
-constexpr int PARKED = IN_TURN ? D / 4 : 0;
+constexpr int PARKED = IN_TURN ? D / 4 : D == 64 && SHARERS == 1 && !IS_GATHERED ? 16 : 0;
 constexpr int PARTIAL_FLOATS = 2 * D * D + SUMS_FLOATS;
 constexpr int MAX_PARTS = 16;  // that are merged at a time
 static_assert(CLUSTER <= MAX_PARTS);
 
-// Of conjugate gradients.
+// Of conjugate gradients. The right-hand side and how far the mean of the block's keys is from their origin are found by the transform
+// warps where blocks share a row's steps, or a block takes rows in turn.
 struct Solving {
-  // The vector that the moments are multiplied by, of each warp, and what comes of it, of two steps in turn.
-  alignas(16) LyingVector vectors[MATRIX_WARPS];
+  alignas(16) LyingVector right, shift;
+  // What comes of two steps in turn.
   alignas(16) LyingVector product[2];
-  alignas(16) float curvatures[2][MATRIX_WARPS];
-  // Found by the transform warps where blocks share a row, or a block takes rows in turn: the right-hand side, how far the block's mean
-  // of the keys is from the row's, and from its origin; the block's share of the row's weight, and one over that weight, relative to the
-  // block's maximum.
-  alignas(16) LyingVector right, apart, shift;
+#if SOLVERS > 1
+  // The vector that the moments are multiplied by, of each warp.
+  alignas(16) LyingVector vectors[MATRIX_WARPS];
+  // How far the block's mean of the keys is from the row's; the block's share of the row's weight, and one over that weight, relative to
+  // the block's maximum.
+  alignas(16) LyingVector apart;
   float share, inverse_weight;
   unsigned long long added[2][ADDED_UP ? D : 1];  // at the places of added.cuh, before a step
+#else
+  // The vector that the moments are multiplied by, of each warp, and its inner product with what comes of it, of two steps in turn.
+  alignas(16) LyingVector vectors[MATRIX_WARPS];
+  alignas(16) float curvatures[2][MATRIX_WARPS];
+#endif
 #if ROWS_IN_TURN
   // The row's ridge and output, the factor from products of X to units of keys and values, and which of the block's it is.
   half_bits* output;
@@ -114,6 +121,11 @@ struct Solving {
   int number;
   unsigned turn;
 #endif
+};
+
+// How two parts become one: their shares of both's weight, and the product of these.
+struct Shares {
+  float first, second, distance;
 };
 
 struct Shared {
@@ -136,17 +148,18 @@ struct Shared {
 #endif
       union {
         float below[D == 128 ? 64 : 1][68];
-        alignas(16) float4 parked[IN_TURN ? PARKED / 4 : 1][MATRIX_THREADS];
+        alignas(16) float4 parked[PARKED > 0 ? PARKED / 4 : 1][MATRIX_THREADS];
       };
 #if !ROWS_IN_TURN
       Solving solving;
 #endif
 #if GATHERED
-      // Of each block that shares the row: how far its mean is from the row's, of keys and values; and its share of the row's weight.
+      // How far means are from one another, of each pair of blocks and of both pairs; and how those become one.
+      alignas(16) float apart[3][2 * D];
+      Shares joins[3];
+      // How far the mean of each of the row's blocks is from the row's; and its share of the row's weight.
       alignas(16) float apart_from_row[GATHERED][2 * D];
       float shares[GATHERED];
-      // How far means are from one another: of each pair of blocks, and of both pairs.
-      alignas(16) float apart[3][2 * D];
       // What the transform warps have added up of the keys: their moments, and the rest.
       alignas(16) float4 of_others[D / 8][MATRIX_THREADS];
       float mean_of_others[2 * D], d1_of_others, m_of_others;
@@ -206,7 +219,7 @@ struct Shared {
   bool has_said;
   unsigned bits[GATHERED], bits_of_choice[GATHERED];  // of what each of them gives, and of whether it may solve, that tell it from what was before
   unsigned long long launch;                          // how many there were, with this one
-  unsigned is_proposed, proposals;  // whether there is a slope, and not an end without one; and how many both roles have decided on
+  unsigned is_proposed;                               // whether there is a slope, and not an end without one
 #endif
   unsigned bad_page;
   alignas(8) unsigned long long raw_full[SLOTS];
@@ -220,7 +233,7 @@ struct Shared {
   unsigned long long met, solved, panelled;
   unsigned long long given;   // the columns that the first matrix warpgroup lacks
 #if GATHERED
-  unsigned long long proposed;  // a slope is in shared.slope, or none will be
+  unsigned long long proposed;  // a slope is in solving.slope, or none will be
   unsigned long long weighed;   // what the transform warps have added up of the keys has its weight and mean
   unsigned long long paired;    // and what the matrix warps have; the block's own moments of the values are there
 #endif

@@ -5,7 +5,7 @@
 //
 // A row that steps do not solve waits until all others were taken; it is taken once more then, and factored.
 
-#include "lla/conjugate.cuh"
+#include "lla/conjugate_alone.cuh"
 #include "lla/copies.cuh"
 #include "lla/factor_alone.cuh"
 #include "lla/moments.cuh"
@@ -146,12 +146,13 @@ __device__ __forceinline__ void write_by_factor(Shared& shared, float ridge, flo
   const int thread = thread_index(), lane = thread % 32, column = thread % D;
   Entries slope;
   solve_by_factor(shared, c + D / 2, ridge, slope);
-  LyingVector& vector = shared.solving.vectors[thread / 32];
-  entries_of_lane(vector, lane) = slope;
+  LyingVector& lying = lying_slope(shared, thread);
+  entries_of_lane(lying, lane) = slope;
   __syncwarp();
   const Centring centre(shared);
   const float of_shift = inner_product(slope, entries_of_lane(shared.solving.shift, lane));
-  multiply_values(shared, c, thread, entry_of_row(vector, upper_row(thread)), entry_of_row(vector, upper_row(thread) + 8));
+  const int upper = upper_row(thread);
+  multiply_values(shared, c, thread, entry_of_row(lying, upper), entry_of_row(lying, upper + 8));
   meet_matrix_warps();
   const float o = shared.own.mean[D + column] + centre.inverse_d1 * sum_of_values(shared, centre, column, of_shift);
   if (thread < D) shared.solving.output[column] = narrow<BFLOAT>(o);
@@ -178,12 +179,7 @@ __device__ __forceinline__ void accumulate_in_turn(Shared& shared, const lla::Ca
   // The block of moments that the first warpgroup lacked lay there. Not by a hardware barrier, which is for one place of the program.
   if (KEY_COLUMNS == 64) come(shared.taken);
   mbarrier_wait(shared_address(&shared.taken), shared.turn & 1);
-#pragma unroll
-  for (int j = 0; j < PARKED / 4; j++)
-    shared.parked[j][thread_index()] = {accumulators[4 * j], accumulators[4 * j + 1], accumulators[4 * j + 2], accumulators[4 * j + 3]};
-  // Copies: accumulators that two ways of the program leave in the same registers are waited for by each product.
-#pragma unroll
-  for (int e = PARKED; e < D; e++) c[e] = copy_opaque(accumulators[e]);
+  park(shared, accumulators, thread_index(), c);
 }
 
 __device__ __forceinline__ void matrix_rows(Shared& shared, const lla::Call& call, const Maps& maps, int warpgroup) {
@@ -200,7 +196,7 @@ __device__ __forceinline__ void matrix_rows(Shared& shared, const lla::Call& cal
     const float ridge = shared.solving.ridge;
     if (shared.by_factor)
       write_by_factor(shared, ridge, c);
-    else if (!solve_by_steps(shared, call, ridge, Exchange(shared, call), c))
+    else if (!solve_alone(shared, call, ridge, c))
       leave_or_write_nan(shared);
     // Read anew: kept over the row it would cost a register.
     const unsigned turn = shared.solving.turn;

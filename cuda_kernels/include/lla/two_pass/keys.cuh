@@ -10,6 +10,7 @@
 
 #include "lla/two_pass/lanes.cuh"
 #include "lla/two_pass/scores.cuh"
+#include "lla/steps.cuh"
 #include "ptx/wgmma.cuh"
 
 // What X is made with.
@@ -231,7 +232,9 @@ __device__ __forceinline__ int take_keys(Shared& shared, const lla::Call& call, 
   if (thread < D) {
     const float sum = staged_sum(shared, thread) * shared.inverse_scale;
     shared.sums[thread] = sum;
-    shared.mean[thread] = shared.origin[thread] + sum * inverse_weight(all);
+    const float mean = shared.origin[thread] + sum * inverse_weight(all);
+    shared.mean[thread] = mean;
+    entry_of_row(shared.solving.right, thread) = query_at(shared, thread) - mean;
     if (!(fabsf(sum) < -minus_infinity())) atomicMax(&shared.out_of_range, 1);
   }
   if (thread == 0) shared.d1 = all;

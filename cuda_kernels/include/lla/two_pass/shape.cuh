@@ -18,7 +18,7 @@ constexpr int ROW_BLOCKS = D / 64;  // of 64 rows of the moments
 constexpr int BLOCKS_PER_MULTIPROCESSOR = 2;
 // All warps have moments, and a block has its row to itself.
 constexpr int MATRIX_THREADS = THREADS, MATRIX_WARPS = WARPS;
-constexpr bool TOGETHER = false, ADDED_UP = false;
+constexpr bool TOGETHER = false;
 constexpr int SHARERS = 1;
 
 // A slot of the ring holds a tile of keys or of values in runs of 64 channels, in them a row of 128 bytes for every key, whose
@@ -72,16 +72,14 @@ struct Shared {
   alignas(16) half_bits query[RUNS][64];
   alignas(16) LyingColumn query_column, slope_columns[2];
   alignas(16) half_bits zeros[32];
-  union {
-    alignas(16) float staged[WARPS][D];
-    // Of conjugate gradients: the vector that the moments are multiplied by, of each warp, and what comes of it, of two
-    // steps in turn.
-    struct {
-      alignas(16) LyingVector vectors[WARPS];
-      alignas(16) LyingVector product[2];
-      alignas(16) float curvatures[2][WARPS];
-    } solving;
-  };
+  alignas(16) float staged[WARPS][D];
+  // Of conjugate gradients: the right-hand side, what comes of two steps in turn, the vector that the moments are multiplied by, of each warp,
+  // and its inner product with what comes of it.
+  struct {
+    alignas(16) LyingVector right, product[2];
+    alignas(16) LyingVector vectors[WARPS];
+    alignas(16) float curvatures[2][WARPS];
+  } solving;
   alignas(16) float origin[D];
   alignas(16) float sums[D];   // of the rounded w (k - origin)
   alignas(16) float mean[D];
@@ -89,7 +87,6 @@ struct Shared {
   alignas(16) float scores[SCORE_STAGES][TILE];  // of the latest tiles; in the second pass then the weights of their keys
   float warp_d1[WARPS];
   Source source;
-  unsigned tag, blocks;  // of mail, of which there is none
   float m, d1;
   float inverse_scale;  // one over what X is scaled by, a power of two, and the largest key that decides it, as bits
   unsigned largest;
