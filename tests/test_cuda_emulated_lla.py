@@ -212,17 +212,21 @@ def along_few_directions(sizes, directions, noise, seed):
 
 # With seeds of keys for which errors would be more than that.
 FORESEEN = {
-    "given to one": (dict(head_dim=64, batch=4, capacity=1100), 8, 26, 8),
-    "shared": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0, 8),
-    "added up": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 0, 1),
+    "alone": (dict(head_dim=64, batch=4, capacity=300), 2, 8, 13, 8),
+    "given to one": (dict(head_dim=64, batch=4, capacity=1100), 8, 8, 6, 8),
+    "in turn": (dict(head_dim=128, batch=4, capacity=700), 2, 8, 4, 8),
+    "two passes": (dict(head_dim=128, batch=4, capacity=300), 2, 8, 6, 8),
+    "shared": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 4, 0, 8),
+    "added up": (dict(head_dim=64, batch=1, group=3, capacity=4100), 24, 4, 0, 1),
 }
 
 
 @pytest.mark.parametrize("name", FORESEEN)
-def test_steps_of_another_length_than_was_foreseen_are_found_out(name, monkeypatch):
-    sizes, multiprocessors, seed, most_senders = FORESEEN[name]
+def test_steps_that_lead_less_far_than_was_foreseen_are_found_out(name, monkeypatch):
+    """Of another length, or those that leave more of the residual."""
+    sizes, multiprocessors, directions, seed, most_senders = FORESEEN[name]
     monkeypatch.setattr(lla, "_MOST_SENDERS", most_senders)
-    case = along_few_directions(sizes, 4, 0.1, seed)
+    case = along_few_directions(sizes, directions, 0.1, seed)
     expected = call(plx.reference, "lla", case, ridge=0.1)
     (o,) = run("lla", case, (9, 0), (RANDOM_LATE,), multiprocessors, ridge=0.1, solver="cg")
     assert error_of_rows(o, expected).max() <= 1e-2

@@ -184,7 +184,7 @@ __device__ __forceinline__ unsigned parity_of_decision(const Shared& shared, uns
 
 // What came of a slope, which both roles know then.
 __device__ __forceinline__ void decide(Shared& shared, unsigned what, unsigned before) {
-  if (thread_index() == 0) shared.solved_by_steps = what;
+  if (thread_index() == 0) shared.decided[before % 2] = what;
   meet(shared.met, parity_of_decision(shared, before));
 }
 
@@ -315,7 +315,7 @@ __device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Cal
   if (thread < blocks) end_use(shared, call, thread);
   half_bits* output = output_of(call, row_of_block(call));
   make_opaque(output);
-  unsigned parity = 0;
+  unsigned parity = 0, decided;
 #pragma unroll 1
   do {
     delay();
@@ -331,9 +331,10 @@ __device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Cal
       leave(shared.values[0], thread, sum);
     }
     meet(shared.met, parity_of_decision(shared, parity));
+    decided = shared.decided[parity];
     parity ^= 1;
-    if (shared.solved_by_steps == SOLVED) return false;
-  } while (shared.solved_by_steps == GOES_ON);
+    if (decided == SOLVED) return false;
+  } while (decided == GOES_ON);
   meet(shared.met, parity_of_decision(shared, parity));
   return true;
 }

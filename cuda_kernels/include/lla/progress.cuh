@@ -6,9 +6,13 @@
 // ridge below all eigenvalues, bounds the error's energy norm. By the inequality of Cauchy and Schwarz that bounds
 // the error of every channel of the output, in standard deviations of the values.
 //
-// A step's direction is known before the product that gives its length. Where steps before it were of nearly one length, the last
-// is taken with theirs: a relative error t of the length leaves, of the squared energy norm, t^2 of what the step is worth. The product
-// with the slope that this gives, which is wanted anyway to see the true residual, says what t was and bounds the error that is left.
+// A block that has its row to itself has a step's product when it knows how large the residual was before it. So it takes the step in any
+// case, and ends with it if what is left is small, as the residual fell before.
+//
+// Blocks that share a row's steps end before the product: a step's direction is known before what gives its length. Where steps before it
+// were of nearly one length, the last is taken with theirs: a relative error t of the length leaves, of the squared energy norm, t^2 of what
+// the step is worth. The product with the slope that this gives, which is wanted anyway to see the true residual, says what t was and
+// bounds the error that is left.
 
 #include "lla/inputs.cuh"
 #include "ptx/numbers.cuh"
@@ -16,14 +20,18 @@
 // Of what the slope adds to an output, in standard deviations of the values. Half of what rounds an output of that size, and in bfloat16 a
 // quarter where the last step is foreseen, which may leave more: where few keys weigh the output itself may be ten times smaller.
 constexpr float TOLERANCE = !BFLOAT ? 1.0f / 4096 : TOGETHER ? 1.0f / 2048 : 1.0f / 1024;
-// What is accepted of the slope that steps end with: after one that was foreseen, whose error is known closely, and else.
+// What is accepted of the slope that steps end with: after one whose length was foreseen, whose error is known closely; and where the
+// residual of the recurrences is small. TOLERANCE itself where they end with a step that was thought to leave little.
 constexpr float NEAR = 1.25f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
 // The squared residual, beside the largest there was, that is left of rounding alone, a few times of it: where one key has all but
 // nothing of the weight, and the slope is long and adds nothing, no smaller one is to be had, nor by a factorisation in float32.
 // Blocks that have heads of 64 and share a row among more than 8 lack the register for it.
 constexpr float ROUNDED = D == 64 && SHARERS > 8 ? 0.0f : 0x1p-42f;
-// Whether a step is foreseen: where blocks share a row, and exchange its product. That a block has by itself takes as long.
+// Whether the length of a step is foreseen: where blocks share a row, and exchange its product.
 constexpr bool FORESEES = TOGETHER;
+// What is thought to be left of the squared residual by a step whose product is there, over what the step before left. Where it is more,
+// the row takes more steps, and its slope's product once more.
+constexpr float LESS_FAR = 1.25f;
 // What the lengths of the last steps may differ by, and residuals fall by at least, for the next to be foreseen.
 constexpr float MOST_CHANGE = 0.3f, MOST_LEFT = 0.5f;
 // Of a squared error, what at least is thought to be left by a step that is foreseen.
@@ -67,14 +75,14 @@ struct Progress {
   __device__ __forceinline__ float left() const { return is_foreseen() ? fmaxf(__fmaf_rn(change, change, beta), LEAST_LEFT) : 1.0f; }
   __device__ __forceinline__ float foreseen_length() const { return is_foreseen() ? alpha : 0.0f; }
 
-  // Of the residual after the next step, if that leads as far as the last one.
-  __device__ __forceinline__ float next_square() const { return beta > 0.0f ? beta * gamma : gamma; }
+  // The residual's square after the next step, if it falls nearly as it did last.
+  __device__ __forceinline__ float next_square() const { return beta > 0.0f ? LESS_FAR * beta * gamma : gamma; }
 
   // Whether a slope is near enough by the square of its true residual, after the step that was taken.
-  __device__ __forceinline__ bool is_near_after_step(float square, float ridge) const {
+  __device__ __forceinline__ bool is_near_after_step(float square, float ridge, float tolerance) const {
     Progress seen = *this;
     seen.look(square, ridge);
-    return seen.is_small(square, NEARLY_ROUNDED);
+    return seen.is_small(square, tolerance);
   }
 
   // Whether a squared residual makes no error of more than `tolerance` times what the slope adds to the output, or is left of rounding.

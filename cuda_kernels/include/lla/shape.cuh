@@ -220,6 +220,7 @@ struct Shared {
   unsigned bits[GATHERED], bits_of_choice[GATHERED];  // of what each of them gives, and of whether it may solve, that tell it from what was before
   unsigned long long launch;                          // how many there were, with this one
   unsigned is_proposed;                               // whether there is a slope, and not an end without one
+  unsigned decided[2];                                // what came of it, of two in turn
 #endif
   unsigned bad_page;
   alignas(8) unsigned long long raw_full[SLOTS];
