@@ -59,7 +59,8 @@ struct ProductPlace {
 template <class Block>
 __device__ __forceinline__ LyingVector& lying_slope(Block& shared, int thread) { return shared.solving.vectors[thread / 32]; }
 
-// Until the residual is thought to be small enough; whether it is. The slope lies in lying_slope then. number: of the first product, then of the next.
+// Until the residual is thought to be small enough; whether it is. The slope lies in lying_slope then. number: of the first product, then of
+// the next.
 template <class Block>
 __device__ __forceinline__ bool take_steps_alone(Block& shared, const float* moments, float ridge, int thread, IterateAlone& at, unsigned& number) {
   const int lane = thread % 32;
@@ -114,7 +115,8 @@ struct TrueResidual {
   // Whether the slope is near enough. Where steps were taken anew, and the residual is not much smaller than before, rounding leaves it: where
   // one key outweighs many others. A factorisation in float32 leaves as much.
   __device__ __forceinline__ bool is_near(const IterateAlone& at, float ridge) const {
-    return __any_sync(~0u, at.progress.is_near_after_step(square, ridge, at.is_foreseen ? TOLERANCE : NEARLY_ROUNDED) || (!at.is_foreseen && square > 0.25f * at.square));
+    const bool is_rounding = !at.is_foreseen && square > 0.25f * at.square;
+    return __any_sync(~0u, at.progress.is_near_after_step(square, ridge, at.is_foreseen ? TOLERANCE : NEARLY_ROUNDED) || is_rounding);
   }
 
   // With that, where it is not small: the last step led less far than it was thought to, or the residual of the recurrences has drifted from
