@@ -115,8 +115,8 @@ struct TrueResidual {
   // Whether the slope is near enough. Where steps were taken anew, and the residual is not much smaller than before, rounding leaves it: where
   // one key outweighs many others. A factorisation in float32 leaves as much.
   __device__ __forceinline__ bool is_near(const IterateAlone& at, float ridge) const {
-    const bool is_rounding = !at.is_foreseen && square > 0.25f * at.square;
-    return __any_sync(~0u, at.progress.is_near_after_step(square, ridge, at.is_foreseen ? TOLERANCE : NEARLY_ROUNDED) || is_rounding);
+    const float tolerance = at.is_foreseen ? TOLERANCE : NEARLY_ROUNDED;
+    return __any_sync(~0u, at.progress.is_near_after_step(square, ridge, tolerance) || (!at.is_foreseen && square > 0.25f * at.square));
   }
 
   // With that, where it is not small: the last step led less far than it was thought to, or the residual of the recurrences has drifted from
