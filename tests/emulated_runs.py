@@ -45,12 +45,15 @@ def with_scores(case, scores):
     return DecodeCase(*(x.astype(BFLOAT16) for x in (q, case.r, k, case.v_cache)), {})
 
 
+def define(name, monkeypatch):
+    """From here on kernels are built with this defined."""
+    kernel = emulation._kernel
+    monkeypatch.setattr(emulation, "_kernel", lambda source, defines: kernel(source, (*defines, (name, 1))))
+
+
 def for_racecheck(monkeypatch):
     """From here on kernels are built as ``PARALLAX_RACECHECK=1`` has them built."""
-    kernel = emulation._kernel
-    monkeypatch.setattr(
-        emulation, "_kernel", lambda source, defines: kernel(source, (*defines, ("FOR_RACECHECK", 1)))
-    )
+    define("FOR_RACECHECK", monkeypatch)
 
 
 def hold_in_every_order(case, capability, solver, multiprocessors=12):

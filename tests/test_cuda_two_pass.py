@@ -19,7 +19,7 @@ from emulated_runs import (
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
 from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
-from test_cuda_emulated_lla import KEYS
+from test_cuda_emulated_lla import KEYS, hold_steps_that_are_foreseen_wrongly
 
 import parallax_core as plx
 
@@ -51,6 +51,10 @@ def test_rows_in_every_order_of_their_threads(name, monkeypatch):
     sizes, most = CALLS[name]
     shapes = hold_steps_in_every_order(make(**sizes), most, monkeypatch, multiprocessors=1)
     assert {shape.source for shape in shapes} == {"sm90/lla_two_pass.cu"}
+
+
+def test_steps_go_on_where_the_last_has_led_less_far_than_it_was_thought_to(monkeypatch):
+    hold_steps_that_are_foreseen_wrongly(monkeypatch, 1, dict(batch=2, capacity=300))
 
 
 @pytest.mark.parametrize("keys", KEYS)

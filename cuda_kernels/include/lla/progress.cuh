@@ -7,7 +7,7 @@
 // the error of every channel of the output, in standard deviations of the values.
 //
 // A block that has its row to itself has a step's product when it knows how large the residual was before it. So it takes the step in any
-// case, and ends with it if what is left is small, as the residual fell before.
+// case, and ends with it if what is left is small, as the residual fell in the last two.
 //
 // Blocks that share a row's steps end before the product: a step's direction is known before what gives its length. Where steps before it
 // were of nearly one length, the last is taken with theirs: a relative error t of the length leaves, of the squared energy norm, t^2 of what
@@ -29,9 +29,14 @@ constexpr float NEAR = 1.25f * TOLERANCE, NEARLY_ROUNDED = 2.0f * TOLERANCE;
 constexpr float ROUNDED = D == 64 && SHARERS > 8 ? 0.0f : 0x1p-42f;
 // Whether the length of a step is foreseen: where blocks share a row, and exchange its product.
 constexpr bool FORESEES = TOGETHER;
-// What is thought to be left of the squared residual by a step whose product is there, over what the step before left. Where it is more,
-// the row takes more steps, and its slope's product once more.
+// What is thought to be left of the squared residual by a step whose product is there, over what was left by the one of the last two that
+// left more: with keys along a few directions it falls by leaps. Where it is more, the row takes more steps, and its slope's product once
+// more.
+#ifdef FORESEEN_WRONGLY  // for tests: nothing, so that every second step is thought to be the last
+constexpr float LESS_FAR = 0.0f;
+#else
 constexpr float LESS_FAR = 1.25f;
+#endif
 // What the lengths of the last steps may differ by, and residuals fall by at least, for the next to be foreseen.
 constexpr float MOST_CHANGE = 0.3f, MOST_LEFT = 0.5f;
 // Of a squared error, what at least is thought to be left by a step that is foreseen.
@@ -42,6 +47,7 @@ struct Progress {
   float gamma = 0.0f, inverse_gamma = 0.0f;  // the residual's square
   float largest = 0.0f;                      // of all of these
   float curvature = 0.0f, alpha = 0.0f, beta = 0.0f;
+  float fall = 0.0f;    // what the one of the last two steps that left more of the residual's square left of it
   float radau;          // the bound of the squared error over the residual's square
   float change = 0.0f;  // of the step's length, relative to the last one; of each before that a quarter
   // What the slope u adds to the output, squared, u C_kk u; and with the direction p: u p and p p.
@@ -58,7 +64,9 @@ struct Progress {
 
   __device__ __forceinline__ void look(float square, float ridge) {
     gamma = square, largest = fmaxf(largest, square);
+    const float last = beta;
     beta = __fmul_rn(gamma, inverse_gamma);
+    fall = fmaxf(last, beta);
     radau = next_radau(alpha, beta, ridge);
   }
 
@@ -75,8 +83,8 @@ struct Progress {
   __device__ __forceinline__ float left() const { return is_foreseen() ? fmaxf(__fmaf_rn(change, change, beta), LEAST_LEFT) : 1.0f; }
   __device__ __forceinline__ float foreseen_length() const { return is_foreseen() ? alpha : 0.0f; }
 
-  // The residual's square after the next step, if it falls nearly as it did last.
-  __device__ __forceinline__ float next_square() const { return beta > 0.0f ? LESS_FAR * beta * gamma : gamma; }
+  // The residual's square after the next step, if it falls nearly as it did in the last two.
+  __device__ __forceinline__ float next_square() const { return beta > 0.0f ? LESS_FAR * fall * gamma : gamma; }
 
   // Whether a slope is near enough by the square of its true residual, after the step that was taken.
   __device__ __forceinline__ bool is_near_after_step(float square, float ridge, float tolerance) const {

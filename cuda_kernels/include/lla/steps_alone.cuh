@@ -5,7 +5,7 @@
 // the product's rows and of what the warps have of its inner product with the vector.
 //
 // The product is there before it is known how large the residual is that it was for, so that a step is taken with it in any case. It is the
-// last one if what it leaves is thought to be small, as the residual fell before; whether it is, the true residual says, which is looked at
+// last one if what it leaves is thought to be small, as the residual fell in the last two; whether it is, the true residual says, which is looked at
 // anyway.
 
 #include "lla/progress.cuh"
