@@ -4,8 +4,8 @@
 // sqrt(p) (v - v0) in float16, and X_k^T [X_k X_v] accumulates in registers of the matrix
 // warpgroups (moments.cuh) while the transform warps write the next tile (weigh.cuh). Then either the blocks of a row
 // add up their moments (merge.cuh), and all warps of one solve its ridge system (factor.cuh); or the matrix warps solve
-// it by conjugate gradients, those of all blocks together (conjugate.cuh) or of one that is given the moments of the others
-// (gather.cuh), and leave to the factorisation what does not get there.
+// it by conjugate gradients, those of all blocks together (conjugate_together.cuh), of the row's only one (conjugate_alone.cuh) or of
+// one that is given the moments of the others (gather.cuh), and leave to the factorisation what does not get there.
 //
 // Compile-time: HEAD_DIM (64 or 128, also the value size), CLUSTER (blocks that add up a row through distributed
 // shared memory), PAGED, BOX (keys of a copy), READ_ONCE (whether each key is read once, and more of them than the

@@ -16,7 +16,7 @@ __device__ __forceinline__ void leave_right_side(Shared& shared, int column) {
 // By the matrix warps, whose accumulators are c: whether the row was solved, and its output written.
 __device__ __forceinline__ bool solve_alone(Shared& shared, const lla::Call& call, float ridge, const float (&c)[D]) {
   const int thread = thread_index();
-  IterateAlone at(shared.solving.right, ridge, thread);
+  IterateAlone at(right_side(shared, thread % 32), ridge);
 #pragma unroll 1
   for (unsigned number = 1;; number++) {  // of the product
     if (!take_steps_alone(shared, c + D / 2, ridge, thread, at, number)) return false;

@@ -94,7 +94,7 @@ struct Received {
 __device__ __forceinline__ bool solve_together(Shared& shared, const lla::Call& call, float ridge, const Exchange& exchange, float (&c)[D]) {
   const int thread = thread_index(), lane = thread % 32;
   LyingVector& vector = shared.solving.vectors[thread / 32];
-  Iterate at(right_side(shared, lane), ridge);
+  IterateTogether at(right_side(shared, lane), ridge);
 #pragma unroll 1
   for (int number = 1;; number++) {  // of the exchange
     const Completion complete(shared, thread);

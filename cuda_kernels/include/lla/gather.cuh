@@ -192,7 +192,7 @@ __device__ __forceinline__ void decide(Shared& shared, unsigned what, unsigned b
 // Whether the row is solved. proposals: slopes that were given, or the word that there is none.
 __device__ __forceinline__ bool solve_with_others(Shared& shared, float ridge, const float (&c)[D / 2], unsigned& proposals) {
   const int thread = thread_index();
-  IterateAlone at(shared.solving.right, ridge, thread);
+  IterateAlone at(right_side(shared, thread % 32), ridge);
 #pragma unroll 1
   for (unsigned number = 1;; number++) {  // of the product
     const bool is_near = take_steps_alone(shared, c, ridge, thread, at, number);

@@ -101,17 +101,16 @@ struct Solving {
   alignas(16) LyingVector right, shift;
   // What comes of two steps in turn.
   alignas(16) LyingVector product[2];
-#if SOLVERS > 1
   // The vector that the moments are multiplied by, of each warp.
   alignas(16) LyingVector vectors[MATRIX_WARPS];
+#if SOLVERS > 1
   // How far the block's mean of the keys is from the row's; the block's share of the row's weight, and one over that weight, relative to
   // the block's maximum.
   alignas(16) LyingVector apart;
   float share, inverse_weight;
   unsigned long long added[2][ADDED_UP ? D : 1];  // at the places of added.cuh, before a step
 #else
-  // The vector that the moments are multiplied by, of each warp, and its inner product with what comes of it, of two steps in turn.
-  alignas(16) LyingVector vectors[MATRIX_WARPS];
+  // Its inner product with what comes of it, of two steps in turn.
   alignas(16) float curvatures[2][MATRIX_WARPS];
 #endif
 #if ROWS_IN_TURN
@@ -234,7 +233,7 @@ struct Shared {
   unsigned long long met, solved, panelled;
   unsigned long long given;   // the columns that the first matrix warpgroup lacks
 #if GATHERED
-  unsigned long long proposed;  // a slope is in solving.slope, or none will be
+  unsigned long long proposed;  // a slope is in the first of solving.vectors, or none will be
   unsigned long long weighed;   // what the transform warps have added up of the keys has its weight and mean
   unsigned long long paired;    // and what the matrix warps have; the block's own moments of the values are there
 #endif

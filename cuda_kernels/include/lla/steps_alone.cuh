@@ -5,37 +5,17 @@
 // the product's rows and of what the warps have of its inner product with the vector.
 //
 // The product is there before it is known how large the residual is that it was for, so that a step is taken with it in any case. It is the
-// last one if what it leaves is thought to be small, as the residual fell in the last two; whether it is, the true residual says, which is looked at
-// anyway.
+// last one if what it leaves is thought to be small, as the residual fell in the last two; whether it is, the true
+// residual says, which is looked at anyway.
 
-#include "lla/progress.cuh"
+#include "lla/iterate.cuh"
 #include "lla/steps.cuh"
 
-// Where conjugate gradients are: the slope, its residual, the direction that led there, and the system's product with that.
-struct IterateAlone {
-  Entries x = {}, r, p = {}, s = {};
-  Progress progress;
+struct IterateAlone : Iterate {
   bool is_foreseen = false;          // that the residual is small; it was not before the last step
   float square = -minus_infinity();  // of the slope's true residual, when steps that were not foreseen last began anew
 
-  // Without a ridge no slope is near enough.
-  __device__ __forceinline__ IterateAlone(LyingVector& right, float ridge, int thread) : r(entries_of_lane(right, thread % 32)), progress(ridge) {
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) r.of[e] = ridge > 0.0f ? r.of[e] : quiet_nan();
-  }
-
-  // Takes a step. product: of the moments with the residual; curvature: the inner product of the two.
-  __device__ __forceinline__ void advance(const Entries& product, float curvature, float ridge) {
-    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature), ridge);
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) {
-      const float w = __fmaf_rn(ridge, r.of[e], product.of[e]);
-      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w);
-      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
-      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
-      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
-    }
-  }
+  using Iterate::Iterate;
 };
 
 // Where a lane leaves its rows of a product, and finds its entries of it when all warps have come: in two places in turn.
@@ -106,9 +86,7 @@ struct TrueResidual {
     const ProductPlace place(shared, thread, number);
     place.leave(multiply_rows_of_warp<false>(lying_slope(shared, thread), moments, thread));
     meet_matrix_warps();
-    const Entries product = place.find(), right = right_side(shared, thread % 32);
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) of.of[e] = right.of[e] - __fmaf_rn(ridge, at.x.of[e], product.of[e]);
+    of = residual_of(right_side(shared, thread % 32), ridge, at.x, place.find());
     square = inner_product(of, of);
   }
 

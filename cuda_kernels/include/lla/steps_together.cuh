@@ -5,8 +5,8 @@
 // the product's rows.
 
 #include "lla/added.cuh"
+#include "lla/iterate.cuh"
 #include "lla/mail.cuh"
-#include "lla/progress.cuh"
 #include "lla/steps.cuh"
 
 static_assert(MOST_STEPS + 2 < MOST_EXCHANGES, "each has an exchange, after that of the sums; and the slope has one");
@@ -61,29 +61,8 @@ __device__ __forceinline__ Entries receive_step(Block& shared, const Exchange& e
     return gather_rows(shared, thread, number, receive_row(exchange, thread, number));
 }
 
-// Where conjugate gradients are: the slope, its residual, the direction that led there, and the product with that.
-struct Iterate {
-  Entries x = {}, r, p = {}, s = {};
-  Progress progress;
-
-  // Without a ridge no slope is near enough.
-  __device__ __forceinline__ Iterate(const Entries& right, float ridge) : r(right), progress(ridge) {
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) r.of[e] = ridge > 0.0f ? r.of[e] : quiet_nan();
-  }
-
-  // Takes a step. product: of the moments with the residual; curvature: the inner product of the two.
-  __device__ __forceinline__ void advance(const Entries& product, float curvature, float ridge) {
-    progress.advance(__fmaf_rn(ridge, progress.gamma, curvature), ridge);
-#pragma unroll
-    for (int e = 0; e < ENTRIES; e++) {
-      const float w = __fmaf_rn(ridge, r.of[e], product.of[e]);
-      s.of[e] = __fmaf_rn(progress.beta, s.of[e], w);
-      p.of[e] = __fmaf_rn(progress.beta, p.of[e], r.of[e]);
-      x.of[e] = __fmaf_rn(progress.alpha, p.of[e], x.of[e]);
-      r.of[e] = __fmaf_rn(-progress.alpha, s.of[e], r.of[e]);
-    }
-  }
+struct IterateTogether : Iterate {
+  using Iterate::Iterate;
 
   // With the slope's true residual, where that is not small: a step's length was foreseen and wrong, or the residual of the recurrences has
   // drifted from it, as with keys along a few directions. For the latter there are not the registers: NaN ends the steps.
@@ -95,10 +74,11 @@ struct Iterate {
 };
 
 // Until the slope is thought to be near enough, whether it was after MOST_STEPS. Then it is beyond what has that residual by a step that was
-// foreseen, if one was. complete(y, x): what the blocks make of the lane's row of a product with x. number: of the first exchange, then of the next. sent: whether that one's product was sent, which none receives.
+// foreseen, if one was. complete(y, x): what the blocks make of the lane's row of a product with x. number: of the first exchange, then of
+// the next. sent: whether that one's product was sent, which none receives.
 template <class Complete>
 __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchange& exchange, const float* moments, const Complete& complete, float ridge,
-                                                    int thread, Iterate& at, int& number, bool& sent) {
+                                                    int thread, IterateTogether& at, int& number, bool& sent) {
   const int lane = thread % 32;
   LyingVector& vector = shared.solving.vectors[thread / 32];
   Entries &x = at.x, &r = at.r, &p = at.p;
@@ -142,15 +122,8 @@ __device__ __forceinline__ bool take_steps_together(Shared& shared, const Exchan
   return small;
 }
 
-__device__ __forceinline__ Entries residual_of(const Entries& right, float ridge, const Entries& x, const Entries& product) {
-  Entries residual;
-#pragma unroll
-  for (int e = 0; e < ENTRIES; e++) residual.of[e] = right.of[e] - __fmaf_rn(ridge, x.of[e], product.of[e]);
-  return residual;
-}
-
 // Whether the slope that steps led to is near enough, of which this is the residual; `last` is what take_steps_together left in r.
-__device__ __forceinline__ bool is_near(Iterate& at, const Entries& residual, const Entries& last, float ridge) {
+__device__ __forceinline__ bool is_near(const Iterate& at, const Entries& residual, const Entries& last, float ridge) {
   const float square = inner_product(residual, residual), with_last = inner_product(residual, last);
   return __any_sync(~0u, at.progress.is_near(square, with_last, ridge));
 }

@@ -14,7 +14,7 @@ __device__ __forceinline__ void pair_lanes(float (&c)[ROW_BLOCKS][D / 2]) {
 // anew, all rows of 512 keys took 3 % longer (on an H200).
 __device__ __forceinline__ bool solve_by_steps(Shared& shared, const float (&c)[ROW_BLOCKS][D / 2], float ridge, Entries& x) {
   const int thread = thread_index();
-  IterateAlone at(shared.solving.right, ridge, thread);
+  IterateAlone at(right_side(shared, thread % 32), ridge);
 #pragma unroll 1
   for (unsigned number = 1;; number++) {  // of the product
     if (!take_steps_alone(shared, c[0], ridge, thread, at, number)) return false;
