@@ -44,3 +44,20 @@ __device__ __forceinline__ Rows multiply_rows_of_warp(LyingVector& vector, const
   for (int b = 0; b < ROW_BLOCKS; b++) rows.of[b] = sums[b].row;
   return rows;
 }
+
+// Where a lane leaves its rows of a product, and finds its entries of it when all warps have come: in two places in turn.
+struct ProductPlace {
+  LyingVector& product;
+  int thread;
+
+  template <class Block, class Number>
+  __device__ __forceinline__ ProductPlace(Block& shared, int thread, Number number)
+      : product(shared.solving.product[number % 2]), thread(thread) {}
+
+  __device__ __forceinline__ void leave(const Rows& rows) const {
+    if (thread % 4 >= 2) return;
+#pragma unroll
+    for (int b = 0; b < ROW_BLOCKS; b++) entry_of_row(product, b * 64 + row_of_product(thread)) = rows.of[b];
+  }
+  __device__ __forceinline__ Entries find() const { return entries_of_lane(product, thread % 32); }
+};

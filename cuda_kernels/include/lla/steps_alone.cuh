@@ -18,23 +18,6 @@ struct IterateAlone : Iterate {
   using Iterate::Iterate;
 };
 
-// Where a lane leaves its rows of a product, and finds its entries of it when all warps have come: in two places in turn.
-struct ProductPlace {
-  LyingVector& product;
-  int thread;
-
-  template <class Block>
-  __device__ __forceinline__ ProductPlace(Block& shared, int thread, unsigned number)
-      : product(shared.solving.product[number % 2]), thread(thread) {}
-
-  __device__ __forceinline__ void leave(const Rows& rows) const {
-    if (thread % 4 >= 2) return;
-#pragma unroll
-    for (int b = 0; b < ROW_BLOCKS; b++) entry_of_row(product, b * 64 + row_of_product(thread)) = rows.of[b];
-  }
-  __device__ __forceinline__ Entries find() const { return entries_of_lane(product, thread % 32); }
-};
-
 // Where the slope lies after steps, for the warp.
 template <class Block>
 __device__ __forceinline__ LyingVector& lying_slope(Block& shared, int thread) { return shared.solving.vectors[thread / 32]; }

@@ -34,13 +34,12 @@ __device__ __forceinline__ float receive_row(const Exchange& exchange, int threa
   return y + __shfl_xor_sync(~0u, y, 2);
 }
 
-// The lane's entries of a product whose rows all warps have, through shared memory, where they are read until the exchange after next.
-// Waits for all warps.
+// The lane's entries of a product whose rows all warps have. Waits for all warps.
 __device__ __forceinline__ Entries gather_rows(Shared& shared, int thread, int number, float row) {
-  LyingVector& product = shared.solving.product[number % 2];
-  if (thread % 4 < 2) entry_of_row(product, row_of_product(thread)) = row;
+  const ProductPlace place(shared, thread, number);
+  place.leave({{row}});
   meet_matrix_warps();
-  return entries_of_lane(product, thread % 32);
+  return place.find();
 }
 
 // A row of a product for all blocks, of step `number`.
