@@ -7,7 +7,7 @@ import emulation
 import numpy as np
 from budget import solved_budget
 from calls import call
-from cases import hold
+from cases import error_of_rows, hold
 from emulation import EARLY, LATE, RANDOM_EARLY, RANDOM_LATE, Prepared, emulated
 from stand_in import on_gpu
 from strategies import BFLOAT16, DecodeCase
@@ -66,12 +66,38 @@ def hold_in_every_order(case, capability, solver, multiprocessors=12):
     hold(results[0], expected, bound)
 
 
+def chosen_shapes(monkeypatch):
+    """The shapes of calls from here on, as they are chosen."""
+    from parallax_core.cuda_kernels import lla
+
+    shapes, choose = [], lla.choose
+    monkeypatch.setattr(lla, "choose", lambda *call: shapes.append(choose(*call)) or shapes[-1])
+    return shapes
+
+
 def hold_steps_in_every_order(case, most, monkeypatch, multiprocessors=12):
     """The same by conjugate gradients of so many steps at most; returns the shapes that were chosen."""
     from parallax_core.cuda_kernels import lla
 
     monkeypatch.setattr(lla, "_MOST_STEPS", most)
-    shapes, choose = [], lla.choose
-    monkeypatch.setattr(lla, "choose", lambda *call: shapes.append(choose(*call)) or shapes[-1])
+    shapes = chosen_shapes(monkeypatch)
     hold_in_every_order(case, (9, 0), "cg", multiprocessors)
+    return shapes
+
+
+def hold_steps_that_are_foreseen_wrongly(sizes, monkeypatch, multiprocessors):
+    """Every second step is thought to be the last; the slope is the row's in the end, in every order.
+
+    Queries are large: what the slope adds is more than the output. Returns the shapes that were chosen.
+    """
+    shapes = chosen_shapes(monkeypatch)
+    define("FORESEEN_WRONGLY", monkeypatch)
+    case = make(kv_heads=1, dtype=FLOAT32, **sizes)
+    arrays = 4 * case.q, case.r, case.k_cache, case.v_cache
+    case = DecodeCase(*(x.astype(BFLOAT16) for x in arrays), {})
+    expected = call(plx.reference, "lla", case, ridge=0.1)
+    results = run("lla", case, (9, 0), multiprocessors=multiprocessors, ridge=0.1, solver="cg")
+    for o in results:
+        np.testing.assert_array_equal(o, results[0])
+    assert error_of_rows(results[0], expected).max() <= 1e-2
     return shapes

@@ -12,10 +12,10 @@ from cases import error_of_rows, hold
 from emulated_runs import (
     FLOAT16,
     FLOAT32,
-    define,
     for_racecheck,
     hold_in_every_order,
     hold_steps_in_every_order,
+    hold_steps_that_are_foreseen_wrongly,
     lengths,
     make,
     run,
@@ -221,22 +221,6 @@ def test_steps_of_another_length_than_was_foreseen_are_found_out(name, monkeypat
     assert error_of_rows(o, expected).max() <= 1e-2
 
 
-def hold_steps_that_are_foreseen_wrongly(monkeypatch, multiprocessors, sizes):
-    """Every second step is thought to be the last; the slope is the row's in the end, in every order.
-
-    Queries are large: what the slope adds is more than the output.
-    """
-    define("FORESEEN_WRONGLY", monkeypatch)
-    case = make(kv_heads=1, dtype=FLOAT32, **sizes)
-    arrays = 4 * case.q, case.r, case.k_cache, case.v_cache
-    case = DecodeCase(*(x.astype(BFLOAT16) for x in arrays), {})
-    expected = call(plx.reference, "lla", case, ridge=0.1)
-    results = run("lla", case, (9, 0), multiprocessors=multiprocessors, ridge=0.1, solver="cg")
-    for o in results:
-        np.testing.assert_array_equal(o, results[0])
-    assert error_of_rows(results[0], expected).max() <= 1e-2
-
-
 LAST_STEPS = {
     "alone": (dict(head_dim=64, batch=2, capacity=400), 12, (1, 0, 0)),
     "given to one": (dict(head_dim=64, batch=2, capacity=1100), 4, (2, 2, 0)),
@@ -248,9 +232,7 @@ LAST_STEPS = {
 @pytest.mark.parametrize("name", LAST_STEPS)
 def test_steps_go_on_where_the_last_has_led_less_far_than_it_was_thought_to(name, monkeypatch):
     sizes, multiprocessors, kind = LAST_STEPS[name]
-    shapes, choose = [], lla.choose
-    monkeypatch.setattr(lla, "choose", lambda *call: shapes.append(choose(*call)) or shapes[-1])
-    hold_steps_that_are_foreseen_wrongly(monkeypatch, multiprocessors, sizes)
+    shapes = hold_steps_that_are_foreseen_wrongly(sizes, monkeypatch, multiprocessors)
     seen = {(s.splits, dict(s.defines)["GATHERED"], dict(s.defines)["ROWS_IN_TURN"]) for s in shapes}
     assert seen == {kind}
 

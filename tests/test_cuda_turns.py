@@ -7,7 +7,16 @@ pytest.importorskip("cupy", reason="the GPU backend imports CuPy; pip install '.
 
 from calls import call
 from cases import error_of_rows
-from emulated_runs import FLOAT16, FLOAT32, for_racecheck, hold_in_every_order, make, run, with_scores
+from emulated_runs import (
+    FLOAT16,
+    FLOAT32,
+    chosen_shapes,
+    for_racecheck,
+    hold_in_every_order,
+    make,
+    run,
+    with_scores,
+)
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
 from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
@@ -37,10 +46,8 @@ CALLS = {
 @pytest.fixture(autouse=True)
 def shapes(monkeypatch):
     """Every row in one pass; the shapes that were chosen."""
-    seen = []
-    choose = lla.choose
     monkeypatch.setattr(lla, "_TWO_PASS_KEYS", 0)
-    monkeypatch.setattr(lla, "choose", lambda *call: seen.append(choose(*call)) or seen[-1])
+    seen = chosen_shapes(monkeypatch)
     yield seen
     assert seen
     assert all(dict(shape.defines)["ROWS_IN_TURN"] and shape.turns > 1 for shape in seen)

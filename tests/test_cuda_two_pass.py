@@ -11,6 +11,7 @@ from emulated_runs import (
     FLOAT16,
     FLOAT32,
     hold_steps_in_every_order,
+    hold_steps_that_are_foreseen_wrongly,
     lengths,
     make,
     run,
@@ -19,7 +20,7 @@ from emulated_runs import (
 from emulation import RANDOM_EARLY, RANDOM_LATE, needs_compiler
 from stand_in import Array
 from strategies import BFLOAT16, DecodeCase
-from test_cuda_emulated_lla import KEYS, hold_steps_that_are_foreseen_wrongly
+from test_cuda_emulated_lla import KEYS
 
 import parallax_core as plx
 
@@ -54,7 +55,7 @@ def test_rows_in_every_order_of_their_threads(name, monkeypatch):
 
 
 def test_steps_go_on_where_the_last_has_led_less_far_than_it_was_thought_to(monkeypatch):
-    hold_steps_that_are_foreseen_wrongly(monkeypatch, 1, dict(batch=2, capacity=300))
+    hold_steps_that_are_foreseen_wrongly(dict(batch=2, capacity=300), monkeypatch, 1)
 
 
 @pytest.mark.parametrize("keys", KEYS)

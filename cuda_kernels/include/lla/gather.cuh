@@ -294,7 +294,7 @@ __device__ __forceinline__ void add_values(Shared& shared, const Given* given, i
 
 // By the transform warps, who have added up their blocks' keys: the same of all values, and then the output of each slope that the matrix
 // warps propose.
-__device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Call& call, const Join& join, float (&sum)[D / 2]) {
+__device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Call& call, float (&sum)[D / 2]) {
   const Given* const given = given_of_row(call);
   const int thread = thread_index() - MATRIX_THREADS, own = block_of_row(call), blocks = shared.blocks;
   leave(shared.of_others, thread, sum);
@@ -303,8 +303,6 @@ __device__ __forceinline__ bool multiply_gathered(Shared& shared, const lla::Cal
   for (int block = 0; block < blocks; block++)
     if (block != own) copy_values(shared, given, block, thread);
   copy_commit();
-  if (thread == 0) shared.joins[OF_OTHERS] = join;
-  barrier_sync(TRANSFORM, TRANSFORM_THREADS);
   // The matrix warps have left the block's own, and how pairs are joined.
   delay();
   mbarrier_wait(shared_address(&shared.paired), 0);
@@ -388,7 +386,7 @@ __device__ __forceinline__ bool gather_and_solve(Shared& shared, const lla::Call
     if (thread == 0) shared.d1_of_others = known.d1, shared.m_of_others = known.m;
     come(shared.weighed);
   }
-  if (is_matrix && thread == 0) shared.joins[OF_OWN] = join;
+  if (thread == 0) shared.joins[is_matrix ? OF_OWN : OF_OTHERS] = join;
   barrier_sync(is_matrix ? MATRIX : TRANSFORM, MATRIX_THREADS);
   if (ask_first) part.take(given[first], KEYS, shared.bits[first], thread);
   float sum[D / 2];
@@ -401,5 +399,5 @@ __device__ __forceinline__ bool gather_and_solve(Shared& shared, const lla::Call
     next.take(given[second], KEYS, shared.bits[second], thread);
     join(sum, apart, 0, thread, [&](int j) { return next.of(j); });
   }
-  return is_matrix ? solve_gathered(shared, ridge, known, sum) : multiply_gathered(shared, call, join, sum);
+  return is_matrix ? solve_gathered(shared, ridge, known, sum) : multiply_gathered(shared, call, sum);
 }
